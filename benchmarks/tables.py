@@ -1,0 +1,106 @@
+"""The README's tables of results, made from benchmarks/results: between markers, and nowhere typed by hand.
+
+    python benchmarks/tables.py [--check] [--readme FILE] [--results DIR]
+
+A marker `<!-- results:norms -->` and the next `<!-- /results -->` enclose the table of that benchmark; what stands
+between them is replaced. For each device and case the newest run is taken that has both Infuse and something to compare
+it with.
+"""
+
+from __future__ import annotations
+
+import argparse
+import re
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from report import is_infuse, milliseconds
+from rows import RESULTS, Row, load
+
+README = Path(__file__).resolve().parent.parent / "README.md"
+# Measured for the kernels' sake: not what torch.compile with Infuse gives a user.
+NOT_FOR_USERS = ("infuse-kernel",)
+_BLOCK = re.compile(r"(<!-- results:(?P<benchmark>\w+) -->\n)(?P<body>.*?)(<!-- /results -->)", re.DOTALL)
+
+
+def update(readme_text: str, results_root: Path) -> str:
+    """The README's text with every marked block made anew. A block with no results says so."""
+
+    def fill(match: re.Match[str]) -> str:
+        return match.group(1) + tables(match.group("benchmark"), results_root) + match.group(4)
+
+    return _BLOCK.sub(fill, readme_text)
+
+
+def tables(benchmark: str, results_root: Path) -> str:
+    """One Markdown table for each device that has results of this benchmark."""
+    files = sorted(results_root.glob(f"*/{benchmark}.jsonl"))
+    parts = [part for part in (device_table(benchmark, load(path)) for path in files) if part]
+    return "\n".join(parts) if parts else f"No results yet: `python benchmarks/{benchmark}.py` makes them.\n"
+
+
+def device_table(benchmark: str, rows: Sequence[Row]) -> str:
+    """The best of Infuse against the best of the others, case by case; "" when no run has both."""
+    lines: list[str] = []
+    used: list[Row] = []
+    for case in dict.fromkeys(row.case for row in rows):
+        pair = newest_pair([row for row in rows if row.case == case])
+        if pair is not None:
+            used += pair
+            lines.append(line(*pair))
+    if not used:
+        return ""
+    torches, commits = (sorted({getattr(row, name) for row in used}) for name in ("torch", "commit"))
+    caption = (
+        f"`{used[-1].gpu}`, torch {', '.join(torches)}, commit {', '.join(commits)}, "
+        f"`python benchmarks/{benchmark}.py`; above 1x Infuse is faster."
+    )
+    head = "| case | best without Infuse | | best with Infuse | | ratio | of the limit |"
+    return "\n".join([caption, "", head, "|---|---|---:|---|---:|---:|---:|", *lines, ""])
+
+
+def newest_pair(rows: Sequence[Row]) -> tuple[Row, Row] | None:
+    """(best other, best Infuse) of one case, from the last run in the file that has both."""
+    for run_id in reversed(list(dict.fromkeys(row.run_id for row in rows))):
+        run = [row for row in rows if row.run_id == run_id and row.impl not in NOT_FOR_USERS]
+        ours = [row for row in run if is_infuse(row.impl)]
+        others = [row for row in run if not is_infuse(row.impl)]
+        if ours and others:
+            return min(others, key=lambda row: row.median_ms), min(ours, key=lambda row: row.median_ms)
+    return None
+
+
+def line(other: Row, ours: Row) -> str:
+    limit = "" if ours.percent_of_limit is None else f"{ours.percent_of_limit:.0f}%"
+    cells = (
+        f"`{ours.case}`",
+        other.impl,
+        milliseconds(other.median_ms),
+        ours.impl,
+        milliseconds(ours.median_ms),
+        f"{other.median_ms / ours.median_ms:.2f}x",
+        limit,
+    )
+    return "| " + " | ".join(cells) + " |"
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--check", action="store_true", help="change nothing; exit 1 if the README is out of date")
+    parser.add_argument("--readme", type=Path, default=README, metavar="FILE")
+    parser.add_argument("--results", type=Path, default=RESULTS, metavar="DIR")
+    arguments = parser.parse_args(argv)
+    text = arguments.readme.read_text(encoding="utf-8")
+    updated = update(text, arguments.results)
+    if arguments.check:
+        if updated != text:
+            print(f"{arguments.readme}: its tables are out of date; run python benchmarks/tables.py", file=sys.stderr)
+        return int(updated != text)
+    if updated != text:
+        arguments.readme.write_text(updated, encoding="utf-8")
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -1,0 +1,40 @@
+"""What the lowering chose, for the log, the report and the tests."""
+
+from __future__ import annotations
+
+import logging
+from collections import deque
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+log = logging.getLogger("infuse")
+
+
+@dataclass(frozen=True, slots=True)
+class Decision:
+    """One choice. timings_ms: candidates alone; costs_ms: with what their neighbours lose; empty when nothing was timed."""
+
+    op: str
+    problem: str
+    chosen: str
+    why: str
+    timings_ms: Mapping[str, float] = field(default_factory=dict)
+    costs_ms: Mapping[str, float] = field(default_factory=dict)
+
+
+# Bounded: a process that compiles for days must not grow by it.
+_decisions: deque[Decision] = deque(maxlen=4096)
+
+
+def record(decision: Decision) -> None:
+    _decisions.append(decision)
+    log.info("%s %s: %s (%s)", decision.op, decision.problem, decision.chosen, decision.why)
+
+
+def decisions() -> tuple[Decision, ...]:
+    """The choices of this process, oldest first. A graph that came from a warm cache made none."""
+    return tuple(_decisions)
+
+
+def clear() -> None:
+    _decisions.clear()

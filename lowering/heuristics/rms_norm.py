@@ -1,0 +1,30 @@
+"""When the RMSNorm forward kernel runs well, and with which configurations it competes."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, slots=True)
+class Problem:
+    """rows x row_size elements of itemsize bytes."""
+
+    rows: int
+    row_size: int
+    itemsize: int
+
+
+def runs_well(problem: Problem) -> bool:
+    """Whether the kernel is taken without a measurement.
+
+    Never: Inductor's forward reaches the copy bandwidth of an H200 (KERNELS in the results: benchmarks/results/nvidia-h200)
+    and fuses with its neighbours, so a kernel that is put in its place unmeasured can only lose.
+    """
+    del problem
+    return False
+
+
+def configurations(problem: Problem, available: int) -> tuple[int, ...]:
+    """The launcher's configurations worth timing: its own choice (-1) and every one of its table."""
+    del problem
+    return (-1, *range(available))

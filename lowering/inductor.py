@@ -1,0 +1,323 @@
+"""Everything that Infuse uses of Inductor's private lowering interface (torch 2.11 to 2.13), and nothing else imports it.
+
+Three things are offered: inlining a formula into the graph being lowered, timing candidates on stand-in inputs without
+touching that graph, and asking what the neighbours of the node being lowered could fuse with.
+"""
+
+from __future__ import annotations
+
+import functools
+import itertools
+import logging
+import math
+import operator
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch._inductor import config, ir
+from torch._inductor.codegen.subgraph import SubgraphChoiceCaller, SubgraphTemplate, inline_subgraph_to_ir_nodes
+from torch._inductor.custom_graph_pass import CustomGraphPass
+from torch._inductor.decomposition import select_decomp_table
+from torch._inductor.lowering import register_lowering
+from torch._inductor.runtime.benchmarking import benchmarker
+from torch._inductor.select_algorithm import (
+    ExternKernelChoice,
+    create_inputs_key,
+    get_algorithm_selector_cache,
+)
+from torch._inductor.virtualized import V
+from torch.fx.experimental.proxy_tensor import make_fx
+
+from infuse.settings import Settings, resolve
+
+log = logging.getLogger("infuse")
+
+Node = Any  # an Inductor IR node; its classes are private and untyped
+_stand_in_names = itertools.count()
+
+
+def register(target: torch._ops.OpOverload, lower: Callable[..., Any]) -> None:
+    """Makes `lower` the lowering of an operator; it gets IR nodes for tensors and plain values for the rest."""
+    register_lowering(target, type_promotion_kind=None)(lower)
+
+
+def settings_in_effect() -> Settings:
+    """The settings of the compilation under way; they travel with the pass, which Inductor's configuration holds."""
+    passes = config.pre_grad_custom_pass
+    for candidate in passes if isinstance(passes, (list, tuple)) else [passes]:
+        found = getattr(candidate, "settings", None)
+        if isinstance(candidate, CustomGraphPass) and isinstance(found, Settings):
+            return found
+    return resolve()
+
+
+def max_autotune() -> bool:
+    """Whether the user asked for measurements."""
+    return bool(config.max_autotune or config.max_autotune_pointwise)
+
+
+def is_tensor(value: object) -> bool:
+    return isinstance(value, ir.IRNode)
+
+
+def bind(function: Callable[..., Any], args: Sequence[object]) -> tuple[Callable[..., Any], list[Node]]:
+    """`function` with its plain values filled in, and the IR nodes that remain as its arguments."""
+    tensors = [arg for arg in args if is_tensor(arg)]
+
+    def bound(*given: Any) -> Any:
+        remaining = iter(given)
+        return function(*(next(remaining) if is_tensor(arg) else arg for arg in args))
+
+    return bound, tensors
+
+
+def trace(function: Callable[..., Any], tensors: Sequence[Node]) -> torch.fx.GraphModule:
+    """The ATen graph of `function` for inputs with the sizes and strides of the IR nodes."""
+    with V.fake_mode:
+        examples = [ir.ir_node_to_tensor(tensor) for tensor in tensors]
+        graph: torch.fx.GraphModule = make_fx(function, decomposition_table=select_decomp_table())(*examples)
+    return graph
+
+
+def inline(function: Callable[..., Any], *args: object) -> Any:
+    """Lowers `function(*args)` as if its formula stood in the user's graph: both neighbours can fuse with it."""
+    bound, tensors = bind(function, args)
+    return inline_subgraph_to_ir_nodes(trace(bound, tensors), tensors, "infuse_inline")
+
+
+# --- measuring -------------------------------------------------------------------------------------------------------
+
+
+def stand_in(node: Node) -> Node:
+    """An input with the size, strides, dtype and device of an IR node that need not exist in memory (yet)."""
+    size = list(node.get_size())
+    if ir.is_storage_and_layout(node):
+        layout = node.get_layout()
+        stride, offset = list(layout.stride), layout.offset
+    else:
+        stride, offset = list(ir.FlexibleLayout.contiguous_strides(size)), 0
+    fixed = ir.FixedLayout(node.get_device(), node.get_dtype(), size, stride, offset)
+    name = f"infuse_stand_in_{next(_stand_in_names)}"
+    return ir.TensorBox(ir.StorageBox(ir.InputBuffer(name=name, layout=fixed)))
+
+
+@dataclass(frozen=True, slots=True)
+class Kernel:
+    """A compiled kernel as a candidate: `choice` bound to keyword arguments."""
+
+    choice: ExternKernelChoice
+    keywords: Mapping[str, object]
+
+    def bind(self, tensors: Sequence[Node], layout: Node) -> Any:
+        return self.choice.bind(list(tensors), layout, **self.keywords)
+
+
+def kernel_choice(name: str, function: Callable[..., Any]) -> ExternKernelChoice:
+    """One ExternKernelChoice an operator and process; `function(*tensors, *, out, **keywords)` runs the kernel."""
+    return ExternKernelChoice(function, name=name)
+
+
+def output_layout(function: Callable[..., Any], args: Sequence[object]) -> Node:
+    """The layout of an operator's single result, from its fake implementation."""
+    bound, tensors = bind(function, args)
+    with V.fake_mode:
+        out = bound(*(ir.ir_node_to_tensor(tensor) for tensor in tensors))
+    size = [dim.node.expr if isinstance(dim, torch.SymInt) else dim for dim in out.shape]
+    stride = [dim.node.expr if isinstance(dim, torch.SymInt) else dim for dim in out.stride()]
+    return ir.FixedLayout(out.device, out.dtype, size, stride)
+
+
+def measure(
+    name: str,
+    kernels: Mapping[str, Kernel],
+    formulas: Mapping[str, Callable[..., Any]],
+    args: Sequence[object],
+    layout: Node,
+) -> dict[str, float]:
+    """Milliseconds of every candidate on stand-in inputs, through Inductor's autotuning (its log and its cache).
+
+    The graph under construction is not touched: nothing is realised and no buffer is added. A candidate that fails is
+    left out.
+    """
+    tensors = [stand_in(arg) for arg in args if is_tensor(arg)]
+    choices: dict[str, Any] = {label: kernel.bind(tensors, layout) for label, kernel in kernels.items()}
+    for label, choice in choices.items():
+        choice.description = label
+    template = SubgraphTemplate(name)
+    for label, formula in formulas.items():
+        bound, _ = bind(formula, args)
+        choices[label] = template.generate(
+            name=f"{name}_{label}",
+            input_nodes=tensors,
+            layout=layout,
+            make_fx_graph=lambda *examples, bound=bound: make_fx(bound, decomposition_table=select_decomp_table())(
+                *examples
+            ),
+            description=label,
+        )
+    if layout.device.type == "cuda":
+        for choice in choices.values():
+            choice.benchmark = _graph_benchmark(choice)
+    timings = get_algorithm_selector_cache().do_autotuning(
+        name, tensors, layout, {}, create_inputs_key(tensors), list(choices.values()), lambda: {}
+    )
+    by_choice = {id(choice): label for label, choice in choices.items()}
+    return {by_choice[id(choice)]: time for choice, time in timings.items() if time < float("inf")}
+
+
+_CALLS_A_GRAPH = 10
+
+
+def _graph_benchmark(choice: Any) -> Callable[..., float]:
+    """A choice's `benchmark` that counts device time alone.
+
+    A formula is called through a generated Python module and a kernel directly; without a CUDA graph the difference in
+    launch overhead, tens of microseconds, would decide for small tensors.
+    """
+    direct = choice.benchmark
+
+    def benchmark(*args: torch.Tensor, out: torch.Tensor) -> float:
+        if isinstance(choice, SubgraphChoiceCaller):
+            module = choice._compile_for_benchmarking()
+            symbols = choice.sym_input_values
+
+            def call() -> object:
+                return module.call([*symbols, *args])
+        else:
+            run = choice.to_callable()
+
+            def call() -> object:
+                return run(*args, out=out)
+
+        try:
+            call()
+            torch.cuda.synchronize()
+            graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph):
+                for _ in range(_CALLS_A_GRAPH):
+                    call()
+        except RuntimeError as error:
+            log.info("%s cannot be captured in a CUDA graph (%s); timed by its launches", choice.name, error)
+            return float(direct(*args, out=out))
+        return float(benchmarker.benchmark_gpu(graph.replay)) / _CALLS_A_GRAPH
+
+    return benchmark
+
+
+def call_kernel(kernel: Kernel, tensors: Sequence[Node], layout: Node) -> Node:
+    """The kernel as a node of the graph under construction; its inputs are realised."""
+    realised = [ir.ExternKernel.require_stride1(ir.ExternKernel.realize_input(tensor)) for tensor in tensors]
+    boxed = [tensor if isinstance(tensor, ir.TensorBox) else ir.TensorBox(tensor) for tensor in realised]
+    return kernel.bind(boxed, layout).output_node()
+
+
+# --- neighbours ------------------------------------------------------------------------------------------------------
+
+_VIEWS = ("view", "reshape", "_unsafe_view", "unsqueeze", "squeeze", "permute", "transpose", "slice", "select", "expand")
+
+
+@functools.cache
+def _is_fusable(target: object) -> bool:
+    """Whether Inductor generates code for an operator that can share a kernel with its producer."""
+    if not isinstance(target, torch._ops.OpOverload):
+        return False
+    if torch.Tag.pointwise in target.tags or torch.Tag.reduction in target.tags:
+        return True
+    name = target._schema.name
+    return name in ("prims::convert_element_type", "aten::sum", "aten::mean", "aten::amax", "aten::clone", "aten::cat")
+
+
+def _readers(node: torch.fx.Node) -> list[torch.fx.Node]:
+    """The nodes that read a value, through views."""
+    found: list[torch.fx.Node] = []
+    for user in node.users:
+        target = user.target
+        is_view = isinstance(target, torch._ops.OpOverload) and target._schema.name.partition("::")[2] in _VIEWS
+        found.extend(_readers(user) if is_view else [user])
+    return found
+
+
+@dataclass(frozen=True, slots=True)
+class Neighbours:
+    """What a kernel would cut apart, in passes over one tensor that the decomposition saves by fusing.
+
+    producer_passes: 0 when the input is in memory anyway; 1 when its producer could be fused but the input is written in
+        any case, because others read it; 2 when fusion would also save writing it.
+    consumer_passes: likewise for what reads the result.
+    """
+
+    producer_passes: int
+    consumer_passes: int
+
+    @property
+    def passes(self) -> int:
+        return self.producer_passes + self.consumer_passes
+
+
+def neighbours(tensor: Node, fx_input: torch.fx.Node, fx_output: torch.fx.Node) -> Neighbours:
+    """What could fuse with the operator that reads `tensor` (of `fx_input`) and gives `fx_output`."""
+    producer = 0
+    if _is_generated(tensor):
+        producer = 2 if len(_readers(fx_input)) == 1 else 1
+    readers = _readers(fx_output)
+    fusable = [_is_fusable(reader.target) for reader in readers]
+    consumer = 0 if not any(fusable) else 2 if all(fusable) else 1
+    return Neighbours(producer, consumer)
+
+
+def _is_generated(tensor: Node) -> bool:
+    """Whether the value comes from code that Inductor generates, so that a formula reading it could share its kernel."""
+    data = tensor
+    while isinstance(data, (ir.TensorBox, ir.StorageBox, ir.BaseView)):
+        data = data.data
+    if isinstance(data, ir.ComputedBuffer):
+        data = data.data
+    return isinstance(data, ir.Loops)
+
+
+def current_node() -> torch.fx.Node:
+    """The FX node being lowered."""
+    return V.graph.current_node
+
+
+def results(node: torch.fx.Node, count: int) -> list[torch.fx.Node]:
+    """The FX nodes of an operator's results, the operator's own node where a result is not read."""
+    by_index = {user.args[1]: user for user in node.users if user.target is operator.getitem}
+    return [by_index.get(index, node) for index in range(count)]
+
+
+# --- examples --------------------------------------------------------------------------------------------------------
+
+
+def fake_mode() -> Any:
+    """The fake mode of the compilation under way."""
+    return V.fake_mode
+
+
+def example(node: Node) -> torch.Tensor:
+    """A fake tensor with the size and strides of an IR node."""
+    return ir.ir_node_to_tensor(node)  # type: ignore[no-any-return]
+
+
+def hints(node: Node) -> tuple[int, ...]:
+    """The sizes of an IR node, symbolic ones by their example values."""
+    return tuple(int(hint) for hint in V.graph.sizevars.optimization_hints(node.get_size()))
+
+
+def rows_and_row_size(node: Node) -> tuple[int, int]:
+    """([...], D) -> (number of rows, D)."""
+    *leading, row_size = hints(node)
+    return math.prod(leading), row_size
+
+
+def code_of(function: Callable[..., Any], args: Sequence[object]) -> str:
+    """The text of the ATen graph of a formula, to tell two formulas apart."""
+    bound, tensors = bind(function, args)
+    return trace(bound, tensors).code
+
+
+def register_inline(target: torch._ops.OpOverload, function: Callable[..., Any]) -> None:
+    """Makes the formula the lowering of an operator on every device."""
+    register(target, functools.partial(inline, function))

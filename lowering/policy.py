@@ -1,0 +1,72 @@
+"""Which form of an operator the rewrite emits: kept whole up to the lowering, or the formula that AOTAutograd sees through.
+
+An operator is kept whole only where something other than its formula may run. Everywhere else its formula stands in the
+graph before autograd, exactly as if the author had spelled it so: same partitioning, same fusion, no cost.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from infuse.lowering.heuristics import rms_norm as norm_heuristics
+from infuse.ops import library
+from infuse.ops import rms_norm as norm
+from infuse.report import Placement
+from infuse.settings import Settings
+
+
+def place(
+    kind: str, args: Sequence[object], training: bool, *, settings: Settings, max_autotune: bool
+) -> Placement:
+    """The form for one site. args: example values (fake tensors, numbers, None) of the operator's arguments."""
+    if settings.kernels == "never":
+        return _inline("kernels are off")
+    first = args[0]
+    assert isinstance(first, Tensor)
+    if kind == "attention":
+        return _place_attention(first, training, max_autotune)
+    if kind in ("rms_norm", "add_rms_norm"):
+        return _place_norm(kind, first, args, training, settings, max_autotune)
+    return _inline(f"no {kind} kernel")
+
+
+def _inline(reason: str) -> Placement:
+    return Placement("inline", f"decomposition ({reason})")
+
+
+def _place_attention(q: Tensor, training: bool, max_autotune: bool) -> Placement:
+    if q.device.type != "cuda":
+        return Placement("inline", f"scaled_dot_product_attention (no kernel for {q.device.type})")
+    if training:
+        return Placement("inline", "scaled_dot_product_attention (no kernel for training)")
+    if not max_autotune:
+        return Placement("inline", "scaled_dot_product_attention")
+    return Placement("default", "the fastest SDPA backend, measured")
+
+
+def _place_norm(
+    kind: str, x: Tensor, args: Sequence[object], training: bool, settings: Settings, max_autotune: bool
+) -> Placement:
+    weight, eps, offset, cast = args[-4:]
+    if reason := library.missing(x.device):
+        return _inline(reason)
+    if training:
+        return _inline("no backward kernel")
+    if not isinstance(eps, float) or not isinstance(offset, (int, float)):
+        return _inline("eps is symbolic")
+    assert weight is None or isinstance(weight, Tensor)
+    # A sum is written contiguously, whatever the strides of its terms.
+    taken = x if kind == "rms_norm" else torch.empty_like(x, memory_format=torch.contiguous_format)
+    if reason := norm.can_run(taken, weight, float(offset), bool(cast)):
+        return _inline(reason)
+    if settings.kernels == "always":
+        return Placement("default", "kernel")
+    if max_autotune:
+        return Placement("default", "kernel or decomposition, measured")
+    rows = x.numel() // x.shape[-1] if isinstance(x.numel(), int) and x.numel() else 0
+    if rows and norm_heuristics.runs_well(norm_heuristics.Problem(rows, int(x.shape[-1]), x.dtype.itemsize)):
+        return Placement("default", "kernel")
+    return _inline("Inductor fuses it with its neighbours")

@@ -1,0 +1,231 @@
+"""Residual add and RMSNorm of the sum; both results are needed, the sum by the next residual.
+
+    sum = x + residual               in their dtype
+    y   = rms_norm(sum)              rounding and dtypes as in infuse.ops.rms_norm
+
+Shapes: x, residual, sum, y [..., D]; weight [D] or None. x and residual share shape and dtype; results are contiguous.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from infuse.ops import checks
+from infuse.ops.registration import Placements, differentiate, register, register_differentiable, register_sharding
+from infuse.ops.rms_norm import (
+    check_arguments,
+    output_dtype,
+    rms_norm_bwd_ref,
+    rms_norm_fwd_ref,
+    rms_norm_ref,
+    statistics_dtype,
+)
+
+ARGUMENTS = (
+    "Tensor x, Tensor residual, Tensor? weight, float eps, float weight_offset=0.0, bool cast_before_weight=False"
+)
+
+
+def _check(
+    op: str, x: Tensor, residual: Tensor, weight: Tensor | None, weight_offset: float, cast_before_weight: bool
+) -> None:
+    check_arguments(op, x, weight, weight_offset, cast_before_weight)
+    checks.same_dtype(op, x=x, residual=residual)
+    checks.same_shape(op, x=x, residual=residual)
+
+
+def add_rms_norm_ref(
+    x: Tensor,
+    residual: Tensor,
+    weight: Tensor | None,
+    eps: float,
+    weight_offset: float = 0.0,
+    cast_before_weight: bool = False,
+) -> tuple[Tensor, Tensor]:
+    """The formula in plain torch. Returns y and the sum."""
+    _check("add_rms_norm", x, residual, weight, weight_offset, cast_before_weight)
+    total = x + residual
+    return rms_norm_ref(total, weight, eps, weight_offset, cast_before_weight), total
+
+
+def add_rms_norm_fwd_ref(
+    x: Tensor, residual: Tensor, weight: Tensor | None, eps: float, weight_offset: float, cast_before_weight: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    """y, the sum and rstd [...]."""
+    _check("add_rms_norm_fwd", x, residual, weight, weight_offset, cast_before_weight)
+    total = (x + residual).contiguous()
+    y, rstd = rms_norm_fwd_ref(total, weight, eps, weight_offset, cast_before_weight)
+    return y, total, rstd
+
+
+def add_rms_norm_bwd_ref(
+    dy: Tensor,
+    dsum: Tensor,
+    total: Tensor,
+    weight: Tensor | None,
+    rstd: Tensor,
+    weight_offset: float,
+    cast_before_weight: bool,
+) -> tuple[Tensor, Tensor]:
+    """The gradient of x, which is that of residual too, and dweight; dsum is the gradient that reaches the sum directly."""
+    checks.same_shape("add_rms_norm_bwd", total=total, dsum=dsum)
+    dx, dweight = rms_norm_bwd_ref(dy, total, weight, rstd, weight_offset, cast_before_weight)
+    return (dx + dsum).contiguous(), dweight
+
+
+def add_rms_norm_fake(
+    x: Tensor,
+    residual: Tensor,
+    weight: Tensor | None,
+    eps: float,
+    weight_offset: float = 0.0,
+    cast_before_weight: bool = False,
+) -> tuple[Tensor, Tensor]:
+    _check("add_rms_norm", x, residual, weight, weight_offset, cast_before_weight)
+    return x.new_empty(x.shape, dtype=output_dtype(x, weight, cast_before_weight)), x.new_empty(x.shape)
+
+
+def add_rms_norm_fwd_fake(
+    x: Tensor, residual: Tensor, weight: Tensor | None, eps: float, weight_offset: float, cast_before_weight: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    y, total = add_rms_norm_fake(x, residual, weight, eps, weight_offset, cast_before_weight)
+    return y, total, x.new_empty(x.shape[:-1], dtype=statistics_dtype(x))
+
+
+def add_rms_norm_bwd_fake(
+    dy: Tensor,
+    dsum: Tensor,
+    total: Tensor,
+    weight: Tensor | None,
+    rstd: Tensor,
+    weight_offset: float,
+    cast_before_weight: bool,
+) -> tuple[Tensor, Tensor]:
+    checks.same_shape("add_rms_norm_bwd", total=total, dsum=dsum)
+    return total.new_empty(total.shape), total.new_empty(0) if weight is None else weight.new_empty(weight.shape)
+
+
+def _norm_and_sum(
+    total: Tensor, weight: Tensor | None, eps: float, weight_offset: float, cast_before_weight: bool
+) -> tuple[Tensor, Tensor]:
+    # view_as: an input cannot be differentiated as an output of itself
+    return rms_norm_ref(total, weight, eps, weight_offset, cast_before_weight), total.view_as(total)
+
+
+class _AddRMSNorm(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        residual: Tensor,
+        weight: Tensor | None,
+        eps: float,
+        weight_offset: float,
+        cast_before_weight: bool,
+    ) -> tuple[Tensor, Tensor]:
+        y, total, rstd = torch.ops.infuse.add_rms_norm_fwd(x, residual, weight, eps, weight_offset, cast_before_weight)
+        ctx.save_for_backward(total, weight, rstd)
+        ctx.eps, ctx.weight_offset, ctx.cast_before_weight = eps, weight_offset, cast_before_weight
+        return y, total
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor, dsum: Tensor) -> tuple[Tensor | None, ...]:
+        total, weight, rstd = ctx.saved_tensors
+        if torch.is_grad_enabled():
+            flags = (ctx.eps, ctx.weight_offset, ctx.cast_before_weight)
+            dx, dweight, *_ = differentiate(_norm_and_sum, (total, weight, *flags), (dy, dsum))
+            return dx, dx, dweight, None, None, None
+        dx, dweight = torch.ops.infuse.add_rms_norm_bwd(
+            dy, dsum, total, weight, rstd, ctx.weight_offset, ctx.cast_before_weight
+        )
+        return dx, dx, None if weight is None else dweight, None, None, None
+
+
+def _implementation(
+    x: Tensor,
+    residual: Tensor,
+    weight: Tensor | None,
+    eps: float,
+    weight_offset: float = 0.0,
+    cast_before_weight: bool = False,
+) -> tuple[Tensor, Tensor]:
+    y, total = add_rms_norm_ref(x, residual, weight, eps, weight_offset, cast_before_weight)
+    return y.contiguous(), total.contiguous()
+
+
+def _rules(x: Any, weight: Any, num_outputs: int, flags: tuple[Any, ...]) -> Placements:
+    from torch.distributed.tensor import Replicate, Shard
+
+    whole = None if weight is None else Replicate()
+    placements = [Replicate(), *(Shard(dim) for dim in range(len(x.shape) - 1))]
+    return [([place] * num_outputs, [place, place, whole, *(None for _ in flags)]) for place in placements]
+
+
+def _sharding(x: Any, residual: Any, weight: Any, *flags: Any) -> Placements:
+    """Any dimension but the last; the weight is whole everywhere."""
+    return _rules(x, weight, 2, flags)
+
+
+def _fwd_sharding(x: Any, residual: Any, weight: Any, *flags: Any) -> Placements:
+    return _rules(x, weight, 3, flags)
+
+
+def _bwd_sharding(dy: Any, dsum: Any, total: Any, weight: Any, rstd: Any, *flags: Any) -> Placements:
+    """Sharded rows give partial sums of the weight's gradient."""
+    from torch.distributed.tensor import Partial, Replicate, Shard
+
+    whole = None if weight is None else Replicate()
+    partial = Replicate() if weight is None else Partial()
+    rules: list[tuple[list[Any], list[Any]]] = []
+    for place in [Replicate(), *(Shard(dim) for dim in range(len(total.shape) - 1))]:
+        dweight = Replicate() if place.is_replicate() else partial
+        rules.append(([place, dweight], [place, place, place, whole, place, *(None for _ in flags)]))
+    return rules
+
+
+register_differentiable(
+    "add_rms_norm",
+    ARGUMENTS,
+    "(Tensor, Tensor)",
+    implementation=_implementation,
+    inline=add_rms_norm_ref,
+    fake=add_rms_norm_fake,
+    autograd=_AddRMSNorm.apply,
+)
+register(
+    "add_rms_norm_fwd",
+    "Tensor x, Tensor residual, Tensor? weight, float eps, float weight_offset, bool cast_before_weight",
+    "(Tensor, Tensor, Tensor)",
+    implementation=add_rms_norm_fwd_ref,
+    fake=add_rms_norm_fwd_fake,
+)
+register(
+    "add_rms_norm_bwd",
+    "Tensor dy, Tensor dsum, Tensor total, Tensor? weight, Tensor rstd, float weight_offset, bool cast_before_weight",
+    "(Tensor, Tensor)",
+    implementation=add_rms_norm_bwd_ref,
+    fake=add_rms_norm_bwd_fake,
+)
+register_sharding("add_rms_norm", _sharding)
+register_sharding("add_rms_norm_fwd", _fwd_sharding)
+register_sharding("add_rms_norm_bwd", _bwd_sharding)
+
+
+def add_rms_norm(
+    x: Tensor,
+    residual: Tensor,
+    weight: Tensor | None = None,
+    eps: float = 1e-6,
+    *,
+    weight_offset: float = 0.0,
+    cast_before_weight: bool = False,
+) -> tuple[Tensor, Tensor]:
+    """(rms_norm(x + residual), x + residual) for x and residual [..., D].
+
+    Raises TypeError for dtypes that are no floats or differ, ValueError for shapes that do not fit.
+    """
+    _check("add_rms_norm", x, residual, weight, weight_offset, cast_before_weight)
+    return torch.ops.infuse.add_rms_norm(x, residual, weight, eps, weight_offset, cast_before_weight)  # type: ignore[no-any-return]

@@ -1,0 +1,209 @@
+"""Puts an operator into the graph in place of a site, with metadata, and removes what became dead."""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.fx import Node
+
+from infuse.patterns import metadata
+from infuse.patterns.canonical import CanonicalGraph, is_assertion
+from infuse.patterns.sites import Make, Refusal, Site
+from infuse.patterns.sizes import same_shape
+from infuse.report import Placement
+
+_VALUE_KEYS = (*metadata.KEYS, "tensor_meta", "from_node")
+# How many nodes may get new strides before the operator's result is laid out as the source's instead.
+_MAX_RESTRIDED = 64
+
+
+class Emitter:
+    """Replaces sites one after another; remembers what each replaced node became."""
+
+    def __init__(self, view: CanonicalGraph, mode: FakeTensorMode) -> None:
+        self.view = view
+        self.mode = mode
+        self.replaced: dict[Node, Node] = {}
+        self.dead: set[Node] = set()
+
+    def examples(self, site: Site) -> tuple[object, ...]:
+        """The example values of the operator's arguments."""
+        with metadata.undisturbed(self.mode):
+            return tuple(self._example(arg) for arg in site.args)
+
+    def _example(self, arg: object) -> Any:
+        if isinstance(arg, Node):
+            return metadata.value(self.replaced.get(arg, arg))
+        if isinstance(arg, Make):
+            return metadata.evaluate(arg.target, [self._example(item) for item in arg.args], {})
+        if isinstance(arg, (tuple, list)):
+            return type(arg)(self._example(item) for item in arg)
+        return arg
+
+    def emit(self, site: Site, placement: Placement, examples: tuple[object, ...]) -> Refusal | None:
+        """Adds the operator and reroutes the site's outputs. If its result would differ: a refusal, the graph unchanged."""
+        target = getattr(getattr(torch.ops.infuse, site.kind), placement.overload)
+        with metadata.undisturbed(self.mode):
+            result = metadata.evaluate(target, examples, {})
+        results = result if isinstance(result, tuple) else (result,)
+        difference = _difference(site, results)
+        if difference:
+            return Refusal(
+                site.kind,
+                site.outputs[0],
+                f"the operator would change the result: {difference}",
+                "this is a gap in Infuse's own checks: please report the model",
+                site.spelling,
+            )
+        root = site.outputs[0]
+        graph = self.view.graph
+        with graph.inserting_before(site.before):
+            node = graph.call_function(target, tuple(self._argument(arg, root) for arg in site.args))
+            _describe(node, root, result)
+            if isinstance(result, tuple):
+                nodes = [self._call(operator.getitem, (node, i), root, item) for i, item in enumerate(results)]
+            else:
+                nodes = [node]
+            for output, new in zip(site.outputs, nodes):
+                self._reroute(output, new, site)
+        self.dead.update(site.interior)
+        return None
+
+    def _argument(self, arg: object, root: Node) -> Any:
+        if isinstance(arg, Node):
+            return self.replaced.get(arg, arg)
+        if isinstance(arg, Make):
+            return self._call(arg.target, tuple(self._argument(item, root) for item in arg.args), root)
+        if isinstance(arg, (tuple, list)):
+            return type(arg)(self._argument(item, root) for item in arg)
+        return arg
+
+    def _call(self, target: Callable[..., Any], args: tuple[Any, ...], root: Node, value: Any = None) -> Node:
+        node = self.view.graph.call_function(target, args)
+        if value is None:
+            with metadata.undisturbed(self.mode):
+                value = metadata.evaluate(target, torch.fx.map_arg(args, lambda arg: metadata.value(arg)), {})
+        _describe(node, root, value)
+        return node
+
+    def _reroute(self, old: Node, new: Node, site: Site) -> None:
+        """All users of `old` but the site's own nodes read `new`, laid out as `old` where that could matter to them."""
+
+        def is_served(user: Node) -> bool:
+            return user not in site.interior and not is_assertion(user)
+
+        if not self._adopt_strides(old, new, is_served):
+            new = self._lay_out(new, metadata.value(old), site.outputs[0])
+        old.replace_all_uses_with(new, delete_user_cb=is_served)
+        self.replaced[old] = new
+
+    def _adopt_strides(self, old: Node, new: Node, is_served: Callable[[Node], bool]) -> bool:
+        """Carries new's strides through the nodes that read it. False if something may depend on the old ones.
+
+        Nothing is changed then. A node whose strides come out as they were ends the search there; a view that cannot be
+        taken of the new strides, a node that is not known to be pure, and the graph's output make the old ones matter.
+        """
+        fresh: dict[Node, Any] = {old: metadata.value(new)}
+        pending = [old]
+        while pending:
+            node = pending.pop()
+            if same_strides(metadata.value(node), fresh[node]):
+                continue
+            for user in node.users:
+                if not is_served(user):
+                    continue
+                if not self.view.word(user) or len(fresh) > _MAX_RESTRIDED:
+                    return False
+                value = self._again(user, fresh)
+                if value is None:
+                    return False
+                fresh[user] = value
+                pending.append(user)
+        for node, value in fresh.items():
+            if node is not old:
+                node.meta[metadata.key(node) or metadata.KEYS[0]] = value
+        return True
+
+    def _again(self, node: Node, fresh: dict[Node, Any]) -> Any:
+        """The node's example value from fresh ones of its inputs; None if it cannot be computed."""
+
+        def example(arg: Node) -> Any:
+            return fresh[arg] if arg in fresh else metadata.value(arg)
+
+        try:
+            with metadata.undisturbed(self.mode):
+                args: Any = torch.fx.map_arg(node.args, example)
+                kwargs: Any = torch.fx.map_arg(node.kwargs, example)
+                return metadata.evaluate(node.target, args, kwargs)  # type: ignore[arg-type]
+        except (RuntimeError, ValueError, TypeError, metadata.MissingMetadata):
+            return None
+
+    def _lay_out(self, new: Node, like: Tensor, root: Node) -> Node:
+        """A copy of `new` whose dimensions lie in memory in the order of `like`'s."""
+        order = sorted(range(like.dim()), key=lambda dim: _stride_hint(like, dim), reverse=True)
+        inverse = [order.index(dim) for dim in range(like.dim())]
+        permuted = self._call(torch.permute, (new, tuple(order)), root)
+        dense = self._call(torch.ops.aten.contiguous.default, (permuted,), root)
+        return self._call(torch.permute, (dense, tuple(inverse)), root)
+
+    def clean(self) -> None:
+        """Erases the nodes that the operators replaced, and what only they read.
+
+        Only nodes of the table of spellings are erased: they are pure. fx's own dead code elimination would also take
+        an in-place method call whose result nobody reads, such as a cache's position counter.
+        """
+        pending = sorted(self.dead, key=lambda node: self.view.index[node])
+        while pending:
+            node = pending.pop()
+            assertions = [user for user in node.users if is_assertion(user)]
+            if node._erased or not self.view.word(node) or len(assertions) != len(node.users):
+                continue
+            for assertion in assertions:
+                self.view.graph.erase_node(assertion)
+            inputs = node.all_input_nodes
+            self.view.graph.erase_node(node)
+            pending.extend(sorted(inputs, key=lambda item: self.view.index.get(item, -1)))
+
+
+def same_strides(left: Any, right: Any) -> bool:
+    """Whether two example values are laid out alike; sizes of 1 have no stride. True for things other than tensors."""
+    if isinstance(left, (tuple, list)):
+        return all(same_strides(a, b) for a, b in zip(left, right))
+    if not isinstance(left, Tensor) or not isinstance(right, Tensor):
+        return True
+    pairs = [
+        (left.stride(dim), right.stride(dim))
+        for dim in range(left.dim())
+        if not (type(left.shape[dim]) is int and left.shape[dim] == 1)
+    ]
+    return same_shape([a for a, _ in pairs], [b for _, b in pairs])
+
+
+def _stride_hint(tensor: Tensor, dim: int) -> tuple[int, int]:
+    """For sorting dimensions from outer to inner."""
+    stride = tensor.stride(dim)
+    hint = stride if type(stride) is int else stride.node.hint  # type: ignore[attr-defined]
+    return (int(hint) if hint is not None else 0, -dim)
+
+
+def _describe(node: Node, root: Node, value: Any) -> None:
+    """Metadata of a new node: where it comes from as root's, and its own value."""
+    node.meta.update({key: item for key, item in root.meta.items() if key not in _VALUE_KEYS})
+    node.meta[metadata.key(root) or metadata.KEYS[0]] = value
+
+
+def _difference(site: Site, results: Iterable[Any]) -> str:
+    for output, result in zip(site.outputs, results):
+        expected = metadata.value(output)
+        if result.dtype != expected.dtype:
+            return f"{result.dtype} instead of {expected.dtype}"
+        if not same_shape(result.shape, expected.shape):
+            return f"shape {tuple(result.shape)} instead of {tuple(expected.shape)}"
+        if result.device != expected.device:
+            return f"{result.device} instead of {expected.device}"
+    return ""

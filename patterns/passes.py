@@ -1,0 +1,209 @@
+"""The rewrite: which families run, in which order, and what is recorded.
+
+    read the graph canonically -> match anchors -> compose -> check legality -> ask the lowering -> emit -> erase what
+    is dead
+
+Inductor runs pre-grad passes on the subgraphs of higher-order operators (checkpointing) too, each as a graph of its
+own.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from types import ModuleType
+
+import torch
+from torch.fx import Graph, Node
+
+from infuse.ops import add_rms_norm as _op_add_rms_norm  # noqa: F401  importing an operator's module registers it
+from infuse.ops import attention as _op_attention  # noqa: F401
+from infuse.ops import rms_norm as _op_rms_norm  # noqa: F401
+from infuse.ops import swiglu as _op_swiglu  # noqa: F401
+from infuse.patterns import add_rms_norm, attention, attention_scores, metadata, rms_norm, swiglu
+from infuse.patterns.canonical import CanonicalGraph
+from infuse.patterns.emit import Emitter
+from infuse.patterns.safety import Effects
+from infuse.patterns.sites import Finding, Refusal, Site
+from infuse.report import Placement, SiteRecord, StrictError
+from infuse.settings import Settings
+
+Place = Callable[[str, tuple[object, ...], bool], Placement]
+"""(kind, example values of the operator's arguments, training) -> what runs there."""
+
+
+@dataclass(frozen=True, slots=True)
+class Family:
+    """A kind of site and how to recognise it: `match` is asked about each node whose word is one of `anchors`."""
+
+    kind: str
+    anchors: tuple[str, ...]
+    match: Callable[[CanonicalGraph, Node], Finding | None]
+
+
+FAMILIES: tuple[Family, ...] = (
+    Family(attention.KIND, ("sdpa",), attention.match_call),
+    Family(attention.KIND, ("softmax",), attention_scores.match),
+    Family(rms_norm.KIND, rms_norm.ANCHORS, rms_norm.match),
+    Family(swiglu.KIND, swiglu.ANCHORS, swiglu.match),
+)
+_NEEDS = {add_rms_norm.KIND: (rms_norm.KIND,)}
+
+
+def rewrite(
+    graph: Graph, settings: Settings, place: Place, training: bool, inputs: Sequence[object] = ()
+) -> list[SiteRecord]:
+    """Replaces the sites of a pre-grad graph in place, and says what became of each.
+
+    inputs: the graph's example inputs; needed only if its nodes have no example values.
+    Raises StrictError if `settings.strict` and a site was refused.
+    """
+    view = CanonicalGraph(graph, inputs)
+    findings = [*find(view, settings.patterns)]
+    if not findings:
+        return []
+    effects = Effects(view, torch.is_grad_enabled() or training)
+    findings = [_judge(finding, effects, settings) for finding in findings]
+    if add_rms_norm.KIND in settings.patterns:
+        sites = [finding for finding in findings if isinstance(finding, Site)]
+        findings = [finding for finding in findings if isinstance(finding, Refusal)]
+        findings += add_rms_norm.compose(view, effects, sites)
+    wanted = [finding for finding in findings if finding.kind in settings.patterns]
+    if settings.strict:
+        _raise_if_refused([_record(finding, "refused", "") for finding in wanted if isinstance(finding, Refusal)])
+    records = _apply(view, sorted(wanted, key=lambda finding: view.index[_root(finding)]), place, training)
+    if settings.strict:
+        _raise_if_refused(records)
+    return records
+
+
+def find(view: CanonicalGraph, kinds: Sequence[str]) -> Iterator[Finding]:
+    """What the families answer about the graph, in one pass over its nodes."""
+    wanted = {*kinds, *(need for kind in kinds for need in _NEEDS.get(kind, ()))}
+    families = [family for family in FAMILIES if family.kind in wanted]
+    for node in view.nodes:
+        name = view.word(node) or view.in_place.get(node, "")
+        for family in families:
+            if name in family.anchors:
+                finding = _ask(family, view, node)
+                if finding is not None:
+                    yield finding
+
+
+def _ask(family: Family, view: CanonicalGraph, node: Node) -> Finding | None:
+    try:
+        if node not in view.in_place:
+            view.value(node)
+        return family.match(view, node)
+    except metadata.MissingMetadata as missing:
+        return Refusal(
+            family.kind,
+            node,
+            f"nothing is known about shapes and dtypes here: {missing}",
+            "leave freezing off (torch 2.11 loses the metadata), or compile with backend='infuse'",
+        )
+
+
+def _judge(finding: Finding, effects: Effects, settings: Settings) -> Finding:
+    """The finding, or a refusal if its place or the numerics asked for forbid it."""
+    if isinstance(finding, Refusal):
+        return finding
+    if finding.rounding and settings.numerics == "exact":
+        return Refusal(
+            finding.kind,
+            finding.outputs[0],
+            f'numerics="exact" keeps what the operator does not: {finding.rounding}',
+            'set numerics="fused" to allow more precision than the source has',
+            finding.spelling,
+        )
+    return effects.check(finding) or finding
+
+
+def _apply(view: CanonicalGraph, findings: Sequence[Finding], place: Place, training: bool) -> list[SiteRecord]:
+    mode = metadata.fake_mode(view.nodes)
+    records: list[SiteRecord] = []
+    emitter = Emitter(view, mode) if mode is not None else None
+    for finding in findings:
+        if isinstance(finding, Refusal) or emitter is None:
+            records.append(_record(finding, "refused", ""))
+            continue
+        examples = emitter.examples(finding)
+        placement = place(finding.kind, examples, training)
+        refusal = emitter.emit(finding, placement, examples)
+        if refusal is None:
+            records.append(_record(finding, "rewritten", placement.kernel))
+        else:
+            records.append(_record(refusal, "refused", ""))
+    if emitter is not None:
+        emitter.clean()
+        view.graph.lint()
+    return records
+
+
+def _root(finding: Finding) -> Node:
+    return finding.before if isinstance(finding, Site) else finding.node
+
+
+def _record(finding: Finding, status: str, kernel: str) -> SiteRecord:
+    node = finding.outputs[0] if isinstance(finding, Site) else finding.node
+    reason, remedy = (finding.reason, finding.remedy) if isinstance(finding, Refusal) else ("", "")
+    if status == "refused" and not reason:
+        reason, remedy = "the graph has no fake tensors to check the rewrite with", "compile with torch.compile"
+    return SiteRecord(
+        kind=finding.kind,
+        status=status,
+        name=node.name,
+        module=module_path(node),
+        source=source_line(node),
+        spelling=finding.spelling,
+        kernel=kernel,
+        reason=reason,
+        remedy=remedy,
+    )
+
+
+def _raise_if_refused(records: Sequence[SiteRecord]) -> None:
+    refused = [record for record in records if record.status == "refused"]
+    if refused:
+        lines = [
+            f"  {record.kind} at {record.module or record.name} ({record.source or 'source unknown'}): "
+            f"{record.reason}; remedy: {record.remedy}"
+            for record in refused
+        ]
+        raise StrictError("\n".join([f"infuse.strict: {len(refused)} sites were refused, expected none", *lines]))
+
+
+def module_path(node: Node) -> str:
+    """The innermost module a node was traced in, as its name in the model: "layers.0.attn"."""
+    stack = node.meta.get("nn_module_stack")
+    if not stack:
+        return ""
+    path = str(list(stack.values())[-1][0])
+    path = re.sub(r"^L\['\w+'\]|^L__\w+__|^self(?=\.|$)", "", path)
+    path = re.sub(r"\._modules(?=[.\[])", "", path)
+    return re.sub(r"\[['\"]?([^'\"\]]+)['\"]?\]", r".\1", path).lstrip(".")
+
+
+def source_line(node: Node) -> str:
+    """ "file.py:123" of the innermost frame outside torch."""
+    frames = re.findall(r'File "([^"]+)", line (\d+)', node.meta.get("stack_trace") or "")
+    own = [frame for frame in frames if not frame[0].startswith(_TORCH)] or frames
+    return f"{_shorten(own[-1][0])}:{own[-1][1]}" if own else ""
+
+
+def _shorten(path: str) -> str:
+    """Relative to the working directory or to site-packages."""
+    if "site-packages" + os.sep in path:
+        return path.rpartition("site-packages" + os.sep)[2]
+    here = str(Path.cwd()) + os.sep
+    return path.removeprefix(here)
+
+
+def _folder(module: ModuleType) -> str:
+    return str(Path(module.__file__ or "").parent) + os.sep
+
+
+_TORCH = _folder(torch)

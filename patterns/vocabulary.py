@@ -1,0 +1,202 @@
+"""The one table of spellings: which torch functions, Tensor methods, operators and ATen overloads are the same
+operation.
+
+A row is a `Word`: the canonical name, the names of the parameters in order, and the targets that are read so. Only
+forms that write nowhere are listed; what is not listed is opaque to the matchers. Parameters marked "!" hold dimensions
+of the input and are read as a tuple of non-negative numbers; "*" collects the rest of the positional arguments.
+"""
+
+from __future__ import annotations
+
+import functools
+import operator
+from collections.abc import Callable, Hashable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+
+Target = Callable[..., Any]
+
+# Other names of a parameter; they count only where the word has the parameter on the right.
+ALIASES = {"self": "input", "a": "input", "axis": "dim", "keepdims": "keepdim", "train": "training", "p": "p"}
+
+
+@dataclass(frozen=True, slots=True)
+class Word:
+    """One way to read a target.
+
+    name: canonical name. params: parameters by position. dims: those that hold dimensions. variadic: the last one
+    collects.
+    """
+
+    name: str
+    params: tuple[str, ...]
+    dims: frozenset[str]
+    variadic: bool
+
+
+def _word(name: str, params: str) -> Word:
+    tokens = params.split()
+    return Word(
+        name,
+        tuple(token.rstrip("!*") for token in tokens),
+        frozenset(token.rstrip("!*") for token in tokens if "!" in token),
+        tokens[-1].endswith("*"),
+    )
+
+
+class _Table:
+    def __init__(self) -> None:
+        self.functions: dict[Hashable, Word] = {}
+        self.methods: dict[str, Word] = {}
+
+    def row(
+        self, name: str, params: str, *functions: Target, methods: str = "", aten: str = "", attributes: str = ""
+    ) -> None:
+        word = _word(name, params)
+        for function in functions:
+            self.functions[function] = word
+        for method in methods.split():
+            self.methods[method] = word
+        for attribute in attributes.split():
+            # Dynamo writes x.mT as getattr(x, "mT").
+            self.functions[(getattr, attribute)] = word
+        for overload in aten.split():
+            target = _overload(overload)
+            if target is not None:
+                self.functions[target] = word
+
+
+def _overload(name: str) -> Target | None:
+    """The overload "add.Tensor" of ATen, or "prims::name" of another namespace; None where this torch has none."""
+    namespace, _, rest = name.rpartition("::")
+    packet, _, overload = rest.partition(".")
+    found = getattr(getattr(torch.ops, namespace or "aten"), packet, None)
+    return getattr(found, overload or "default", None)
+
+
+def _pointwise(table: _Table) -> None:
+    row = table.row
+    binary = "input other"
+    row("add", f"{binary} alpha", torch.add, methods="add", aten="add.Tensor add.Scalar")
+    row("add", binary, operator.add, methods="__add__ __radd__")
+    row("sub", f"{binary} alpha", torch.sub, torch.subtract, methods="sub subtract", aten="sub.Tensor sub.Scalar")
+    row("sub", binary, operator.sub, methods="__sub__")
+    row("mul", binary, operator.mul, torch.mul, torch.multiply, aten="mul.Tensor mul.Scalar")
+    row("mul", binary, methods="mul multiply __mul__ __rmul__")
+    row(
+        "div",
+        binary,
+        operator.truediv,
+        torch.true_divide,
+        methods="true_divide __truediv__",
+        aten="div.Tensor div.Scalar",
+    )
+    row("div", f"{binary} rounding_mode", torch.div, torch.divide, methods="div divide")
+    row("pow", "input exponent", operator.pow, torch.pow, methods="pow __pow__", aten="pow.Tensor_Scalar")
+    row("square", "input", torch.square, methods="square", aten="square")
+    row("neg", "input", operator.neg, torch.neg, torch.negative, methods="neg negative __neg__", aten="neg")
+    row("sqrt", "input", torch.sqrt, methods="sqrt", aten="sqrt")
+    row("rsqrt", "input", torch.rsqrt, methods="rsqrt", aten="rsqrt")
+    row("reciprocal", "input", torch.reciprocal, methods="reciprocal", aten="reciprocal")
+    row("sigmoid", "input", torch.sigmoid, F.sigmoid, methods="sigmoid", aten="sigmoid")
+    row("tanh", "input", torch.tanh, F.tanh, methods="tanh", aten="tanh")
+    row("silu", "input inplace", F.silu, aten="silu")
+    row("clamp", "input min max", torch.clamp, torch.clip, methods="clamp clip", aten="clamp")
+    row("maximum", binary, torch.maximum, methods="maximum", aten="maximum")
+    row("masked_fill", "input mask value", torch.masked_fill, methods="masked_fill")
+    row("masked_fill", "input mask value", aten="masked_fill.Scalar masked_fill.Tensor")
+    row(
+        "where", "condition input other", torch.where, aten="where.self where.ScalarOther where.ScalarSelf where.Scalar"
+    )
+    row("dropout", "input p training inplace", F.dropout)
+    row("dropout", "input p training", torch.dropout, aten="dropout")
+
+
+def _reductions(table: _Table) -> None:
+    row = table.row
+    row("mean", "input dim! keepdim dtype", torch.mean, methods="mean", aten="mean.dim mean")
+    row("sum", "input dim! keepdim dtype", torch.sum, methods="sum", aten="sum.dim_IntList sum")
+    row("softmax", "input dim! dtype", torch.softmax, torch.special.softmax, methods="softmax", aten="softmax.int")
+    row("softmax", "input dim! _stacklevel dtype", F.softmax)
+    row("matmul", "input other", torch.matmul, operator.matmul, methods="matmul __matmul__", aten="matmul")
+    row("bmm", "input other", torch.bmm, methods="bmm", aten="bmm")
+    row("linear", "input weight bias", F.linear, aten="linear")
+    row("rms_norm", "input normalized_shape weight eps", torch.rms_norm, F.rms_norm, aten="rms_norm")
+    row("layer_norm", "input normalized_shape weight bias eps", F.layer_norm)
+    row("layer_norm", "input normalized_shape weight bias eps cudnn_enabled", torch.layer_norm, aten="layer_norm")
+    row(
+        "sdpa",
+        "query key value attn_mask dropout_p is_causal scale enable_gqa",
+        F.scaled_dot_product_attention,
+        aten="scaled_dot_product_attention",
+    )
+
+
+def _casts(table: _Table) -> None:
+    """Read by their result: a cast changes the dtype at most, see `canonical`."""
+    row = table.row
+    row("to", "input first second third copy", methods="to")
+    row("to", "input", methods="float double half bfloat16")
+    row("to", "input other", methods="type_as type", aten="type_as")
+    row("to", "input first second third fourth", aten="to.dtype to.dtype_layout to.device to.other")
+    row("to", "input dtype", aten="prims::convert_element_type")
+    row("to", "input dtype layout device", aten="_to_copy")
+    row("alias", "input memory_format", torch.clone, methods="clone contiguous", aten="clone contiguous")
+    row("alias", "input", aten="alias view_as")
+    row("detach", "input", torch.detach, methods="detach", aten="detach")
+
+
+def _views(table: _Table) -> None:
+    row = table.row
+    pair = "input dim0! dim1!"
+    row("transpose", pair, torch.transpose, torch.swapaxes, torch.swapdims, aten="transpose.int swapaxes swapdims")
+    row("transpose", pair, methods="transpose swapaxes swapdims")
+    row("permute", "input dims!", torch.permute, aten="permute")
+    row("permute", "input dims!*", methods="permute")
+    row("movedim", "input source! destination!", torch.movedim, torch.moveaxis, methods="movedim moveaxis")
+    row("movedim", "input source! destination!", aten="movedim.int movedim.intlist")
+    row("mT", "input", methods="adjoint", attributes="mT mH", aten="mT mH adjoint")
+    row("T", "input", torch.t, methods="t", attributes="T H", aten="numpy_T t")
+    row("reshape", "input shape*", methods="view reshape")
+    row("reshape", "input shape", torch.reshape, aten="reshape view _unsafe_view")
+    row("reshape", "input first second", torch.flatten, torch.unflatten, aten="flatten.using_ints unflatten.int")
+    row("reshape", "input first second", methods="flatten unflatten")
+    row("reshape", "input dim", torch.unsqueeze, torch.squeeze, methods="unsqueeze squeeze")
+    row("reshape", "input dim", aten="unsqueeze squeeze squeeze.dim squeeze.dims")
+    row("reshape", "input other", methods="view_as reshape_as")
+    row("expand", "input size*", methods="expand broadcast_to expand_as")
+    row("expand", "input size implicit", torch.broadcast_to, aten="expand expand_as broadcast_to")
+    row("repeat_interleave", "input repeats dim! output_size", torch.repeat_interleave, methods="repeat_interleave")
+    row("repeat_interleave", "input repeats dim! output_size", aten="repeat_interleave.self_int")
+    row("repeat", "input repeats*", methods="repeat tile")
+    row("repeat", "input repeats", torch.tile, aten="repeat tile")
+    row("getitem", "input index", operator.getitem, methods="__getitem__")
+    row("slice", "input dim start end step", aten="slice.Tensor")
+    row("slice", "input dim start length", torch.narrow, methods="narrow", aten="narrow")
+    row("split", "input sizes dim!", torch.chunk, torch.split, torch.tensor_split, methods="chunk split tensor_split")
+    row("split", "input sizes dim!", aten="chunk split.Tensor split_with_sizes split.sizes")
+    row("split", "input dim!", torch.unbind, methods="unbind", aten="unbind.int")
+    row("item", "input", methods="item", aten="item")
+
+
+@functools.cache
+def _table() -> _Table:
+    table = _Table()
+    for part in (_pointwise, _reductions, _casts, _views):
+        part(table)
+    return table
+
+
+def lookup(node: torch.fx.Node) -> Word | None:
+    """The word that a node's target is a spelling of."""
+    table = _table()
+    if node.op == "call_method":
+        return table.methods.get(str(node.target))
+    if node.op != "call_function":
+        return None
+    if node.target is getattr:
+        return table.functions.get((getattr, node.args[1])) if len(node.args) == 2 else None
+    return table.functions.get(node.target)

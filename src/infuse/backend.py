@@ -1,0 +1,173 @@
+"""The torch.compile backend: Inductor, with the rewrite as its first pass.
+
+`torch.compile(model, backend="infuse", mode=..., options=...)` behaves as with backend="inductor"; options named
+"infuse.<setting>" are Infuse's own. `torch.compile(model, options=infuse.options(...))` is the same on backend="inductor".
+"""
+
+from __future__ import annotations
+
+import importlib
+import logging
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch._inductor.custom_graph_pass import CustomGraphPass
+
+from infuse.caches import build_hash, tag_caches
+from infuse.lowering.policy import place
+from infuse.patterns.passes import rewrite
+from infuse.report import SiteRecord
+from infuse.settings import Settings, resolve, split_options
+
+for _op in ("rms_norm", "add_rms_norm", "swiglu", "attention"):
+    importlib.import_module(f"infuse.lowering.{_op}")
+
+log = logging.getLogger("infuse")
+
+Listener = Callable[[Sequence[SiteRecord]], None]
+_listeners: list[Listener] = []
+
+
+class InfusePass(CustomGraphPass):
+    """The rewrite as an Inductor pass over the graph before autograd.
+
+    settings: what may be rewritten. before: the user's own pre_grad_custom_pass, which runs first.
+    """
+
+    def __init__(self, settings: Settings, max_autotune: bool, before: tuple[Callable[[Any], None], ...] = ()) -> None:
+        self.settings = settings
+        self.max_autotune = max_autotune
+        self.before = before
+
+    def __call__(self, graph: torch.fx.Graph) -> None:
+        for user_pass in self.before:
+            user_pass(graph)
+        records = rewrite(
+            graph,
+            self.settings,
+            self._place,
+            training=is_training(graph),
+        )
+        for listener in tuple(_listeners):
+            listener(records)
+
+    def _place(self, kind: str, args: tuple[object, ...], training: bool) -> Any:
+        return place(kind, args, training, settings=self.settings, max_autotune=self.max_autotune)
+
+    def uuid(self) -> Any:
+        """Part of the cache key; None (which disables the caches, as Inductor does) if the user's own pass has none."""
+        mine = ("infuse", build_hash(), self.settings, self.max_autotune)
+        theirs = tuple(user_pass.uuid() if isinstance(user_pass, CustomGraphPass) else None for user_pass in self.before)
+        return None if None in theirs else repr((*mine, *theirs))
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        # torch 2.11 pickles the pass into the cache key: the hash must be in it, and the same in every process.
+        return _restore, (build_hash(), self.settings, self.max_autotune, self.before)
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, InfusePass) and self.__reduce__() == other.__reduce__()
+
+    def __hash__(self) -> int:
+        return hash((build_hash(), self.settings, self.max_autotune))
+
+
+def _restore(
+    hash_at_pickling: str, settings: Settings, max_autotune: bool, before: tuple[Callable[[Any], None], ...]
+) -> InfusePass:
+    del hash_at_pickling
+    return InfusePass(settings, max_autotune, before)
+
+
+def is_training(graph: torch.fx.Graph) -> bool:
+    """Whether AOTAutograd will trace a backward for this graph."""
+    if not torch.is_grad_enabled():
+        return False
+    values = (node.meta.get("example_value", node.meta.get("val")) for node in graph.nodes)
+    return any(isinstance(value, torch.Tensor) and value.requires_grad for value in values)
+
+
+def on_rewrite(listener: Listener) -> Callable[[], None]:
+    """Calls `listener` with the records of every graph that is rewritten; returns the function that ends this."""
+    _listeners.append(listener)
+    return lambda: _listeners.remove(listener)
+
+
+def inductor_config(mode: str | None, options: Mapping[str, object] | None) -> dict[str, Any]:
+    """Inductor's configuration for a mode and options, with the rewrite in it.
+
+    Raises ValueError for a mode that Inductor does not know or an unknown option, TypeError for one of the wrong type.
+    """
+    mine, theirs = split_options(options)
+    settings = resolve(mine)
+    config = _checked_config(mode, theirs)
+    user_passes = config.get("pre_grad_custom_pass", torch._inductor.config.pre_grad_custom_pass)
+    before = tuple(user_passes) if isinstance(user_passes, (list, tuple)) else (user_passes,) if user_passes else ()
+    autotune = any(
+        config.get(name, getattr(torch._inductor.config, name)) for name in ("max_autotune", "max_autotune_pointwise")
+    )
+    # A config that already holds the rewrite (options() inside options()) must not run it twice.
+    before = tuple(user_pass for user_pass in before if not isinstance(user_pass, InfusePass))
+    config["pre_grad_custom_pass"] = InfusePass(settings, bool(autotune), before)
+    return config
+
+
+def _checked_config(mode: str | None, options: Mapping[str, object]) -> dict[str, Any]:
+    modes = tuple(torch._inductor.list_mode_options())
+    if mode is not None and mode not in modes:
+        raise ValueError(f"infuse: mode: got {mode!r}, expected one of {list(modes)}")
+    known = torch._inductor.config.get_config_copy()
+    for name in options:
+        if name.replace("-", "_") not in known:
+            close = [key for key in known if name.rsplit(".", 1)[-1] in key][:5]
+            hint = f" (did you mean one of {close}?)" if close else ""
+            raise ValueError(
+                f"infuse: options: unknown option {name!r}{hint}; expected an Inductor option "
+                "(torch._inductor.list_options()) or infuse.<setting>"
+            )
+    try:
+        return dict(torch._TorchCompileInductorWrapper(mode, dict(options), None).config)
+    except RuntimeError as error:
+        raise TypeError(f"infuse: options: {error}") from error
+
+
+def infuse(
+    gm: torch.fx.GraphModule,
+    example_inputs: Sequence[Any],
+    *,
+    mode: str | None = None,
+    options: Mapping[str, object] | None = None,
+) -> Callable[..., Any]:
+    """The backend that torch.compile(backend="infuse") calls for every graph.
+
+    Raises ValueError or TypeError for a mode or an option that is not one.
+    """
+    from torch._inductor.compile_fx import compile_fx
+
+    tag_caches()
+    config = inductor_config(mode, options)
+    return compile_fx(gm, list(example_inputs), config_patches=config)  # type: ignore[no-any-return]
+
+
+def _reset() -> None:
+    from torch._inductor.cudagraph_trees import reset_cudagraph_trees
+
+    reset_cudagraph_trees()
+
+
+# torch.compile calls this for cudagraph trees, as it does for its own backend.
+infuse.reset = _reset  # type: ignore[attr-defined]
+
+
+def options(mode: str | None = None, **settings: object) -> dict[str, Any]:
+    """Options for `torch.compile(model, options=infuse.options("max-autotune"))`, which stays on backend="inductor".
+
+    mode: one of Inductor's modes. settings: names of `infuse.Settings`, or Inductor options with dots written as
+    in `**{"triton.cudagraphs": False}`.
+    Raises ValueError for a mode, a setting or an option that is not one, TypeError for a value of the wrong type.
+    """
+    from infuse.settings import NAMES, OPTION_PREFIX
+
+    tag_caches()
+    named = {OPTION_PREFIX + name if name in NAMES else name: value for name, value in settings.items()}
+    return inductor_config(mode, named)

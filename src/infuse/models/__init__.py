@@ -1,0 +1,1 @@
+"""The models that the demo, the benchmarks and the tests share."""

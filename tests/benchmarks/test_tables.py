@@ -1,0 +1,95 @@
+"""The README's tables come from the results and from nothing else."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+
+import pytest
+import tables
+from rows import Row, append, results_file
+
+README = """# Title
+<!-- results:norms -->
+| an old table |
+<!-- /results -->
+Text between.
+<!-- results:models -->
+<!-- /results -->
+The end.
+"""
+
+
+def row(
+    impl: str, median_ms: float, case: str = "rms_norm 8x8", run_id: str = "run-1", gpu: str = "nvidia-h200"
+) -> Row:
+    return Row(
+        run_id=run_id,
+        case=case,
+        impl=impl,
+        median_ms=median_ms,
+        p20_ms=median_ms,
+        p80_ms=median_ms,
+        bytes=1,
+        flops=1,
+        percent_of_limit=80.0,
+        max_error=None,
+        peak_bytes=None,
+        gpu=gpu,
+        torch="2.11.0",
+        commit="0123456789ab",
+    )
+
+
+@pytest.fixture
+def results(tmp_path: Path) -> Path:
+    rows = [
+        row("eager", 4.0),
+        row("compile", 1.0),
+        row("infuse", 0.5),
+        row("infuse-max-autotune", 0.8),
+        row("infuse-kernel", 0.1),
+        row("eager", 1.0, case="only stock"),
+    ]
+    append(results_file(tmp_path, "nvidia-h200", "norms"), rows)
+    return tmp_path
+
+
+def test_best_against_best_and_raw_kernels_left_out(results: Path) -> None:
+    text = tables.update(README, results)
+    assert "| `rms_norm 8x8` | compile | 1.00 ms | infuse | 500.0 us | 2.00x | 80% |" in text
+    assert "infuse-kernel" not in text
+    assert "only stock" not in text
+    assert "`nvidia-h200`, torch 2.11.0, commit 0123456789ab" in text
+
+
+def test_only_what_is_between_the_markers_changes(results: Path) -> None:
+    text = tables.update(README, results)
+    assert text.startswith("# Title\n<!-- results:norms -->\n")
+    assert "an old table" not in text
+    assert "<!-- /results -->\nText between.\n<!-- results:models -->\nNo results yet" in text
+    assert text.endswith("<!-- /results -->\nThe end.\n")
+    assert tables.update(text, results) == text
+
+
+def test_newest_run_with_both_sides_counts(results: Path) -> None:
+    newer = [row("compile", 1.0, run_id="run-2"), row("infuse", 1.25, run_id="run-2")]
+    append(results_file(results, "nvidia-h200", "norms"), [*newer, row("infuse", 0.1, run_id="run-3")])
+    assert "| infuse | 1.25 ms | 0.80x |" in tables.update(README, results)
+
+
+def test_each_device_has_a_table(results: Path) -> None:
+    rows = [dataclasses.replace(row(impl, 2.0), gpu="nvidia-a10") for impl in ("eager", "infuse")]
+    append(results_file(results, "nvidia-a10", "norms"), rows)
+    text = tables.update(README, results)
+    assert text.index("`nvidia-a10`") < text.index("`nvidia-h200`")
+
+
+def test_check_fails_until_the_readme_is_brought_up_to_date(results: Path) -> None:
+    readme = results / "README.md"
+    readme.write_text(README)
+    arguments = ["--readme", str(readme), "--results", str(results)]
+    assert tables.main([*arguments, "--check"]) == 1
+    assert readme.read_text() == README
+    assert tables.main(arguments) == 0
+    assert tables.main([*arguments, "--check"]) == 0

@@ -1,0 +1,95 @@
+"""The operators on DTensors: two processes hold parts and agree with one that holds all."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+
+pytestmark = pytest.mark.skipif(not dist.is_available(), reason="this torch has no torch.distributed")
+
+
+def _gather(value: Any) -> Any:
+    return value.full_tensor()
+
+
+def _check(name: str, got: Any, expected: Any) -> None:
+    torch.testing.assert_close(_gather(got), expected, msg=lambda text: f"{name}: {text}")
+
+
+def _worker(rank: int, folder: str) -> None:
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.tensor import Replicate, Shard, distribute_tensor
+
+    import infuse  # noqa: F401
+
+    os.environ["GLOO_SOCKET_IFNAME"] = "lo"
+    dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=2)
+    mesh = init_device_mesh("cpu", (2,))
+    torch.manual_seed(0)
+    ops = torch.ops.infuse
+
+    def spread(tensor: torch.Tensor, place: Any) -> Any:
+        return distribute_tensor(tensor.detach(), mesh, [place]).requires_grad_()
+
+    x, residual = (torch.randn(4, 6, 8, requires_grad=True) for _ in range(2))
+    weight = torch.randn(8, requires_grad=True)
+    for dim in (0, 1):
+        for flags in ((0.0, False), (0.0, True)):
+            expected = ops.rms_norm(x, weight, 1e-5, *flags)
+            grads = torch.autograd.grad((expected**2).sum(), (x, weight))
+            dx, dw = spread(x, Shard(dim)), spread(weight, Replicate())
+            got = ops.rms_norm(dx, dw, 1e-5, *flags)
+            assert got.placements == (Shard(dim),), got.placements
+            (got**2).sum().backward()
+            _check("rms_norm", got, expected)
+            _check("dx", dx.grad, grads[0])
+            _check("dweight", dw.grad, grads[1])
+        expected_y, expected_sum = ops.add_rms_norm(x, residual, weight, 1e-5)
+        grads = torch.autograd.grad((expected_y * expected_sum).sum(), (x, residual, weight))
+        parts = [spread(x, Shard(dim)), spread(residual, Shard(dim)), spread(weight, Replicate())]
+        y, total = ops.add_rms_norm(*parts, 1e-5)
+        (y * total).sum().backward()
+        _check("add_rms_norm", y, expected_y)
+        for part, grad in zip(parts, grads):
+            _check("add_rms_norm gradient", part.grad, grad)
+    with torch.no_grad():
+        _check("no weight", ops.rms_norm(spread(x, Shard(0)), None, 1e-5), ops.rms_norm(x, None, 1e-5))
+        _check("last dimension", ops.rms_norm(spread(x, Shard(2)), None, 1e-5), ops.rms_norm(x, None, 1e-5))
+    for dim in (0, 2):
+        expected = ops.swiglu(x, residual)
+        grads = torch.autograd.grad(expected.sum(), (x, residual))
+        parts = [spread(x, Shard(dim)), spread(residual, Shard(dim))]
+        got = ops.swiglu(*parts)
+        assert got.placements == (Shard(dim),), got.placements
+        got.sum().backward()
+        _check("swiglu", got, expected)
+        for part, grad in zip(parts, grads):
+            _check("swiglu gradient", part.grad, grad)
+    q = torch.randn(2, 4, 5, 8, requires_grad=True)
+    k, v = (torch.randn(2, 2, 5, 8, requires_grad=True) for _ in range(2))
+    mask = torch.randn(4, 5, 5, requires_grad=True)
+    for dim in (0, 1):
+        expected = ops.attention(q, k, v, mask, 0.3)
+        grads = torch.autograd.grad((expected**2).sum(), (q, k, v, mask))
+        parts = [spread(tensor, Shard(dim)) for tensor in (q, k, v)]
+        parts.append(spread(mask, Shard(0) if dim == 1 else Replicate()))
+        got = ops.attention(*parts, 0.3)
+        assert got.placements == (Shard(dim),), got.placements
+        (got**2).sum().backward()
+        _check("attention", got, expected)
+        for part, grad in zip(parts, grads):
+            _check("attention gradient", part.grad, grad)
+    with torch.no_grad():
+        causal = ops.attention(*(spread(tensor, Shard(1)) for tensor in (q, k, v)), None, 0.3, True)
+        _check("causal", causal, ops.attention(q, k, v, None, 0.3, True))
+    dist.destroy_process_group()
+
+
+def test_two_processes_agree_with_one(tmp_path: Path) -> None:
+    mp.spawn(_worker, args=(str(tmp_path),), nprocs=2, join=True)

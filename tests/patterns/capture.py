@@ -1,0 +1,187 @@
+"""Capture a function as torch.compile does, rewrite the graph, and run original and rewritten graph eagerly.
+
+No code is generated: what is tested is the rewrite, not Inductor.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from infuse.patterns.passes import rewrite
+from infuse.report import Placement, SiteRecord
+from infuse.settings import Settings
+
+OPS = ("attention", "rms_norm", "add_rms_norm", "swiglu")
+
+
+def default_overload(kind: str, examples: tuple[object, ...], training: bool) -> Placement:
+    return Placement("default", "reference")
+
+
+def inline_overload(kind: str, examples: tuple[object, ...], training: bool) -> Placement:
+    return Placement("inline", "decomposition")
+
+
+@dataclass
+class Captured:
+    """A captured graph before and after the rewrite; inputs in the order of the graph's placeholders."""
+
+    original: torch.fx.GraphModule
+    rewritten: torch.fx.GraphModule
+    records: list[SiteRecord]
+    inputs: tuple[Any, ...]
+
+    @property
+    def counts(self) -> dict[str, int]:
+        """How many sites were rewritten, by kind, read from the rewritten graph."""
+        names = [str(getattr(node.target, "overloadpacket", "")) for node in self.rewritten.graph.nodes]
+        return dict(Counter(name.removeprefix("infuse.") for name in names if name.startswith("infuse.")))
+
+    @property
+    def refusals(self) -> list[str]:
+        return [record.reason for record in self.records if record.status == "refused"]
+
+    @property
+    def spellings(self) -> list[str]:
+        return [record.spelling for record in self.records if record.status == "rewritten"]
+
+    def operators(self) -> list[torch.fx.Node]:
+        return [node for node in self.rewritten.graph.nodes if str(node.target).startswith("infuse.")]
+
+    def targets(self) -> set[str]:
+        """Names of what the rewritten graph calls."""
+        return {str(getattr(node.target, "__name__", node.target)) for node in self.rewritten.graph.nodes}
+
+
+def capture(
+    function: Callable[..., Any],
+    *args: Any,
+    dynamic: bool = False,
+    training: bool = False,
+    settings: Settings | None = None,
+    place: Callable[..., Placement] = default_overload,
+    before: Callable[[torch.fx.Graph], None] | None = None,
+    **kwargs: Any,
+) -> Captured:
+    """Compiles `function` with a backend that rewrites the graph. before: changes the graph ahead of the rewrite."""
+    found: list[Captured] = []
+
+    def backend(module: torch.fx.GraphModule, inputs: Sequence[Any]) -> Callable[..., Any]:
+        if before is not None:
+            before(module.graph)
+            module.recompile()
+        original = torch.fx.GraphModule(module, copy.deepcopy(module.graph))
+        records = rewrite(module.graph, settings or Settings(), place, training)
+        module.graph.lint()
+        module.recompile()
+
+        def run(*values: Any) -> Any:
+            found.append(Captured(original, module, records, values))
+            return original(*_cloned(values))
+
+        return run
+
+    torch._dynamo.reset()
+    with torch.set_grad_enabled(training):
+        torch.compile(function, backend=backend, dynamic=dynamic, fullgraph=True)(*args, **kwargs)
+    assert len(found) == 1
+    return found[0]
+
+
+def _cloned(values: Sequence[Any], dtype: torch.dtype | None = None) -> list[Any]:
+    """Fresh leaves, so that gradients and in-place updates of one run do not reach another."""
+    result = []
+    for value in values:
+        if isinstance(value, Tensor):
+            wide = value.dtype if dtype is None or not value.is_floating_point() else dtype
+            fresh = value.detach().to(wide, copy=True)
+            value = fresh.requires_grad_(value.requires_grad)
+        result.append(value)
+    return result
+
+
+def _results(module: torch.fx.GraphModule, values: Sequence[Any], training: bool) -> list[Tensor]:
+    """Outputs, and in training the gradients of a weighted sum of them with respect to the inputs."""
+    leaves = _cloned(values)
+    with torch.set_grad_enabled(training):
+        outputs = [output for output in module(*leaves) if isinstance(output, Tensor)]
+    if not training:
+        return outputs
+    generator = torch.Generator().manual_seed(7)
+    loss = sum(
+        (output.float() * torch.randn(output.shape, generator=generator)).sum()
+        for output in outputs
+        if output.requires_grad
+    )
+    wanted = [leaf for leaf in leaves if isinstance(leaf, Tensor) and leaf.requires_grad]
+    grads = torch.autograd.grad(loss, wanted, allow_unused=True)  # type: ignore[arg-type]
+    return [*outputs, *(torch.zeros_like(leaf) if grad is None else grad for grad, leaf in zip(grads, wanted))]
+
+
+def assert_same_results(captured: Captured, training: bool = False) -> None:
+    """Values, dtypes and strides as the original's, and no further from the original in fp64 than it by more than
+    rounding.
+
+    Bound: both round each intermediate of size 1 a few times in the narrowest dtype of the result, so that each may be
+    off by some eps times the largest value; the rewritten one may be off by twice the original's error plus 4 eps.
+    """
+    before = _results(captured.original, captured.inputs, training)
+    after = _results(captured.rewritten, captured.inputs, training)
+    exact = _exact_results(captured, training)
+    assert len(before) == len(after)
+    for old, new, reference in zip(before, after, exact):
+        assert old.dtype == new.dtype
+        assert old.shape == new.shape
+        if not old.is_floating_point():
+            assert torch.equal(old, new)
+            continue
+        narrow = min((torch.finfo(t.dtype).eps for t in captured.inputs if _is_float(t)), default=0.0, key=lambda e: -e)
+        scale = float(reference.abs().max()) if reference.numel() else 0.0
+        old_error, new_error = _error(old, reference), _error(new, reference)
+        assert new_error <= 2 * old_error + 4 * narrow * scale + 1e-12, (
+            f"{new_error} against {old_error}, scale {scale}"
+        )
+
+
+def _is_float(value: object) -> bool:
+    return isinstance(value, Tensor) and value.is_floating_point() and value.dim() > 0
+
+
+def _error(value: Tensor, reference: Tensor) -> float:
+    return float((value.double() - reference.double()).abs().max()) if value.numel() else 0.0
+
+
+def _exact_results(captured: Captured, training: bool) -> list[Tensor]:
+    """The original in float64: its casts go to float64 and its inputs are widened."""
+    wide = copy.deepcopy(captured.original)
+    for node in wide.graph.nodes:
+        node.args = torch.fx.node.map_aggregate(node.args, _widened)
+        node.kwargs = torch.fx.node.map_aggregate(node.kwargs, _widened)
+        if node.op == "call_method" and node.target in ("float", "half", "bfloat16"):
+            node.target = "double"
+    wide.recompile()
+    values = [
+        value.detach().double().requires_grad_(value.requires_grad) if _is_float(value) else value
+        for value in captured.inputs
+    ]
+    return _results(wide, values, training)
+
+
+def _widened(argument: Any) -> Any:
+    narrow = (torch.float32, torch.float16, torch.bfloat16)
+    return torch.float64 if argument in narrow and isinstance(argument, torch.dtype) else argument
+
+
+def parameters(module: nn.Module, dtype: torch.dtype) -> nn.Module:
+    """The module in a dtype, with parameters that are neither 0 nor 1."""
+    generator = torch.Generator().manual_seed(3)
+    for parameter in module.parameters():
+        parameter.data = (torch.randn(parameter.shape, generator=generator) * 0.5 + 0.5).to(dtype)
+    return module
