@@ -9,6 +9,7 @@ import importlib
 import importlib.metadata
 import importlib.resources
 import re
+import shutil
 import sys
 from pathlib import Path
 
@@ -38,15 +39,19 @@ for name in ("ops", "patterns", "lowering"):
         importlib.import_module(f"infuse.{name}.{module}")
     print(f"imported {len(modules)} modules of infuse.{name}")
 
-csrc = importlib.resources.files("infuse.csrc")
-sources = [
-    path.relative_to(root / "csrc")
-    for path in (root / "csrc").rglob("*")
-    if path.suffix in (".cu", ".cuh", ".cpp", ".h")
-]
-missing = [str(source) for source in sources if not csrc.joinpath(*source.parts).is_file()]
-assert not missing, missing
-print(f"found {len(sources)} CUDA and C++ sources in infuse.csrc")
+package = importlib.resources.files("infuse")
+kinds = (".cu", ".cuh", ".cpp", ".h")
+sources = [path.relative_to(root).as_posix() for path in (root / "csrc").rglob("*") if path.suffix in kinds]
+missing = [source for source in sources if not package.joinpath(source).is_file()]
+assert sources and not missing, missing
+print(f"found {len(sources)} CUDA and C++ sources in infuse/csrc")
+
+library = importlib.import_module("infuse.build").find_library()
+if shutil.which("nvcc"):
+    assert library is not None and Path(sys.prefix) in library.parents, (
+        f"no usable kernel library in the wheel: {library}"
+    )
+    print("found the kernel library,", f"{library.stat().st_size / 2**20:.1f} MiB")
 
 requirements = importlib.metadata.requires("infuse") or []
 assert "torch>=2.11" in requirements, requirements

@@ -48,6 +48,7 @@ class Measurement:
 
     compile_ms: float
     run_ms: float
+    cpu_ms: float  # of this process and of the compilers it waited for: steadier than the clock on a shared machine
     pass_ms: float
     import_ms: float
     max_error: float
@@ -100,19 +101,26 @@ def child(device_type: str, kind: str, impl: str, quick: bool) -> Measurement:
             infuse_backend()
             durations = time_passes()
             optional("infuse.ops.library").missing(device.torch_device)
-        imported = time.perf_counter()
+        imported, cpu = time.perf_counter(), cpu_seconds()
         backend = "infuse" if impl == "infuse" else "inductor"
         function = step(compiled(plain, impl, backend=backend).prepare(), module)
         answer = [tensor.clone() for tensor in tensors(function(*args))]
         device.synchronize()
-        first = time.perf_counter()
+        first, cpu = time.perf_counter(), cpu_seconds() - cpu
         function(*args)
         device.synchronize()
         run_ms = (time.perf_counter() - first) * 1e3
     error = check(impl, answer, expected, allowed)
     if impl == "infuse" and not durations:
         raise RuntimeError("compile_time: Infuse's pass did not run: a cache was warm, or the hook is out of date")
-    return Measurement((first - imported) * 1e3 - run_ms, run_ms, sum(durations), (imported - begin) * 1e3, error)
+    return Measurement(
+        (first - imported) * 1e3 - run_ms, run_ms, cpu * 1e3, sum(durations), (imported - begin) * 1e3, error
+    )
+
+
+def cpu_seconds() -> float:
+    used = os.times()
+    return used.user + used.system + used.children_user + used.children_system
 
 
 def warm_up(device: Device) -> None:
@@ -150,10 +158,12 @@ def rows_of(results: dict[str, list[Measurement]], run_id: str, case: str, devic
     rows = []
     for impl, measurements in results.items():
         stats = summarise([measurement.compile_ms for measurement in measurements])
-        note = f"{len(measurements)} processes"
+        cpu_ms, pass_ms, import_ms = (
+            summarise([getattr(measurement, name) for measurement in measurements]).median_ms
+            for name in ("cpu_ms", "pass_ms", "import_ms")
+        )
+        note = f"{len(measurements)} processes, cpu_ms {cpu_ms:.0f}"
         if impl == "infuse":
-            pass_ms = summarise([measurement.pass_ms for measurement in measurements]).median_ms
-            import_ms = summarise([measurement.import_ms for measurement in measurements]).median_ms
             note += f", pass_ms {pass_ms:.1f} ({100 * pass_ms / stats.median_ms:.2f}%), import_ms {import_ms:.0f}"
         times = (round(stats.median_ms, 1), round(stats.p20_ms, 1), round(stats.p80_ms, 1))
         error = max(measurement.max_error for measurement in measurements)

@@ -97,8 +97,6 @@ def residual_chain_exact(x: Tensor, residual: Tensor, first: Tensor, second: Ten
 
 def liger() -> Function:
     function = optional("liger_kernel.ops.rms_norm").LigerRMSNormFunction
-    if not torch.cuda.is_available():
-        raise Unavailable("liger's kernels need a GPU")
 
     def norm(x: Tensor, weight: Tensor) -> Tensor:
         result: Tensor = function.apply(x, weight, EPS, 0.0, "llama", False)
@@ -110,7 +108,7 @@ def liger() -> Function:
 def infuse_kernel() -> Function:
     """The raw kernel, with the launcher's own choice of configuration and no compiler around it."""
     optional("infuse.ops.rms_norm")
-    missing = optional("infuse.ops.library").missing(torch.device("cuda" if torch.cuda.is_available() else "cpu"))
+    missing = optional("infuse.ops.library").missing(torch.device("cuda"))
     if missing:
         raise Unavailable(missing)
 
@@ -132,17 +130,20 @@ def norm_weight(generator: torch.Generator, dtype: torch.dtype, size: int) -> Te
 
 
 def alone(
-    shape: Sequence[int], dtype: torch.dtype, spelling: Function = hugging_face, *, own_graphs: bool = False
+    shape: Sequence[int],
+    dtype: torch.dtype,
+    spelling: Function = hugging_face,
+    *,
+    kernels: bool = True,
+    own_graphs: bool = False,
 ) -> Case:
-    """own_graphs: also mode="max-autotune" as users write it, with CUDA graphs of its own and their input copies."""
+    """kernels: also those that need a GPU and no compiler. own_graphs: also mode="max-autotune" as users write it, with
+    CUDA graphs of its own, into which it copies its inputs."""
     numel, size = torch.Size(shape).numel(), dtype.itemsize
-    impls: list[Impl] = [
-        eager(builtin),
-        eager(spelling, "eager-handwritten"),
-        *compiled_pairs(spelling, *MODES),
-        Impl("infuse-kernel", infuse_kernel, note="torch.ops.infuse.rms_norm_out, not compiled"),
-        Impl("liger", liger),
-    ]
+    impls = [eager(builtin), eager(spelling, "eager-handwritten"), *compiled_pairs(spelling, *MODES)]
+    if kernels:
+        note = "torch.ops.infuse.rms_norm_out, not compiled"
+        impls += [Impl("infuse-kernel", infuse_kernel, note=note), Impl("liger", liger)]
     if own_graphs:
         impls += compiled_pairs(spelling, ("-max-autotune-cudagraphs", "max-autotune"))
     suffix = "" if spelling is hugging_face else f" {spelling.__name__}"
@@ -232,8 +233,8 @@ def cases(device: Device, quick: bool) -> Iterator[Case]:
     else:
         shapes, rows, dim, side = [(4096, 1024), (1, 1024), (512, 8, 64)], 4096, 1024, 512
     for number, shape in enumerate(shapes):
-        yield alone(shape, dtype, own_graphs=on_gpu and number == 0)
-    yield alone(shapes[0], dtype, torchtune)
+        yield alone(shape, dtype, kernels=on_gpu, own_graphs=on_gpu and number == 0)
+    yield alone(shapes[0], dtype, torchtune, kernels=on_gpu)
     context = "relu(rms_norm(x*2 + r)) + 1"
     yield in_context(context, pointwise_context, pointwise_context_exact, rows, dim, dtype, 1, 1)
     yield in_context(

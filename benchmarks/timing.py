@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import gc
 import math
+import random
 import statistics
 import time
 from abc import ABC, abstractmethod
@@ -133,12 +134,16 @@ class Sampler:
             self._flush = torch.randn(device.cache_bytes, device="cuda")  # 4 bytes each: four times the cache
 
     def rounds(self, contestants: Sequence[Timed], rounds: int) -> dict[str, Stats]:
-        """Milliseconds of one call for each contestant, `rounds` samples each. The last round starts poisoned."""
+        """Milliseconds of one call for each contestant, `rounds` samples each. In the last round answers are poisoned.
+
+        The order is drawn anew for each round: who always followed the same other would profit from what that one left
+        in the caches.
+        """
+        draw = random.Random(rounds)
         samples: dict[str, list[float]] = {timed.name: [] for timed in contestants}
         with _no_collector():
             for number in range(rounds):
-                start = number % len(contestants)
-                for timed in [*contestants[start:], *contestants[:start]]:
+                for timed in draw.sample(contestants, len(contestants)):
                     samples[timed.name].append(self.sample(timed, poisoned=number == rounds - 1))
         return {name: summarise(values) for name, values in samples.items()}
 

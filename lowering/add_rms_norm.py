@@ -22,8 +22,9 @@ def lower(
     """The IR nodes of y and the sum."""
     node = inductor.current_node()
     total = inductor.inline(_add, x, residual)
-    fx_y, fx_total = inductor.results(node, 2)
-    y = lower_in_context(total, weight, eps, weight_offset, cast_before_weight, fx_total, fx_y)
+    fx_y, fx_total = inductor.result(node, 0), inductor.result(node, 1)
+    read_elsewhere = fx_total is not None
+    y = lower_in_context(total, weight, eps, weight_offset, cast_before_weight, read_elsewhere, fx_y or node)
     return y, total
 
 

@@ -229,13 +229,13 @@ def _is_fusable(target: object) -> bool:
     return name in ("prims::convert_element_type", "aten::sum", "aten::mean", "aten::amax", "aten::clone", "aten::cat")
 
 
-def _readers(node: torch.fx.Node) -> list[torch.fx.Node]:
+def readers(node: torch.fx.Node) -> list[torch.fx.Node]:
     """The nodes that read a value, through views."""
     found: list[torch.fx.Node] = []
     for user in node.users:
         target = user.target
         is_view = isinstance(target, torch._ops.OpOverload) and target._schema.name.partition("::")[2] in _VIEWS
-        found.extend(_readers(user) if is_view else [user])
+        found.extend(readers(user) if is_view else [user])
     return found
 
 
@@ -256,13 +256,12 @@ class Neighbours:
         return self.producer_passes + self.consumer_passes
 
 
-def neighbours(tensor: Node, fx_input: torch.fx.Node, fx_output: torch.fx.Node) -> Neighbours:
-    """What could fuse with the operator that reads `tensor` (of `fx_input`) and gives `fx_output`."""
+def neighbours(tensor: Node, read_elsewhere: bool, fx_output: torch.fx.Node) -> Neighbours:
+    """What could fuse with the operator that reads `tensor` (which others may read too) and gives `fx_output`."""
     producer = 0
     if _is_generated(tensor):
-        producer = 2 if len(_readers(fx_input)) == 1 else 1
-    readers = _readers(fx_output)
-    fusable = [_is_fusable(reader.target) for reader in readers]
+        producer = 1 if read_elsewhere else 2
+    fusable = [_is_fusable(reader.target) for reader in readers(fx_output)]
     consumer = 0 if not any(fusable) else 2 if all(fusable) else 1
     return Neighbours(producer, consumer)
 
@@ -282,10 +281,9 @@ def current_node() -> torch.fx.Node:
     return V.graph.current_node
 
 
-def results(node: torch.fx.Node, count: int) -> list[torch.fx.Node]:
-    """The FX nodes of an operator's results, the operator's own node where a result is not read."""
-    by_index = {user.args[1]: user for user in node.users if user.target is operator.getitem}
-    return [by_index.get(index, node) for index in range(count)]
+def result(node: torch.fx.Node, index: int) -> torch.fx.Node | None:
+    """The FX node of one of an operator's results, None where nothing reads it."""
+    return next((user for user in node.users if user.target is operator.getitem and user.args[1] == index), None)
 
 
 # --- examples --------------------------------------------------------------------------------------------------------

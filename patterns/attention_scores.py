@@ -74,10 +74,12 @@ def match(view: CanonicalGraph, anchor: Node) -> Finding | None:
     return _attention(view, anchor, scores, output)
 
 
-def _attention(view: CanonicalGraph, anchor: Node, scores: _Scores, output: _Output) -> Finding:
+def _attention(view: CanonicalGraph, anchor: Node, scores: _Scores, output: _Output) -> Finding | None:
     product = view.call(scores.node, *_PRODUCTS)
     assert product is not None
     shapes = [view.shape(node) for node in (product["input"], product["other"], output.v)]
+    if all(len(shape) == 2 for shape in shapes):
+        return None  # A memory that is read, softmax(x M^T) M.
     if any(len(shape) != 4 for shape in shapes):
         return refuse(
             anchor,
@@ -202,7 +204,8 @@ def _mask_step(view: CanonicalGraph, scores: _Scores) -> _Scores | None:
         return None
     if not same_shape(view.shape(inner), whole) or not broadcasts_to(tensor.shape, whole):
         return None
-    term: object = mask if scores.scale == 1.0 else Make(torch.mul, (mask, scores.scale))
+    term: object = mask if tensor.dim() >= 2 else Make(torch.reshape, (mask, (1, -1)))
+    term = term if scores.scale == 1.0 else Make(torch.mul, (term, scores.scale))
     words = (*scores.words, "mask" if scores.scale == 1.0 else "mask before the scale")
     total = term if scores.mask is None else Make(torch.add, (scores.mask, term))
     return replace(scores, node=inner, mask=total, trail=(*scores.trail, scores.node), words=words)

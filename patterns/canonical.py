@@ -103,7 +103,7 @@ class CanonicalGraph:
         return call["input"], call["other"]
 
     def number(self, value: object) -> float | Node | None:
-        """A number, or the node of a symbolic one; None for anything else. Under dynamic shapes an eps is a SymFloat."""
+        """A number, or the node of a symbolic one; None for anything else. With dynamic shapes eps is a SymFloat."""
         if isinstance(value, (int, float)) and not isinstance(value, bool):
             return float(value)
         if isinstance(value, Node):

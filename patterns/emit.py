@@ -46,7 +46,7 @@ class Emitter:
         return arg
 
     def emit(self, site: Site, placement: Placement, examples: tuple[object, ...]) -> Refusal | None:
-        """Adds the operator and reroutes the site's outputs. If its result would differ: a refusal, the graph unchanged."""
+        """Adds the operator and reroutes the site's outputs; a refusal, and no change, if its result would differ."""
         target = getattr(getattr(torch.ops.infuse, site.kind), placement.overload)
         with metadata.undisturbed(self.mode):
             result = metadata.evaluate(target, examples, {})
@@ -139,7 +139,7 @@ class Emitter:
             with metadata.undisturbed(self.mode):
                 args: Any = torch.fx.map_arg(node.args, example)
                 kwargs: Any = torch.fx.map_arg(node.kwargs, example)
-                return metadata.evaluate(node.target, args, kwargs)  # type: ignore[arg-type]
+                return metadata.evaluate(node.target, args, kwargs)
         except (RuntimeError, ValueError, TypeError, metadata.MissingMetadata):
             return None
 

@@ -15,7 +15,9 @@ from torch.fx import Node
 
 from infuse.patterns.canonical import CanonicalGraph
 from infuse.patterns.rms_statistic import (
-    KIND,
+    KIND as KIND,
+)
+from infuse.patterns.rms_statistic import (
     Product,
     Statistic,
     find_product,
@@ -58,7 +60,7 @@ def match(view: CanonicalGraph, anchor: Node) -> Finding | None:
     start = _from_call(view, anchor) if view.call(anchor, "rms_norm") else _from_rsqrt(view, anchor)
     if not isinstance(start, _Norm):
         return start
-    # With the leading cast absorbed the result has to come back to x's dtype; if it does not, the cast one is the input.
+    # With the leading cast absorbed the result has to come back to x's dtype; if not, the cast one is the input.
     for norm in _inputs(view, start):
         end = _outwards(view, norm)
         if _is_whole(view, end):
@@ -87,7 +89,7 @@ def _from_rsqrt(view: CanonicalGraph, anchor: Node) -> _Norm | Refusal | None:
     trail = [*statistic.trail, *product.trail]
     base = view.narrowed(product.x, trail)
     norm = _Norm(product.node, base, statistic.eps, torch.float32, tuple(trail), (f"{statistic.square}, mean, rsqrt",))
-    if factor_dtype == view.dtype(anchor) == dtype:
+    if dtype is not None and factor_dtype == view.dtype(anchor) == dtype:
         # The product may read a narrow x beside the wide factor; torch promotes it.
         wide = next((x for x in (product.x, statistic.h) if view.dtype(x) == dtype), base)
         return replace(norm, x=wide, n_dtype=dtype)
@@ -163,7 +165,7 @@ def _absorb_weight(view: CanonicalGraph, norm: _Norm, value: Node, reader: Node)
     order = "y * w" if operands[0] is value else "w * y"
     vector = _as_vector(view, weight, view.shape(value))
     dtype = view.dtype(weight)
-    if vector is None or dtype is None or not dtype.is_floating_point:
+    if not isinstance(weight, Node) or vector is None or dtype is None or not dtype.is_floating_point:
         return None
     if torch.promote_types(dtype, view.dtype(value) or dtype) != view.dtype(reader):
         return None
@@ -186,7 +188,7 @@ def _as_vector(view: CanonicalGraph, weight: object, shape: tuple[Any, ...]) -> 
         return None
     if len(own) == 1:
         return weight
-    return Make(torch.reshape, (weight, (own[-1],))) if all(same_size(size, 1) for size in own[:-1]) else None
+    return Make(torch.reshape, (weight, (-1,))) if all(same_size(size, 1) for size in own[:-1]) else None
 
 
 def _without_offset(view: CanonicalGraph, weight: Node, n_dtype: torch.dtype) -> tuple[Node, float, tuple[Node, ...]]:

@@ -41,30 +41,39 @@ def refuse(node: Node, reason: str, remedy: str) -> Refusal:
 
 
 def find_statistic(view: CanonicalGraph, anchor: Node) -> Statistic | Refusal | None:
+    """What an rsqrt is taken of, if it is a mean of squares; None for any other rsqrt."""
     trail: list[Node] = [anchor]
-    call = view.call(anchor, "rsqrt")
-    mean = _past_reshapes(view, call["input"], trail) if call else None
-    eps: float | Node = 0.0
-    if (found := plus_number(view, mean)) is not None:
-        trail.append(mean)
-        mean, eps = _past_reshapes(view, found[0], trail), found[1]
-    elif any(_is_mean_of_squares(view, operand) for operand in view.operands(mean, "add") or ()):
-        return refuse(anchor, "eps is a tensor", "keep eps as a Python float")
-    mean_call = view.call(mean, "mean")
-    if mean_call is None:
-        return None
-    trail.append(mean)
-    squared = view.strip(mean_call["input"], trail=trail)
+    found = _mean_and_eps(view, anchor, trail)
+    if not isinstance(found, tuple):
+        return found
+    mean, eps = found
+    call = view.call(mean, "mean")
+    assert call is not None
+    squared = view.strip(call["input"], widening=True, trail=trail)
     inside = plus_number(view, squared)
     if inside is not None and _square(view, view.strip(inside[0]), []) is not None:
-        return refuse(
-            anchor, "eps is added inside the mean", "add eps to the mean of the squares, outside it: rsqrt(mean + eps)"
-        )
+        return refuse(anchor, "eps is added inside the mean", "add eps to the mean of squares: rsqrt(mean + eps)")
     square = _square(view, squared, trail)
     if square is None or _is_centred(view, view.strip(square[0], widening=True)):
         return None
     trail.append(squared)
-    return _checked(view, Statistic(square[0], eps, square[1], tuple(trail)), mean_call["dim"], (squared, mean))
+    return _checked(view, Statistic(square[0], eps, square[1], tuple(trail)), call["dim"], (squared, mean))
+
+
+def _mean_and_eps(view: CanonicalGraph, anchor: Node, trail: list[Node]) -> tuple[Node, float | Node] | Refusal | None:
+    """(mean, eps) for rsqrt(mean(...) + eps), eps being 0 where none is added."""
+    call = view.call(anchor, "rsqrt")
+    node = _past_reshapes(view, call["input"], trail) if call else None
+    eps: float | Node = 0.0
+    if isinstance(node, Node) and (found := plus_number(view, node)) is not None:
+        trail.append(node)
+        node, eps = _past_reshapes(view, found[0], trail), found[1]
+    elif any(_is_mean_of_squares(view, operand) for operand in view.operands(node, "add") or ()):
+        return refuse(anchor, "eps is a tensor", "keep eps as a Python float")
+    if not isinstance(node, Node) or view.call(node, "mean") is None:
+        return None
+    trail.append(node)
+    return node, eps
 
 
 def _checked(
@@ -107,7 +116,8 @@ def _past_reshapes(view: CanonicalGraph, node: Any, trail: list[Node]) -> Any:
         node = call["input"]
 
 
-def plus_number(view: CanonicalGraph, node: object) -> tuple[Any, float | Node] | None:
+def plus_number(view: CanonicalGraph, node: object) -> tuple[Node, float | Node] | None:
+    """(value, number) for a node that adds a number to a tensor."""
     operands = view.operands(node, "add")
     if operands is None:
         return None

@@ -22,27 +22,12 @@ from infuse.patterns import metadata
 from infuse.patterns.canonical import CanonicalGraph
 from infuse.patterns.sites import Refusal, Site, arguments_of
 
-_IN_PLACE_OPERATORS = frozenset(
-    getattr(operator, name)
-    for name in [
-        "iadd",
-        "isub",
-        "imul",
-        "itruediv",
-        "ifloordiv",
-        "imod",
-        "ipow",
-        "imatmul",
-        "iand",
-        "ior",
-        "ixor",
-        "ilshift",
-        "irshift",
-        "setitem",
-        "delitem",
-    ]
+_IN_PLACE_NAMES = (
+    *("iadd", "isub", "imul", "itruediv", "ifloordiv", "imod", "ipow", "imatmul"),
+    *("iand", "ior", "ixor", "ilshift", "irshift", "setitem", "delitem"),
 )
-_IN_PLACE_METHODS = frozenset(f"__{function.__name__}__" for function in _IN_PLACE_OPERATORS)
+_IN_PLACE_OPERATORS = frozenset(getattr(operator, name) for name in _IN_PLACE_NAMES)
+_IN_PLACE_METHODS = frozenset(f"__{name}__" for name in _IN_PLACE_NAMES)
 # They end in an underscore and write to no storage.
 _HARMLESS_METHODS = frozenset({"requires_grad_", "retain_grad_"})
 # They update running statistics among their arguments.
@@ -195,7 +180,7 @@ def _written_by_operator(target: torch._ops.OpOverload | torch._ops.OpOverloadPa
 def _asks_in_place(node: Node) -> bool:
     if node.kwargs.get("inplace"):
         return True
-    position = _in_place_parameter(node.target)  # type: ignore[arg-type]
+    position = _in_place_parameter(node.target)
     return position is not None and len(node.args) > position and bool(node.args[position])
 
 

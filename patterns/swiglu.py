@@ -78,11 +78,11 @@ def _gated(
             "a gated MLP multiplies tensors of one shape; expand the smaller one if this is one",
         )
     gate, up, trail = _narrow_gate(view, gate, value, up, trail)
-    dtypes = {view.dtype(node) for node in (gate, up, product)}
+    dtypes = {view.dtype(node) for node in (gate, value, up, product)}
     if len(dtypes) != 1:
         return _refuse(
             product,
-            f"gate, other factor and product differ in dtype: {', '.join(sorted(map(str, dtypes)))}",
+            f"gate, activation, other factor and product differ in dtype: {', '.join(sorted(map(str, dtypes)))}",
             "bring gate and other factor to one dtype before the activation",
         )
     order = "act * up" if operands[0] is value else "up * act"
@@ -137,7 +137,7 @@ def _origin(view: CanonicalGraph, gate: Node, up: Node) -> str:
         layer = _layer(view, gate_source)
         return f"packed {layer}, gate {'first' if gate_part < up_part else 'second'}"
     layers = {_layer(view, gate_source), _layer(view, up_source)}
-    return f"separate {layers.pop()}s" if len(layers) == 1 else " and ".join(sorted(layers))
+    return f"separate {_plural(layers.pop())}" if len(layers) == 1 else " and ".join(sorted(layers))
 
 
 def _producer(view: CanonicalGraph, node: Node) -> tuple[Node, str]:
@@ -167,3 +167,8 @@ def _layer(view: CanonicalGraph, node: Node) -> str:
     if call.name == "linear":
         return "linear with bias" if call["bias"] is not None else "linear"
     return "matmul"
+
+
+def _plural(layer: str) -> str:
+    noun, _, rest = layer.partition(" ")
+    return f"{noun}s {rest}".rstrip()

@@ -1,1 +1,1 @@
-"""The models that the demo, the benchmarks and the tests share."""
+"""The models that the demo and the tests share, with what trains them and what makes them write."""

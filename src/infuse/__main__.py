@@ -1,0 +1,7 @@
+"""`python -m infuse`."""
+
+from __future__ import annotations
+
+from infuse.cli import main
+
+raise SystemExit(main())
