@@ -48,9 +48,7 @@ print(f"found {len(sources)} CUDA and C++ sources in infuse/csrc")
 
 library = importlib.import_module("infuse.build").find_library()
 if shutil.which("nvcc"):
-    assert library is not None and Path(sys.prefix) in library.parents, (
-        f"no usable kernel library in the wheel: {library}"
-    )
+    assert library is not None and Path(sys.prefix) in library.parents, f"the wheel has no usable kernels: {library}"
     print("found the kernel library,", f"{library.stat().st_size / 2**20:.1f} MiB")
 
 requirements = importlib.metadata.requires("infuse") or []

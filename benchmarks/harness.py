@@ -252,11 +252,11 @@ class Session:
         return case.cache_resident or (self.device.type == "cpu" and case.bytes * 4 < self.device.cache_bytes)
 
     def _rounds(self, sampler: Sampler, contestants: Sequence[Timed]) -> int:
-        """As many rounds as take about half a second for the slowest."""
+        """As many rounds as take about a second for the slowest."""
         if self.options.quick:
             return 5
         slowest = max(sampler.sample(timed) * timed.calls for timed in contestants)
-        return min(max(round(500 / slowest), 15), 101)
+        return min(max(round(1000 / slowest), 21), 101)
 
     def _peak_bytes(self, case: Case, function: Function, inputs: Inputs) -> int | None:
         """Memory that one call takes on top of what is allocated before it."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -44,7 +45,9 @@ def candidates(args: tuple[Any, ...]) -> dict[str, Callable[..., Tensor]]:
     for label, backend in _BACKENDS.items():
         formula = _with_backend(backend)
         try:
-            code = inductor.code_of(formula, args)
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # torch says at length why a backend cannot run
+                code = inductor.code_of(formula, args)
         except RuntimeError:
             continue  # "No available kernel": this backend does not take such shapes, dtypes or masks
         if code not in seen:

@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 from torch._inductor import config, ir
-from torch._inductor.codegen.subgraph import SubgraphChoiceCaller, SubgraphTemplate, inline_subgraph_to_ir_nodes
+from torch._inductor.codegen.subgraph import SubgraphChoiceCaller, SubgraphTemplate
 from torch._inductor.custom_graph_pass import CustomGraphPass
 from torch._inductor.decomposition import select_decomp_table
 from torch._inductor.lowering import register_lowering
@@ -84,7 +84,24 @@ def trace(function: Callable[..., Any], tensors: Sequence[Node]) -> torch.fx.Gra
 def inline(function: Callable[..., Any], *args: object) -> Any:
     """Lowers `function(*args)` as if its formula stood in the user's graph: both neighbours can fuse with it."""
     bound, tensors = bind(function, args)
-    return inline_subgraph_to_ir_nodes(trace(bound, tensors), tensors, "infuse_inline")
+    graph = trace(bound, tensors)
+    # Without its output node: what an output reads is written to memory, in the strides that it had while traced.
+    output = graph.graph.output_node()
+    (results,) = output.args
+    graph.graph.erase_node(output)
+    environment, outer_module, outer_node = V.graph.env, V.graph.module, V.graph.current_node
+    remaining = iter(tensors)
+    try:
+        V.graph.module = graph
+        for node in graph.graph.nodes:
+            if node.op == "placeholder":
+                environment[node] = next(remaining)
+            else:
+                V.graph.current_node = node
+                environment[node] = V.graph.run_node(node)
+    finally:
+        V.graph.module, V.graph.current_node = outer_module, outer_node
+    return torch.fx.map_arg(results, environment.__getitem__)  # type: ignore[arg-type]
 
 
 # --- measuring -------------------------------------------------------------------------------------------------------

@@ -157,6 +157,8 @@ def _outwards(view: CanonicalGraph, anchor: Node) -> _Output | Refusal:
 def _inwards(view: CanonicalGraph, scores: _Scores) -> _Scores | Refusal | None:
     """The scores read back to the product of q and k; None if there is no such product behind them."""
     for _ in range(_MAX_STEPS):
+        if len(view.readers(scores.node)) > 1 and _reaches_product(view, scores.node):
+            return refuse(scores.node, "the attention scores are read elsewhere", "do not return or reuse the scores")
         if view.call(scores.node, *_PRODUCTS) is not None:
             return scores
         following = next((found for step in _STEPS if (found := step(view, scores)) is not None), None)

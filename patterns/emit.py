@@ -48,18 +48,15 @@ class Emitter:
     def emit(self, site: Site, placement: Placement, examples: tuple[object, ...]) -> Refusal | None:
         """Adds the operator and reroutes the site's outputs; a refusal, and no change, if its result would differ."""
         target = getattr(getattr(torch.ops.infuse, site.kind), placement.overload)
-        with metadata.undisturbed(self.mode):
-            result = metadata.evaluate(target, examples, {})
+        try:
+            with metadata.undisturbed(self.mode):
+                result = metadata.evaluate(target, examples, {})
+        except (RuntimeError, TypeError, ValueError, NotImplementedError) as error:
+            return _gap(site, f"the operator rejects it: {error}")
         results = result if isinstance(result, tuple) else (result,)
         difference = _difference(site, results)
         if difference:
-            return Refusal(
-                site.kind,
-                site.outputs[0],
-                f"the operator would change the result: {difference}",
-                "this is a gap in Infuse's own checks: please report the model",
-                site.spelling,
-            )
+            return _gap(site, f"the operator would change the result: {difference}")
         root = site.outputs[0]
         graph = self.view.graph
         with graph.inserting_before(site.before):
@@ -195,6 +192,12 @@ def _describe(node: Node, root: Node, value: Any) -> None:
     """Metadata of a new node: where it comes from as root's, and its own value."""
     node.meta.update({key: item for key, item in root.meta.items() if key not in _VALUE_KEYS})
     node.meta[metadata.key(root) or metadata.KEYS[0]] = value
+
+
+def _gap(site: Site, reason: str) -> Refusal:
+    """A refusal that the matchers should have made."""
+    remedy = "this is a gap in Infuse's own checks: please report the model"
+    return Refusal(site.kind, site.outputs[0], reason, remedy, site.spelling)
 
 
 def _difference(site: Site, results: Iterable[Any]) -> str:

@@ -17,7 +17,9 @@ from typing import Any
 
 import pytest
 
-pytest.importorskip("build", reason="build is not installed (pip install 'infuse[test]')")
+pytest.importorskip("setuptools", reason="setuptools is not installed (pip install 'infuse[test]')")
+# Not "build": without the package that would be the folder of that name in the checkout.
+pytest.importorskip("build.env", reason="build is not installed (pip install 'infuse[test]')")
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -25,7 +27,8 @@ else:
     import tomli as tomllib  # pytest brings it
 
 ROOT = Path(__file__).resolve().parent.parent
-LEFT_OUT = (".venv", ".git", "build", "dist", "demo-output", "results", "_lib", "*.egg-info", "__pycache__", ".*_cache")
+FOLDERS = ("src", "ops", "patterns", "lowering", "csrc", "tests", "benchmarks", ".ci")
+LEFT_OUT = shutil.ignore_patterns("results", "_lib", "*.egg-info", "__pycache__")
 CUDA_SOURCES = (".cu", ".cuh", ".cpp", ".h")
 
 
@@ -52,7 +55,18 @@ def csrc_files() -> set[str]:
     }
 
 
-@dataclass(frozen=True)
+def copy_of_the_tree(destination: Path) -> Path:
+    """The project without what was built or installed in it, so that a build leaves nothing in the checkout."""
+    destination.mkdir()
+    for path in ROOT.iterdir():
+        if path.is_file():
+            shutil.copy2(path, destination)
+        elif path.name in FOLDERS:
+            shutil.copytree(path, destination / path.name, ignore=LEFT_OUT)
+    return destination
+
+
+@dataclass(frozen=True, slots=True)
 class Built:
     wheel: Path
     wheel_files: frozenset[str]
@@ -64,8 +78,7 @@ class Built:
 @pytest.fixture(scope="module")
 def built(tmp_path_factory: pytest.TempPathFactory) -> Built:
     """An sdist of a copy of the tree, and a wheel without kernels that was made from that sdist."""
-    source = tmp_path_factory.mktemp("source") / "tree"
-    shutil.copytree(ROOT, source, ignore=shutil.ignore_patterns(*LEFT_OUT))
+    source = copy_of_the_tree(tmp_path_factory.mktemp("source") / "tree")
     out = tmp_path_factory.mktemp("dist")
     result = subprocess.run(
         [sys.executable, "-m", "build", "--no-isolation", "--outdir", str(out), str(source)],
@@ -148,7 +161,7 @@ def test_entry_points(built: Built) -> None:
 def test_unknown_kernel_setting_is_refused(tmp_path: Path) -> None:
     result = subprocess.run(
         [sys.executable, "setup.py", "bdist_wheel", "--dist-dir", str(tmp_path), "--bdist-dir", str(tmp_path / "b")],
-        cwd=shutil.copytree(ROOT, tmp_path / "tree", ignore=shutil.ignore_patterns(*LEFT_OUT)),
+        cwd=copy_of_the_tree(tmp_path / "tree"),
         env={**os.environ, "INFUSE_BUILD_KERNELS": "yes"},
         text=True,
         capture_output=True,

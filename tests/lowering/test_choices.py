@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from typing import Any
 
@@ -162,6 +163,26 @@ def test_neighbours_are_counted(cpu_kernel: list[int], monkeypatch: pytest.Monke
     out, _ = compiled_code(function, *args, mode="max-autotune-no-cudagraphs")
     torch.testing.assert_close(out, function(*args), rtol=1e-4, atol=1e-4)
     assert seen == [passes]
+
+
+def hugging_face_norm(x: Tensor, residual: Tensor, weight: Tensor) -> Tensor:
+    h = (x * 2 + residual).float()
+    n = h * torch.rsqrt(h.pow(2).mean(-1, keepdim=True) + 1e-6)
+    return torch.relu(weight * n.to(x.dtype)) + 1
+
+
+@pytest.mark.parametrize("mode", ["default", "max-autotune-no-cudagraphs"])
+def test_a_formula_that_wins_gives_the_code_of_stock_to_the_letter(cpu_kernel: list[int], mode: str) -> None:
+    """Nothing more is written to memory than without Infuse: neither the norm's input nor its result."""
+    args = [torch.randn(shape, dtype=torch.bfloat16) for shape in ((64, 128), (64, 128), (128,))]
+
+    def code_of(**options: Any) -> str:
+        torch._dynamo.reset()
+        with torch.no_grad():
+            code = run_and_get_code(torch.compile(hugging_face_norm, mode=mode, **options), *args)[1][-1]
+        return re.sub(r"cpp_fused\w*|# .*", "", code)
+
+    assert code_of(backend="infuse") == code_of()
 
 
 def test_two_instances_of_an_operator_choose_each_for_itself(cpu_kernel: list[int]) -> None:

@@ -134,7 +134,7 @@ def _results(module: torch.fx.GraphModule, values: Sequence[Any], training: bool
 
 
 def assert_same_results(captured: Captured, training: bool = False) -> None:
-    """Outputs, in training gradients too: shapes, dtypes and strides as the original's, and as near to float64 as those."""
+    """Outputs, in training gradients too: dtypes, shapes and layout as the original's, and as near to float64."""
     before = _results(captured.original, captured.inputs, training)
     after = _results(captured.rewritten, captured.inputs, training)
     exact = _exact_results(captured, training)

@@ -218,18 +218,12 @@ def batch_broadcasts(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     return F.scaled_dot_product_attention(q, k[:1], v[:1])
 
 
-def mask_enlarges_the_batch(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    mask = torch.ones(3, H, S, T, dtype=torch.bool)
-    return F.scaled_dot_product_attention(q[:1], k[:1], v[:1], attn_mask=mask)
-
-
 @pytest.mark.parametrize(
     ("function", "word"),
     [
         (drops, "dropped out"),
         (three_dimensions, "3, 3, 3"),
         (batch_broadcasts, "shapes"),
-        (mask_enlarges_the_batch, "mask's shape"),
     ],
 )
 def test_near_miss_is_refused_with_a_reason(function: Function, word: str) -> None:

@@ -243,6 +243,16 @@ def renormalised(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     return (weights @ v) * weights.sum()
 
 
+def scores_returned(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+    scores = q @ k.mT
+    return torch.softmax(scores * 0.5, -1) @ v, scores
+
+
+def masked_scores_reused(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    scores = q @ k.mT + 1.0 * v.new_ones(S, T)
+    return torch.softmax(scores, -1) @ v + scores.sum()
+
+
 def dropped_out(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     return F.dropout(torch.softmax(q @ k.mT, -1), 0.5, True) @ v
 
@@ -292,6 +302,8 @@ def batch_broadcasts(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         (returned_too, "read elsewhere"),
         (read_twice, "read elsewhere"),
         (renormalised, "read elsewhere"),
+        (scores_returned, "scores are read elsewhere"),
+        (masked_scores_reused, "scores are read elsewhere"),
         (dropped_out, "dropped out"),
         (masked_fill, "overwritten by a mask"),
         (where, "overwritten by a mask"),

@@ -406,9 +406,7 @@ def mean_in_float32_of_bfloat16_squares(x: Tensor, w: Tensor) -> Tensor:
     return (x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True, dtype=torch.float32) + 1e-6)).to(x.dtype) * w
 
 
-@pytest.mark.parametrize(
-    "function", [statistics_in_bfloat16, squares_in_bfloat16, mean_in_float32_of_bfloat16_squares]
-)
+@pytest.mark.parametrize("function", [statistics_in_bfloat16, squares_in_bfloat16, mean_in_float32_of_bfloat16_squares])
 def test_statistics_that_are_not_in_float32_are_refused(function: Function) -> None:
     captured = capture(function, *tensors(torch.bfloat16))
     assert captured.counts == {}

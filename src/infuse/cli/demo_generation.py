@@ -157,7 +157,7 @@ def _show(variants: dict[str, Variant], margin: float) -> None:
             )
         )
     columns = ("generation", "first call", "tokens/s", "p20 - p80", "x eager", "tokens")
-    show_table("", columns, rows)
+    show_table(columns, rows)
     difference = max(variant.logits_difference for variant in variants.values())
     say(
         f"the logits differ by at most {difference:.1e}; the closest choice had a margin of {margin:.1e}. "

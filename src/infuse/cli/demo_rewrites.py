@@ -30,7 +30,7 @@ def explain_models(plan: Plan) -> dict[str, Report]:
     }
     reports = {}
     for name, (title, make, config) in models.items():
-        say(f"infuse.explain: {title}, {config.num_layers} layers")
+        say(f"infuse.explain: {title}, {config.num_layers} layer{'s' * (config.num_layers > 1)}")
         tokens = torch.zeros(1, config.max_seq_len, dtype=torch.int64, device=plan.device)
         reports[name] = explain(make(config).to(plan.device), tokens)
         reports[name].print()

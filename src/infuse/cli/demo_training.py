@@ -172,7 +172,7 @@ def _show(result: Training) -> None:
             )
         )
     columns = ("training", "first step", "median step", "tokens/s", "loss, last 20", "held-out loss")
-    show_table("", columns, rows)
+    show_table(columns, rows)
     say(
         f"same curves: the losses differ by at most {result.max_loss_difference:.1e} (bound {MAX_LOSS_DIFFERENCE:g}), "
         f"the first gradients by {result.first_gradient_difference:.1e} of their largest entry "

@@ -94,7 +94,7 @@ def hugging_face_llama(config: LlamaConfig, seed: int = 0) -> nn.Module:
         attn_implementation="sdpa",
         use_cache=False,
     )
-    with torch.random.fork_rng(devices=()):
+    with torch.random.fork_rng(devices=()), _quiet_imports():  # it imports torchao when it makes a model
         torch.manual_seed(seed)
         model: nn.Module = transformers.LlamaForCausalLM(sizes)
     return model
