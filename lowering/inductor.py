@@ -10,7 +10,6 @@ import functools
 import itertools
 import logging
 import math
-import operator
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -88,6 +87,7 @@ def inline(function: Callable[..., Any], *args: object) -> Any:
     # Without its output node: what an output reads is written to memory, in the strides that it had while traced.
     output = graph.graph.output_node()
     (results,) = output.args
+    wanted = output.all_input_nodes
     graph.graph.erase_node(output)
     environment, outer_module, outer_node = V.graph.env, V.graph.module, V.graph.current_node
     remaining = iter(tensors)
@@ -99,6 +99,9 @@ def inline(function: Callable[..., Any], *args: object) -> Any:
             else:
                 V.graph.current_node = node
                 environment[node] = V.graph.run_node(node)
+                if node in wanted and node.users:
+                    # Read inside and outside: Inductor decides whether to keep it, as for any value with several readers.
+                    environment[node].mark_reuse(len(node.users) + 1)
     finally:
         V.graph.module, V.graph.current_node = outer_module, outer_node
     return torch.fx.map_arg(results, environment.__getitem__)  # type: ignore[arg-type]
@@ -246,13 +249,13 @@ def _is_fusable(target: object) -> bool:
     return name in ("prims::convert_element_type", "aten::sum", "aten::mean", "aten::amax", "aten::clone", "aten::cat")
 
 
-def readers(node: torch.fx.Node) -> list[torch.fx.Node]:
+def _readers(node: torch.fx.Node) -> list[torch.fx.Node]:
     """The nodes that read a value, through views."""
     found: list[torch.fx.Node] = []
     for user in node.users:
         target = user.target
         is_view = isinstance(target, torch._ops.OpOverload) and target._schema.name.partition("::")[2] in _VIEWS
-        found.extend(readers(user) if is_view else [user])
+        found.extend(_readers(user) if is_view else [user])
     return found
 
 
@@ -273,12 +276,12 @@ class Neighbours:
         return self.producer_passes + self.consumer_passes
 
 
-def neighbours(tensor: Node, read_elsewhere: bool, fx_output: torch.fx.Node) -> Neighbours:
-    """What could fuse with the operator that reads `tensor` (which others may read too) and gives `fx_output`."""
+def neighbours(tensor: Node, node: torch.fx.Node) -> Neighbours:
+    """What could fuse with the operator `node` that reads `tensor` as its first argument."""
     producer = 0
     if _is_generated(tensor):
-        producer = 1 if read_elsewhere else 2
-    fusable = [_is_fusable(reader.target) for reader in readers(fx_output)]
+        producer = 2 if len(_readers(node.args[0])) == 1 else 1  # type: ignore[arg-type]
+    fusable = [_is_fusable(reader.target) for reader in _readers(node)]
     consumer = 0 if not any(fusable) else 2 if all(fusable) else 1
     return Neighbours(producer, consumer)
 
@@ -296,11 +299,6 @@ def _is_generated(tensor: Node) -> bool:
 def current_node() -> torch.fx.Node:
     """The FX node being lowered."""
     return V.graph.current_node
-
-
-def result(node: torch.fx.Node, index: int) -> torch.fx.Node | None:
-    """The FX node of one of an operator's results, None where nothing reads it."""
-    return next((user for user in node.users if user.target is operator.getitem and user.args[1] == index), None)
 
 
 # --- examples --------------------------------------------------------------------------------------------------------

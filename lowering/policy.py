@@ -62,11 +62,13 @@ def _place_norm(
     taken = x if kind == "rms_norm" else torch.empty_like(x, memory_format=torch.contiguous_format)
     if reason := norm.can_run(taken, weight, float(offset), bool(cast)):
         return _inline(reason)
+    # add_rms_norm has no kernel of its own: the sum stays Inductor's, its norm is kept whole.
+    whole, part = ("default", "") if kind == "rms_norm" else ("parts", "sum; norm by ")
     if settings.kernels == "always":
-        return Placement("default", "kernel")
+        return Placement(whole, part + "kernel")
     if max_autotune:
-        return Placement("default", "kernel or decomposition, measured")
+        return Placement(whole, part + "kernel or decomposition, measured")
     rows = x.numel() // x.shape[-1] if isinstance(x.numel(), int) and x.numel() else 0
     if rows and norm_heuristics.runs_well(norm_heuristics.Problem(rows, int(x.shape[-1]), x.dtype.itemsize)):
-        return Placement("default", "kernel")
+        return Placement(whole, part + "kernel")
     return _inline("Inductor fuses it with its neighbours")

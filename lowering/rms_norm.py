@@ -56,15 +56,6 @@ def lower(
     x: Any, weight: Any, eps: Any, weight_offset: Any = 0.0, cast_before_weight: bool = False
 ) -> Any:
     """The IR node of y."""
-    node = inductor.current_node()
-    read_elsewhere = len(inductor.readers(node.args[0])) > 1
-    return lower_in_context(x, weight, eps, weight_offset, cast_before_weight, read_elsewhere, node)
-
-
-def lower_in_context(
-    x: Any, weight: Any, eps: Any, weight_offset: Any, cast_before_weight: bool, read_elsewhere: bool, fx_output: Any
-) -> Any:
-    """As `lower`, told whether others read x, and which FX node stands for y (add_rms_norm has it as a first result)."""
     args = (x, weight, eps, weight_offset, cast_before_weight)
     problem = heuristics.Problem(*inductor.rows_and_row_size(x), itemsize=x.get_dtype().itemsize)
     described = f"{problem.rows}x{problem.row_size} {x.get_dtype()}"
@@ -93,7 +84,7 @@ def lower_in_context(
     configs = {f"kernel_{config}": config for config in heuristics.configurations(problem, len(names) - 1)}
     kernels = {label: kernel(config) for label, config in configs.items()}
     timings = inductor.measure("infuse_rms_norm", kernels, {FORMULA: op.rms_norm_ref}, args, layout)
-    around = inductor.neighbours(x, read_elsewhere, fx_output)
+    around = inductor.neighbours(x, inductor.current_node())
     label, costs = profit.choose(timings, FORMULA, FORMULA_PASSES, around.passes)
     return take(label, f"measured; fusing with the neighbours saves {around.passes} passes", timings, costs)
 

@@ -14,7 +14,15 @@ import torch
 from torch import Tensor
 
 from infuse.ops import checks
-from infuse.ops.registration import Placements, differentiate, register, register_differentiable, register_sharding
+from infuse.ops.registration import (
+    Placements,
+    define,
+    differentiate,
+    implement,
+    register,
+    register_differentiable,
+    register_sharding,
+)
 from infuse.ops.rms_norm import (
     check_arguments,
     output_dtype,
@@ -49,6 +57,20 @@ def add_rms_norm_ref(
     _check("add_rms_norm", x, residual, weight, weight_offset, cast_before_weight)
     total = x + residual
     return rms_norm_ref(total, weight, eps, weight_offset, cast_before_weight), total
+
+
+def add_rms_norm_parts(
+    x: Tensor,
+    residual: Tensor,
+    weight: Tensor | None,
+    eps: float,
+    weight_offset: float = 0.0,
+    cast_before_weight: bool = False,
+) -> tuple[Tensor, Tensor]:
+    """The sum in plain torch and its norm as infuse::rms_norm, whose kernel can then compete. Returns y and the sum."""
+    _check("add_rms_norm", x, residual, weight, weight_offset, cast_before_weight)
+    total = x + residual
+    return torch.ops.infuse.rms_norm(total, weight, eps, weight_offset, cast_before_weight), total
 
 
 def add_rms_norm_fwd_ref(
@@ -195,6 +217,8 @@ register_differentiable(
     fake=add_rms_norm_fake,
     autograd=_AddRMSNorm.apply,
 )
+define(f"add_rms_norm.parts({ARGUMENTS}) -> (Tensor, Tensor)")
+implement("add_rms_norm.parts", add_rms_norm_parts, "CompositeImplicitAutograd")
 register(
     "add_rms_norm_fwd",
     "Tensor x, Tensor residual, Tensor? weight, float eps, float weight_offset, bool cast_before_weight",

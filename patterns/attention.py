@@ -6,6 +6,7 @@ mask.
 
 from __future__ import annotations
 
+import functools
 import operator
 from dataclasses import dataclass, replace
 from typing import Any
@@ -95,7 +96,7 @@ def assemble(view: CanonicalGraph, parts: Parts) -> Finding:
     if refusal is not None:
         return refusal
     scale = _scale(view, parts)
-    arguments = (parts.q, parts.k.argument(), parts.v.argument(), parts.mask, scale, parts.is_causal)
+    arguments = (parts.q, parts.k.argument(), parts.v.argument(), _mask(view, parts), scale, parts.is_causal)
     trail = (*parts.trail, *parts.k.trail, *parts.v.trail)
     interior = tuple(sorted(set(trail), key=lambda node: view.index[node]))
     return Site(KIND, (parts.root,), parts.root, arguments, interior, ", ".join(parts.words), parts.rounding)
@@ -139,12 +140,11 @@ def _unfit_dtypes(view: CanonicalGraph, parts: Parts) -> Refusal | None:
 
 def _unfit_shapes(view: CanonicalGraph, parts: Parts) -> Refusal | None:
     q, k, v = view.shape(parts.q), parts.k.shape(view), parts.v.shape(view)
+    # That q and k agree in D, and k and v in T, is what the source needs to run at all; the operator checks it.
     fit = (
         same_size(q[0], k[0])
         and same_size(q[0], v[0])
-        and same_size(q[3], k[3])
         and same_size(k[1], v[1])
-        and same_size(k[2], v[2])
         and _heads_fit(q[1], k[1], parts.grouped)
     )
     if fit:
@@ -168,19 +168,33 @@ def _unfit_mask(view: CanonicalGraph, parts: Parts) -> Refusal | None:
         return None
     if parts.is_causal:
         return refuse(parts.root, "it has a mask and is_causal=True", "pass one of them")
+    dtype, q_dtype = mask_dtype(view, parts.mask), view.dtype(parts.q)
+    if dtype is None or not (dtype == torch.bool or dtype.is_floating_point):
+        return refuse(parts.root, "the mask is no bool or float tensor", "pass a bool mask, or a float one that is added")
+    if dtype == torch.float64 != q_dtype:
+        return refuse(parts.root, f"the mask is float64 beside q in {q_dtype}", "cast the mask to float32")
     target = (*view.shape(parts.q)[:3], parts.k.shape(view)[2])
-    for tensor in [view.tensor(node) for node in arguments_of(parts.mask) if view.number(node) is None]:
-        if tensor is None or not (tensor.dtype == torch.bool or tensor.is_floating_point()):
-            return refuse(
-                parts.root, "the mask is no bool or float tensor", "pass a bool mask, or a float one that is added"
-            )
-        if not broadcasts_to(tensor.shape, target):
+    for shape in [view.shape(node) for node in arguments_of(parts.mask) if view.tensor(node) is not None]:
+        if not broadcasts_to(shape, target):
             return refuse(
                 parts.root,
-                f"the mask's shape {tuple(tensor.shape)} is not provably broadcastable to {tuple(target)}",
+                f"the mask's shape {tuple(shape)} is not provably broadcastable to {tuple(target)}",
                 "give the mask the shape [B or 1, H or 1, S or 1, T]",
             )
     return None
+
+
+def mask_dtype(view: CanonicalGraph, mask: object) -> torch.dtype | None:
+    """The dtype of a mask: a node, or what is made of several."""
+    dtypes = [dtype for node in arguments_of(mask) if (dtype := view.dtype(node)) is not None]
+    return functools.reduce(torch.promote_types, dtypes) if dtypes else None
+
+
+def _mask(view: CanonicalGraph, parts: Parts) -> object:
+    """The mask as the operator's argument: bool, float32 or in q's dtype, which is what torch's own attention takes."""
+    if parts.mask is None or mask_dtype(view, parts.mask) in (torch.bool, torch.float32, view.dtype(parts.q)):
+        return parts.mask
+    return Make(torch.ops.aten.to.dtype, (parts.mask, torch.float32))
 
 
 def _scale(view: CanonicalGraph, parts: Parts) -> object:

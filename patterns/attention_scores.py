@@ -87,7 +87,7 @@ def _attention(view: CanonicalGraph, anchor: Node, scores: _Scores, output: _Out
             "keep heads in a dimension of their own: [B, H, S, D]",
         )
     q, scores = _query(view, product["input"], scores)
-    narrow = view.dtype(output.root) in (torch.float16, torch.bfloat16)
+    trail = (*scores.trail, scores.node, *output.trail)
     parts = Parts(
         output.root,
         q,
@@ -95,15 +95,24 @@ def _attention(view: CanonicalGraph, anchor: Node, scores: _Scores, output: _Out
         Source(output.v),
         scores.mask,
         scores.scale,
-        (*scores.trail, scores.node, *output.trail),
+        trail,
         ("softmax(q k^T) v", *reversed(scores.words)),
-        rounding=f"scores and probabilities are rounded to {view.dtype(output.root)}" if narrow else "",
+        rounding=_rounding(view, trail),
     )
     if view.dtype(scores.node) != view.dtype(product["input"]):
         return refuse(
             anchor, "autocast changes the dtype of the scores", "cast q and k before the product, outside autocast"
         )
     return assemble(view, parts)
+
+
+def _rounding(view: CanonicalGraph, trail: tuple[Node, ...]) -> str:
+    """Where the source rounds between the products; the operator keeps scores and probabilities in float32."""
+    for node in trail:
+        half = view.dtype(node) in (torch.float16, torch.bfloat16)
+        if half or (view.call(node, "cast") is not None and not view.widens(node)):
+            return f"scores and probabilities are rounded to {view.dtype(node)}"
+    return ""
 
 
 def _query(view: CanonicalGraph, node: Node, scores: _Scores) -> tuple[Node, _Scores]:

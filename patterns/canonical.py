@@ -129,7 +129,7 @@ class CanonicalGraph:
         The nodes that were looked through are appended to `trail`.
         """
         while (call := self.call(node, "alias", "cast")) is not None:
-            if call.name == "cast" and not (widening and self._widens(node)):
+            if call.name == "cast" and not (widening and self.widens(node)):
                 return node
             if trail is not None:
                 trail.append(node)
@@ -141,7 +141,7 @@ class CanonicalGraph:
         while True:
             skipped: list[Node] = []
             plain = self.strip(node, trail=skipped)
-            if self.call(plain, "cast") is None or not self._widens(plain):
+            if self.call(plain, "cast") is None or not self.widens(plain):
                 return node
             trail += [*skipped, plain]
             node = plain.args[0]
@@ -156,7 +156,8 @@ class CanonicalGraph:
             trail += seen
         return same and isinstance(left, Node)
 
-    def _widens(self, node: Node) -> bool:
+    def widens(self, node: Node) -> bool:
+        """Whether a cast loses nothing."""
         call = self.call(node, "cast")
         before, after = (self.dtype(call["input"]) if call else None), self.dtype(node)
         if before is None or after is None or not (before.is_floating_point and after.is_floating_point):

@@ -49,10 +49,7 @@ def _from_sigmoid(view: CanonicalGraph, anchor: Node) -> Finding | None:
     trail: list[Node] = []
     if not view.same_value(other, call["input"], trail) or view.dtype(other) != view.dtype(anchor):
         return None
-    dtype = view.dtype(anchor)
-    rounding = (
-        "" if dtype in (torch.float32, torch.float64) else f"sigmoid is rounded to {dtype} before it is multiplied"
-    )
+    rounding = "sigmoid is rounded before it is multiplied"
     return _gated(view, found[1], call["input"], [anchor, *trail, found[1]], "x * sigmoid(x)", rounding)
 
 

@@ -166,11 +166,15 @@ def test_doctor_names_what_is_broken(capsys: pytest.CaptureFixture[str], monkeyp
     monkeypatch.setattr(shutil, "which", lambda name: None)
     assert main(["doctor"]) == 1
     broken = [line for line in capsys.readouterr().out.splitlines() if line.startswith("BROKEN")]
-    assert ["settings:" in line or "torch.compile:" in line or "C++ compiler:" in line for line in broken[:3]] == [True] * 3
+    assert ["settings:" in line or "torch.compile:" in line or "C++ compiler:" in line for line in broken[:3]] == [
+        True
+    ] * 3
     assert any("got 'sloppy', expected one of" in line for line in broken)
 
 
-def test_doctor_survives_a_check_that_fails(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_doctor_survives_a_check_that_fails(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     def explode(**selection: object) -> None:
         raise OSError("unreadable metadata")
 

@@ -17,8 +17,10 @@ import pytest
 import torch
 from torch import Tensor
 
-for extra in ("rich", "matplotlib", "torchtune", "transformers"):
-    pytest.importorskip(extra)
+pytest.importorskip("rich")
+pytest.importorskip("matplotlib")
+pytest.importorskip("torchtune")
+pytest.importorskip("transformers")
 
 from infuse.cli import demo, demo_generation, demo_rewrites, demo_training, main
 from infuse.cli.demo_plan import DemoFailed, Plan, quick_plan

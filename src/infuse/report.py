@@ -15,7 +15,8 @@ class StrictError(RuntimeError):
 class Placement:
     """What the lowering decides for one site before AOTAutograd sees it.
 
-    overload: "default" keeps the operator up to the lowering, where kernels compete; "inline" gives AOTAutograd the plain formula.
+    overload: "default" keeps the operator up to the lowering, where kernels compete; "inline" gives AOTAutograd the plain
+        formula; "parts" a formula of smaller operators, which are kept.
     kernel: what will run, in words.
     """
 

@@ -144,8 +144,8 @@ def test_measuring_leaves_nothing_in_the_graph(cpu_kernel: list[int]) -> None:
         (lambda x, w, m: torch.relu(OPS.rms_norm(x, w, 1e-6).view(-1)), 2),
         (lambda x, w, m: (lambda y: (torch.relu(y), y @ m))(OPS.rms_norm(x, w, 1e-6)), 1),
         (lambda x, w, m: OPS.rms_norm(x @ m @ m.t(), w, 1e-6), 0),
-        (lambda x, w, m: OPS.add_rms_norm(x, x + 1, w, 1e-6)[0] @ m, 2),
-        (lambda x, w, m: (lambda y, s: (y @ m, s))(*OPS.add_rms_norm(x, x, w, 1e-6)), 1),
+        (lambda x, w, m: OPS.add_rms_norm.parts(x, x + 1, w, 1e-6)[0] @ m, 2),
+        (lambda x, w, m: (lambda y, s: (y @ m, s))(*OPS.add_rms_norm.parts(x, x, w, 1e-6)), 1),
     ],
 )
 def test_neighbours_are_counted(cpu_kernel: list[int], monkeypatch: pytest.MonkeyPatch, function: Any, passes: int) -> None:
@@ -171,15 +171,29 @@ def hugging_face_norm(x: Tensor, residual: Tensor, weight: Tensor) -> Tensor:
     return torch.relu(weight * n.to(x.dtype)) + 1
 
 
+def residual_chain(x: Tensor, residual: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
+    def norm(h: Tensor) -> Tensor:
+        f = h.float()
+        return (f * torch.rsqrt(f.pow(2).mean(-1, keepdim=True) + 1e-6) * weight.float()).to(h.dtype)
+
+    total = residual + x
+    total = total + torch.nn.functional.silu(norm(total))
+    return norm(total), total
+
+
 @pytest.mark.parametrize("mode", ["default", "max-autotune-no-cudagraphs"])
-def test_a_formula_that_wins_gives_the_code_of_stock_to_the_letter(cpu_kernel: list[int], mode: str) -> None:
-    """Nothing more is written to memory than without Infuse: neither the norm's input nor its result."""
+@pytest.mark.parametrize("function", [hugging_face_norm, residual_chain])
+def test_a_formula_that_wins_gives_the_code_of_stock_to_the_letter(
+    cpu_kernel: list[int], monkeypatch: pytest.MonkeyPatch, function: Callable[..., Any], mode: str
+) -> None:
+    """Nothing else is written to memory than without Infuse."""
+    monkeypatch.setattr(profit, "choose", lambda *rest: ("decomposition", {}))
     args = [torch.randn(shape, dtype=torch.bfloat16) for shape in ((64, 128), (64, 128), (128,))]
 
     def code_of(**options: Any) -> str:
         torch._dynamo.reset()
         with torch.no_grad():
-            code = run_and_get_code(torch.compile(hugging_face_norm, mode=mode, **options), *args)[1][-1]
+            code = run_and_get_code(torch.compile(function, mode=mode, **options), *args)[1][-1]
         return re.sub(r"cpp_fused\w*|# .*", "", code)
 
     assert code_of(backend="infuse") == code_of()
@@ -213,7 +227,7 @@ def place_on_cpu(kind: str, *args: object, training: bool = False, **settings: A
 def test_the_policy_keeps_an_operator_whole_only_where_something_else_may_run(cpu_kernel: list[int]) -> None:
     x, w = torch.empty(8, 64), torch.empty(64)
     assert place_on_cpu("rms_norm", x, w, 1e-6, 0.0, False).overload == "default"
-    assert place_on_cpu("add_rms_norm", x, x, w, 1e-6, 0.0, False).overload == "default"
+    assert place_on_cpu("add_rms_norm", x, x, w, 1e-6, 0.0, False).overload == "parts"
     assert "backward" in place_on_cpu("rms_norm", x, w, 1e-6, 0.0, False, training=True).kernel
     assert "off" in place_on_cpu("rms_norm", x, w, 1e-6, 0.0, False, kernels="never").kernel
     assert "float64" in place_on_cpu("rms_norm", x.double(), w, 1e-6, 0.0, False).kernel

@@ -20,7 +20,7 @@ COMMANDS = (
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs a command and returns its exit code: 0, 1 when it failed, 2 for a mistake of the user's, 130 when interrupted."""
+    """Runs a command and returns its exit code: 0, 1 when it failed, 2 for a user's mistake, 130 when interrupted."""
     try:
         name, rest = _parse(argv)
         module = next(module for command, module, _ in COMMANDS if command == name)

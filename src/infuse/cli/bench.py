@@ -17,14 +17,17 @@ FOLDER = Path(__file__).resolve().parents[3] / "benchmarks"
 def main(argv: Sequence[str]) -> int:
     parser = Parser(
         prog="infuse bench",
-        description="Run the benchmarks of a checkout. Options behind the name are the benchmark's own (--quick, --help).",
+        description="Run the benchmarks of a checkout. "
+        "Options behind the name are the benchmark's own (--quick, --list, --help).",
     )
     parser.add_argument("name", nargs="?", help="which one (default: list them), or `all`")
     parser.add_argument("options", nargs=argparse.REMAINDER, help="passed on to it")
     arguments = parser.parse_args(argv)
     programs = benchmarks(FOLDER)
     if not programs:
-        raise UserError("bench: got an installed package, expected a checkout: the benchmarks are in its folder benchmarks/")
+        raise UserError(
+            "bench: got an installed package, expected a checkout: the benchmarks are in its folder benchmarks/"
+        )
     if arguments.name is None:
         print(f"benchmarks in {FOLDER}:")
         for name, path in programs.items():

@@ -26,8 +26,9 @@ from infuse.report import Report, SiteRecord
 # Both runs compute in fp32, in another order of summation. A gradient is then off by some 1e-6 of its largest entry;
 # a wrong formula would show by far more than this.
 MAX_GRADIENT_DIFFERENCE = 1e-4
-# Rounding grows over the steps, since each starts from what the last one left.
-MAX_LOSS_DIFFERENCE = 0.05
+# Rounding grows over the steps, since each starts from what the last one left: on a CPU to 3e-5 after 300 of them.
+# The losses of two batches differ by some 0.1.
+MAX_LOSS_DIFFERENCE = 0.01
 NAMES = ("eager", "infuse")
 
 
@@ -47,7 +48,7 @@ class Run:
 
 @dataclass(frozen=True, slots=True)
 class Training:
-    """What the stage found. runs: by NAMES. first_gradient_difference: relative to each parameter's largest gradient."""
+    """What was found. runs: by NAMES. first_gradient_difference: relative to each parameter's largest gradient."""
 
     runs: dict[str, Run]
     tokens_per_step: int
@@ -110,7 +111,10 @@ def train(plan: Plan) -> tuple[Training, nn.Module]:
 def _read_text() -> text.Text:
     sources = text.read_sources(Path(sysconfig.get_paths()["stdlib"]))
     megabytes = (sources.train.numel() + sources.validation.numel()) / 1e6
-    say(f"text: Python's standard library, {sources.num_files} files, {megabytes:.1f} MB, a token a byte, every tenth file held out")
+    say(
+        f"text: Python's standard library, {sources.num_files} files, {megabytes:.1f} MB, a token a byte, "
+        "every tenth file held out"
+    )
     return sources
 
 
@@ -185,8 +189,8 @@ def _promise(result: Training, plan: Plan) -> None:
     promise(all(map(math.isfinite, losses)), f"training: got a loss that is not finite among {losses}")
     promise(
         result.first_gradient_difference <= MAX_GRADIENT_DIFFERENCE,
-        f"gradients of the first step: got a difference of {result.first_gradient_difference:.1e} of the largest entry, "
-        f"expected at most {MAX_GRADIENT_DIFFERENCE:g}",
+        f"gradients of the first step: got a difference of {result.first_gradient_difference:.1e} of the largest "
+        f"entry, expected at most {MAX_GRADIENT_DIFFERENCE:g}",
     )
     promise(
         result.max_loss_difference <= MAX_LOSS_DIFFERENCE,
@@ -194,4 +198,6 @@ def _promise(result: Training, plan: Plan) -> None:
     )
     if plan.recipe.steps >= 100:
         held_out = list(result.runs["infuse"].validation.values())
-        promise(held_out[-1] < 0.7 * held_out[0], f"learning: got held-out losses {held_out}, expected them to fall by 30%")
+        promise(
+            held_out[-1] < 0.7 * held_out[0], f"learning: got held-out losses {held_out}, expected them to fall by 30%"
+        )

@@ -37,7 +37,8 @@ def main(argv: Sequence[str]) -> int:
     broken = 0
     for finding in examine():
         broken += finding.broken
-        print(f"{'BROKEN  ' if finding.broken else ''}{finding.subject + ':':<{0 if finding.broken else 20}} {finding.says}")
+        subject = f"BROKEN {finding.subject}:" if finding.broken else f"{finding.subject}:"
+        print(f"{subject:<20} {finding.says}")
     print(f"\n{broken} broken" if broken else "\nnothing is broken")
     return 1 if broken else 0
 
@@ -91,7 +92,9 @@ def _entry_point() -> Iterator[Finding]:
         yield Finding("torch.compile", 'backend="infuse" is registered')
         return
     remedy = "reinstall it, or `import infuse.backend` and pass infuse.backend.infuse as the backend"
-    yield Finding("torch.compile", f'backend="infuse": got {values or "no entry point"}, expected {expected}; {remedy}', True)
+    yield Finding(
+        "torch.compile", f'backend="infuse": got {values or "no entry point"}, expected {expected}; {remedy}', True
+    )
 
 
 def _settings() -> Iterator[Finding]:
@@ -140,7 +143,9 @@ def _gpu() -> Iterator[Finding]:
     if torch.version.hip is not None:
         yield Finding("GPU", "torch is built for ROCm; Infuse has CUDA kernels only and runs the plain formulas")
     elif not torch.cuda.is_available():
-        built = "torch is a CPU build" if torch.version.cuda is None else f"torch (CUDA {torch.version.cuda}) finds none"
+        built = (
+            "torch is a CPU build" if torch.version.cuda is None else f"torch (CUDA {torch.version.cuda}) finds none"
+        )
         yield Finding("GPU", built)
         yield Finding("a GPU would add", _what_a_gpu_adds())
     else:
@@ -163,14 +168,20 @@ def _kernels() -> Iterator[Finding]:
 
     try:
         nvcc = build.find_nvcc()
-        yield Finding("nvcc", f"{nvcc} {build.nvcc_version(nvcc)}" if nvcc else "not found; needed only to compile the kernels")
+        yield Finding(
+            "nvcc", f"{nvcc} {build.nvcc_version(nvcc)}" if nvcc else "not found; needed only to compile the kernels"
+        )
     except build.BuildError as error:
         yield Finding("nvcc", str(error), broken=True)
         nvcc = None
-    yield Finding("kernel cache", f"{build.cache_directory()} ({'there' if build.cache_directory().is_dir() else 'empty'})")
+    yield Finding(
+        "kernel cache", f"{build.cache_directory()} ({'there' if build.cache_directory().is_dir() else 'empty'})"
+    )
     status = build.load(build_missing=False)
     if status.loaded:
-        yield Finding("kernels", f"{status.path} ({', '.join(status.archs)}){'; ' if status.reason else ''}{status.reason}")
+        yield Finding(
+            "kernels", f"{status.path} ({', '.join(status.archs)}){'; ' if status.reason else ''}{status.reason}"
+        )
         return
     buildable = "they can be compiled here: `infuse build`" if nvcc else "they can't be compiled here: no nvcc"
     # Only a machine that could use them is hurt; they are compiled at their first use if nvcc is there.
@@ -188,4 +199,6 @@ def _rewriting() -> Iterator[Finding]:
 
     report = explain(block, torch.ones(4, 8), torch.ones(8), options=dict(DEFAULTS))
     ok = sum(report.rewritten.values()) == 1
-    yield Finding("rewriting", "a norm was found and rewritten" if ok else f"got {report.summary()}, expected one norm", not ok)
+    yield Finding(
+        "rewriting", "a norm was found and rewritten" if ok else f"got {report.summary()}, expected one norm", not ok
+    )

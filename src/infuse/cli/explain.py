@@ -92,7 +92,9 @@ def _from_file(path: Path, name: str) -> Target:
         result = _blame(path, factory)
     finally:
         sys.path.remove(str(path.resolve().parent))
-    if not (isinstance(result, tuple) and len(result) == 2 and callable(result[0]) and isinstance(result[1], (tuple, list))):
+    if not (
+        isinstance(result, tuple) and len(result) == 2 and callable(result[0]) and isinstance(result[1], (tuple, list))
+    ):
         raise UserError(f"{path}:{name}(): got {_shape(result)}, expected (model, (argument, ...))")
     return result[0], tuple(result[1])
 

@@ -85,7 +85,9 @@ class TrainingProgress:
     def show(self, done: int, losses: Sequence[float], tokens_per_s: Sequence[float]) -> None:
         """losses, tokens_per_s: eager's and Infuse's."""
         if self.bar:
-            values = f"loss {losses[0]:.3f} | {losses[1]:.3f}  tok/s {_short(tokens_per_s[0])} | {_short(tokens_per_s[1])}"
+            values = (
+                f"loss {losses[0]:.3f} | {losses[1]:.3f}  tok/s {_short(tokens_per_s[0])} | {_short(tokens_per_s[1])}"
+            )
             self.bar.update(self.task, completed=done, description=values)
         elif done % PLAIN_LINE_EVERY == 0 or done == self.steps:
             left = (time.perf_counter() - self.begin) / max(1, done - self.first) * (self.steps - done)

@@ -13,12 +13,12 @@ import torch
 from torch import Tensor, nn
 
 Step = Callable[[Tensor, Tensor, Tensor], Tensor]
-"""(tokens [B, 1] int64, mask [B, 1, T] bool, input_pos [1] int64) -> logits [B, 1, V], T being the length of the cache."""
+"""(tokens [B, 1] int64, mask [B, 1, T] bool, input_pos [1] int64) -> logits [B, 1, V]; T is the cache's length."""
 
 
 @dataclass(frozen=True, slots=True)
 class Generated:
-    """tokens: [B, P + N] int64, the prompt included. logits: [B, N, V], those that chose the new tokens; None if not kept."""
+    """tokens: [B, P + N] int64, the prompt included. logits: [B, N, V] that chose the new ones; None if not kept."""
 
     tokens: Tensor
     logits: Tensor | None
@@ -35,7 +35,7 @@ def decode_step(forward: Callable[..., Any]) -> Step:
 
 
 def set_up_cache(model: nn.Module, batch_size: int, length: int) -> nn.Module:
-    """Gives a torchtune decoder caches for `length` positions, in its weights' dtype and on their device; returns it in eval mode."""
+    """Gives a torchtune decoder caches of `length` positions in its weights' dtype; returns it in evaluation mode."""
     weight = next(model.parameters())
     with weight.device:
         model.setup_caches(batch_size, weight.dtype, decoder_max_seq_len=length)  # type: ignore[operator]
@@ -58,7 +58,7 @@ def generate(
 
     model: a torchtune decoder with caches (see `set_up_cache`); they are emptied first. step: what computes it.
     prompt: [B, P] int64 with P >= 1.
-    Raises ValueError for an empty prompt, a top_k or temperature that is not positive, or if P + num_tokens exceeds the cache.
+    Raises ValueError for an empty prompt, a top_k or temperature not above 0, more tokens than the cache has.
     """
     length = model.decoder_max_cache_seq_len
     if not isinstance(length, int) or prompt.shape[1] + num_tokens > length:

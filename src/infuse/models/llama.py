@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import logging
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -29,15 +30,19 @@ class LlamaConfig:
     rope_base: int = 500_000
 
     def __post_init__(self) -> None:
-        for name in ("vocab_size", "num_layers", "num_heads", "num_kv_heads", "embed_dim", "intermediate_dim", "max_seq_len"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"LlamaConfig.{name}: got {getattr(self, name)}, expected at least 1")
+        for name, value in dataclasses.asdict(self).items():
+            if value <= 0:
+                raise ValueError(f"LlamaConfig.{name}: got {value}, expected more than 0")
         for whole, part in (("num_heads", "num_kv_heads"), ("embed_dim", "num_heads")):
             if getattr(self, whole) % getattr(self, part):
                 got = f"got {getattr(self, whole)} and {getattr(self, part)}"
-                raise ValueError(f"LlamaConfig: {whole}, {part}: {got}, expected the first to be a multiple of the second")
+                raise ValueError(
+                    f"LlamaConfig: {whole}, {part}: {got}, expected the first to be a multiple of the second"
+                )
         if self.head_dim % 2:
-            raise ValueError(f"LlamaConfig: embed_dim / num_heads: got {self.head_dim}, expected an even number (rotary)")
+            raise ValueError(
+                f"LlamaConfig: embed_dim / num_heads: got {self.head_dim}, expected an even number (rotary)"
+            )
 
     @property
     def head_dim(self) -> int:
@@ -45,7 +50,9 @@ class LlamaConfig:
 
 
 # The names that the command line knows: a decoder that learns to write in a minute on two cores, and a toy.
-SMALL = LlamaConfig(256, num_layers=4, num_heads=4, num_kv_heads=2, embed_dim=128, intermediate_dim=512, max_seq_len=128)
+SMALL = LlamaConfig(
+    256, num_layers=4, num_heads=4, num_kv_heads=2, embed_dim=128, intermediate_dim=512, max_seq_len=128
+)
 TINY = LlamaConfig(256, num_layers=1, num_heads=4, num_kv_heads=2, embed_dim=32, intermediate_dim=64, max_seq_len=64)
 
 
@@ -75,7 +82,7 @@ def torchtune_llama3(config: LlamaConfig, seed: int = 0) -> nn.Module:
 
 
 def hugging_face_llama(config: LlamaConfig, seed: int = 0) -> nn.Module:
-    """Hugging Face's LlamaForCausalLM with SDPA: input_ids [B, S] int64 -> an output whose .logits are [B, S, vocab_size].
+    """Hugging Face's LlamaForCausalLM with SDPA: input_ids [B, S] int64 -> an output with logits [B, S, vocab_size].
 
     Raises ModuleNotFoundError when transformers (extra `models`) is not installed.
     """
@@ -106,7 +113,7 @@ def num_parameters(model: nn.Module) -> int:
 
 @contextlib.contextmanager
 def _quiet_imports() -> Iterator[None]:
-    """Hides what importing torchao logs: its GPU libraries don't load on a CPU, its enums use a torch function of old."""
+    """Hides what importing torchao logs: GPU libraries that a CPU can't load, a call that torch has deprecated."""
     loggers = [logging.getLogger(name) for name in ("torchao", "torch.utils._pytree")]
     levels = [logger.level for logger in loggers]
     try:

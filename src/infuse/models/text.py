@@ -16,7 +16,9 @@ from torch import Tensor
 
 VOCAB_SIZE = 256
 # Installed packages, tests, and modules that are tables rather than code.
-EXCLUDED = frozenset({"site-packages", "dist-packages", "test", "tests", "idle_test", "lib2to3", "encodings", "pydoc_data"})
+EXCLUDED = frozenset(
+    {"site-packages", "dist-packages", "test", "tests", "idle_test", "lib2to3", "encodings", "pydoc_data"}
+)
 VALIDATION_EVERY = 10
 _INDENT = re.compile(rb"^(?: {4})+", re.MULTILINE)
 
@@ -58,7 +60,7 @@ def decode(tokens: Tensor) -> str:
 
 
 def batches(data: Tensor, *, batch_size: int, seq_len: int, seed: int) -> Iterator[tuple[Tensor, Tensor]]:
-    """Endless random windows of `data` (uint8 [N]): tokens and targets (the next tokens), each int64 [batch_size, seq_len].
+    """Endless random windows of `data` (uint8 [N]): tokens and the tokens after them, int64 [batch_size, seq_len] each.
 
     The same arguments give the same batches. Raises ValueError when the data is shorter than a window.
     """
