@@ -1,7 +1,8 @@
 """Lowering of infuse::add_rms_norm: the decomposition, inlined.
 
-Where the norm's kernel may compete, the rewrite emits the overload `parts` (see infuse.lowering.policy), and the sum is an
-addition of the user's graph like any other, which Inductor writes to memory, or not, as it would without Infuse.
+Where the norm's kernel may compete, the rewrite emits the overload `parts` (see infuse.lowering.policy), and the sum
+is an addition of the user's graph like any other, which Inductor writes to memory, or not, as it would without
+Infuse.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Lowering of infuse::attention: torch's SDPA, under max-autotune the fastest of its backends for the shapes at hand."""
+"""Lowering of infuse::attention: torch's SDPA, under max-autotune by the backend that is fastest for the shapes."""
 
 from __future__ import annotations
 
@@ -23,18 +23,14 @@ _BACKENDS = {
 
 
 def _with_backend(backend: SDPBackend) -> Callable[..., Tensor]:
-    def formula(
-        q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float, is_causal: bool = False
-    ) -> Tensor:
+    def formula(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float, is_causal: bool = False) -> Tensor:
         with sdpa_kernel(backend):
             return op.heads_inside(op.attention_sdpa(q, k, v, mask, scale, is_causal))
 
     return formula
 
 
-def _default(
-    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float, is_causal: bool = False
-) -> Tensor:
+def _default(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float, is_causal: bool = False) -> Tensor:
     return op.heads_inside(op.attention_sdpa(q, k, v, mask, scale, is_causal))
 
 

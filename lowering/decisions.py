@@ -12,7 +12,7 @@ log = logging.getLogger("infuse")
 
 @dataclass(frozen=True, slots=True)
 class Decision:
-    """One choice. timings_ms: candidates alone; costs_ms: with what their neighbours lose; empty when nothing was timed."""
+    """One choice. timings_ms: candidates alone; costs_ms: with what neighbours lose; empty when nothing was timed."""
 
     op: str
     problem: str

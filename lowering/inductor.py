@@ -1,4 +1,4 @@
-"""Everything that Infuse uses of Inductor's private lowering interface (torch 2.11 to 2.13), and nothing else imports it.
+"""Everything that Infuse uses of Inductor's private lowering interface (torch 2.11 to 2.13), imported nowhere else.
 
 Three things are offered: inlining a formula into the graph being lowered, timing candidates on stand-in inputs without
 touching that graph, and asking what the neighbours of the node being lowered could fuse with.
@@ -100,11 +100,11 @@ def inline(function: Callable[..., Any], *args: object) -> Any:
                 V.graph.current_node = node
                 environment[node] = V.graph.run_node(node)
                 if node in wanted and node.users:
-                    # Read inside and outside: Inductor decides whether to keep it, as for any value with several readers.
+                    # Read inside and outside: Inductor decides whether to keep it, as for any such value.
                     environment[node].mark_reuse(len(node.users) + 1)
     finally:
         V.graph.module, V.graph.current_node = outer_module, outer_node
-    return torch.fx.map_arg(results, environment.__getitem__)  # type: ignore[arg-type]
+    return torch.fx.map_arg(results, environment.__getitem__)
 
 
 # --- measuring -------------------------------------------------------------------------------------------------------
@@ -181,7 +181,7 @@ def measure(
         for choice in choices.values():
             choice.benchmark = _graph_benchmark(choice)
     timings = get_algorithm_selector_cache().do_autotuning(
-        name, tensors, layout, {}, create_inputs_key(tensors), list(choices.values()), lambda: {}
+        name, tensors, layout, {}, create_inputs_key(tensors), list(choices.values()), dict
     )
     by_choice = {id(choice): label for label, choice in choices.items()}
     return {by_choice[id(choice)]: time for choice, time in timings.items() if time < float("inf")}
@@ -235,7 +235,18 @@ def call_kernel(kernel: Kernel, tensors: Sequence[Node], layout: Node) -> Node:
 
 # --- neighbours ------------------------------------------------------------------------------------------------------
 
-_VIEWS = ("view", "reshape", "_unsafe_view", "unsqueeze", "squeeze", "permute", "transpose", "slice", "select", "expand")
+_VIEWS = {
+    "view",
+    "reshape",
+    "_unsafe_view",
+    "unsqueeze",
+    "squeeze",
+    "permute",
+    "transpose",
+    "slice",
+    "select",
+    "expand",
+}
 
 
 @functools.cache
@@ -263,8 +274,8 @@ def _readers(node: torch.fx.Node) -> list[torch.fx.Node]:
 class Neighbours:
     """What a kernel would cut apart, in passes over one tensor that the decomposition saves by fusing.
 
-    producer_passes: 0 when the input is in memory anyway; 1 when its producer could be fused but the input is written in
-        any case, because others read it; 2 when fusion would also save writing it.
+    producer_passes: 0 when the input is in memory anyway; 1 when its producer could be fused but the input is written
+        in any case, because others read it; 2 when fusion would also save writing it.
     consumer_passes: likewise for what reads the result.
     """
 
@@ -287,7 +298,7 @@ def neighbours(tensor: Node, node: torch.fx.Node) -> Neighbours:
 
 
 def _is_generated(tensor: Node) -> bool:
-    """Whether the value comes from code that Inductor generates, so that a formula reading it could share its kernel."""
+    """Whether Inductor generates the code of a value, so that a formula reading it could share its kernel."""
     data = tensor
     while isinstance(data, (ir.TensorBox, ir.StorageBox, ir.BaseView)):
         data = data.data
@@ -311,7 +322,8 @@ def fake_mode() -> Any:
 
 def example(node: Node) -> torch.Tensor:
     """A fake tensor with the size and strides of an IR node."""
-    return ir.ir_node_to_tensor(node)  # type: ignore[no-any-return]
+    tensor: Any = ir.ir_node_to_tensor(node)
+    return tensor  # type: ignore[no-any-return]
 
 
 def hints(node: Node) -> tuple[int, ...]:

@@ -1,4 +1,4 @@
-"""Which form of an operator the rewrite emits: kept whole up to the lowering, or the formula that AOTAutograd sees through.
+"""Which form of an operator the rewrite emits: kept whole up to the lowering, or its formula, open to AOTAutograd.
 
 An operator is kept whole only where something other than its formula may run. Everywhere else its formula stands in the
 graph before autograd, exactly as if the author had spelled it so: same partitioning, same fusion, no cost.
@@ -18,9 +18,7 @@ from infuse.report import Placement
 from infuse.settings import Settings
 
 
-def place(
-    kind: str, args: Sequence[object], training: bool, *, settings: Settings, max_autotune: bool
-) -> Placement:
+def place(kind: str, args: Sequence[object], training: bool, *, settings: Settings, max_autotune: bool) -> Placement:
     """The form for one site. args: example values (fake tensors, numbers, None) of the operator's arguments."""
     if settings.kernels == "never":
         return _inline("kernels are off")

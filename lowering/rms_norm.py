@@ -52,9 +52,7 @@ def decline(x: Any, weight: Any, eps: object, weight_offset: object, cast_before
         return op.can_run(x_fake, weight_fake, weight_offset, cast_before_weight)
 
 
-def lower(
-    x: Any, weight: Any, eps: Any, weight_offset: Any = 0.0, cast_before_weight: bool = False
-) -> Any:
+def lower(x: Any, weight: Any, eps: Any, weight_offset: Any = 0.0, cast_before_weight: bool = False) -> Any:
     """The IR node of y."""
     args = (x, weight, eps, weight_offset, cast_before_weight)
     problem = heuristics.Problem(*inductor.rows_and_row_size(x), itemsize=x.get_dtype().itemsize)

@@ -92,7 +92,7 @@ def add_rms_norm_bwd_ref(
     weight_offset: float,
     cast_before_weight: bool,
 ) -> tuple[Tensor, Tensor]:
-    """The gradient of x, which is that of residual too, and dweight; dsum is the gradient that reaches the sum directly."""
+    """The gradient of x, which is that of residual too, and dweight; dsum is what reaches the sum directly."""
     checks.same_shape("add_rms_norm_bwd", total=total, dsum=dsum)
     dx, dweight = rms_norm_bwd_ref(dy, total, weight, rstd, weight_offset, cast_before_weight)
     return (dx + dsum).contiguous(), dweight
@@ -252,4 +252,5 @@ def add_rms_norm(
     Raises TypeError for dtypes that are no floats or differ, ValueError for shapes that do not fit.
     """
     _check("add_rms_norm", x, residual, weight, weight_offset, cast_before_weight)
-    return torch.ops.infuse.add_rms_norm(x, residual, weight, eps, weight_offset, cast_before_weight)  # type: ignore[no-any-return]
+    y, total = torch.ops.infuse.add_rms_norm(x, residual, weight, eps, weight_offset, cast_before_weight)
+    return y, total

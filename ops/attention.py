@@ -5,9 +5,9 @@
 Shapes: q [B, H, S, D]; k [B, H_kv, T, D]; v [B, H_kv, T, Dv]; mask broadcastable to [B, H, S, T]; out [B, H, S, Dv];
 lse [B, H, S], float32 (float64 for a float64 q). out and the gradients lie in memory as [B, S, H, D], so that the
 transpose and reshape that joins the heads again copies nothing.
-Dtypes: q, k, v one float dtype, out the same; mask bool (True attends) or float (added to the scores); softmax in float32.
-is_causal: query i reads keys 0..i, aligned at the upper left as in torch; exclusive with mask. A row that attends to nothing
-gives zeros. No dropout.
+Dtypes: q, k, v one float dtype, out the same; mask bool (True attends) or float (added to scores); softmax in float32.
+is_causal: query i reads keys 0..i, aligned at the upper left as in torch; exclusive with mask. A row that attends to
+nothing gives zeros. No dropout.
 """
 
 from __future__ import annotations
@@ -43,7 +43,9 @@ def _check(op: str, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, is_cau
     if mask.dtype != torch.bool:
         checks.floating(op, "mask", mask)
     if mask.dim() > 4:
-        raise ValueError(f"infuse::{op}: mask: got shape {tuple(mask.shape)}, expected one that broadcasts to [B, H, S, T]")
+        raise ValueError(
+            f"infuse::{op}: mask: got shape {tuple(mask.shape)}, expected one that broadcasts to [B, H, S, T]"
+        )
 
 
 def heads_inside(tensor: Tensor) -> Tensor:
@@ -107,7 +109,7 @@ def attention_ref(
 def _native_groups(q: Tensor, mask: Tensor | None) -> bool:
     """Whether torch's SDPA has a fused kernel that reads grouped K/V heads as they are.
 
-    Flash takes them without a mask, cuDNN (sm_90 and later) also with one; elsewhere enable_gqa falls to the plain formula.
+    Flash takes them without a mask, cuDNN (sm_90 and later) also with one; elsewhere torch falls to the plain formula.
     """
     if not q.is_cuda or q.dtype not in (torch.bfloat16, torch.float16):
         return False
@@ -154,7 +156,8 @@ def attention_bwd_ref(
     dk = torch.matmul(dscores.transpose(-2, -1), q.to(dtype)) * scale
 
     def sum_groups(expanded: Tensor) -> Tensor:
-        return expanded.unflatten(1, (num_kv_heads, num_heads // num_kv_heads)).sum(2)
+        grouped: Tensor = expanded.unflatten(1, (num_kv_heads, num_heads // num_kv_heads))
+        return grouped.sum(2)
 
     dmask = q.new_empty(0)
     if needs_dmask and mask is not None:
@@ -318,7 +321,8 @@ def attention(
 ) -> Tensor:
     """softmax(scale * q k^T + mask) v; scale defaults to 1 / sqrt(D). See the module's text for shapes and masks.
 
-    Raises TypeError for dtypes that are no floats or differ, ValueError for shapes that do not fit or a mask with is_causal.
+    Raises TypeError for dtypes that are no floats or differ, ValueError for shapes that do not fit or a mask with
+    is_causal.
     """
     _check("attention", q, k, v, mask, is_causal)
     value = q.shape[-1] ** -0.5 if scale is None else scale

@@ -24,7 +24,7 @@ def _missing(device_index: int) -> str:
 def missing(device: torch.device) -> str:
     """Why there are no compiled kernels for a device, "" when there are.
 
-    The first question about a CUDA device loads the library, and builds it if nvcc is there; importing infuse does neither.
+    The first question about a CUDA device loads the library, and builds it if nvcc is there; an import does neither.
     """
     if device.type != "cuda":
         return f"no kernel for {device.type}"

@@ -19,7 +19,7 @@ class Norm:
 
 @dataclass(frozen=True, slots=True)
 class Attention:
-    """q [batch, heads, q_len, head_dim], k [batch, kv_heads, kv_len, head_dim], v [batch, kv_heads, kv_len, v_head_dim]."""
+    """q [batch, heads, q_len, head_dim], k [batch, kv_heads, kv_len, head_dim], v [..., kv_len, v_head_dim]."""
 
     batch: int
     heads: int

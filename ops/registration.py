@@ -1,7 +1,8 @@
 """The one place where operators are defined, implemented and given their sharding rules.
 
 Every operator `infuse::<op>` has two overloads with the same arguments:
-- `default` stays one node through AOTAutograd: its backward is an operator of its own, and the lowering chooses what runs;
+- `default` stays one node through AOTAutograd: its backward is an operator of its own, and the lowering chooses what
+  runs;
 - `inline` is CompositeImplicitAutograd: AOTAutograd sees the plain formula, as if the author had written that.
 """
 
@@ -32,7 +33,7 @@ def implement(name: str, function: Function, key: str) -> None:
 
 
 def register(name: str, arguments: str, returns: str, *, implementation: Function, fake: Function) -> None:
-    """Defines an operator with one implementation for all devices and a fake one that gives shapes, dtypes and strides."""
+    """Defines an operator with one implementation for all devices, and a fake one for shapes, dtypes and strides."""
     define(f"{name}({arguments}) -> {returns}")
     implement(name, implementation, "CompositeExplicitAutograd")
     torch.library.register_fake(f"infuse::{name}", fake, lib=_LIBRARY)
@@ -101,8 +102,8 @@ def with_defaults(operator: torch._ops.OpOverload, function: Function) -> Functi
 def register_sharding(name: str, rule: Callable[..., Placements]) -> None:
     """Tells DTensor how `infuse::<name>` (both overloads, if there are two) may be sharded.
 
-    rule: gets the operator's arguments (tensors as DTensorSpec) and returns pairs (output placements, input placements),
-    one entry an argument, None for those that are no tensors.
+    rule: gets the operator's arguments (tensors as DTensorSpec) and returns pairs (output placements, input
+    placements), one entry an argument, None for those that are no tensors.
     """
     if not torch.distributed.is_available():
         return

@@ -170,7 +170,9 @@ def _unfit_mask(view: CanonicalGraph, parts: Parts) -> Refusal | None:
         return refuse(parts.root, "it has a mask and is_causal=True", "pass one of them")
     dtype, q_dtype = mask_dtype(view, parts.mask), view.dtype(parts.q)
     if dtype is None or not (dtype == torch.bool or dtype.is_floating_point):
-        return refuse(parts.root, "the mask is no bool or float tensor", "pass a bool mask, or a float one that is added")
+        return refuse(
+            parts.root, "the mask is no bool or float tensor", "pass a bool mask, or a float one that is added"
+        )
     if dtype == torch.float64 != q_dtype:
         return refuse(parts.root, f"the mask is float64 beside q in {q_dtype}", "cast the mask to float32")
     target = (*view.shape(parts.q)[:3], parts.k.shape(view)[2])

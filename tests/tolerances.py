@@ -23,8 +23,8 @@ def assert_close_to_fp64(got: Tensor, eager: Tensor, reference: Tensor, *, facto
     """Asserts that `got` is about as near to the float64 reference as the eager computation in the same dtype is.
 
     A rewrite rounds in other places than the source but no oftener, so its error is of the size of the eager one's; the
-    factor allows for the two errors being independent draws. Eager may be exact by luck: one rounding is always granted,
-    and for float32, where the order of summation matters more than rounding, the errors of a few operations.
+    factor allows for the two errors being independent draws. Eager may be exact by luck: one rounding is always
+    granted, and for float32, where the order of summation matters more than rounding, the errors of a few operations.
     """
     assert got.dtype == eager.dtype, f"got {got.dtype}, expected {eager.dtype}"
     assert got.shape == eager.shape, f"got {tuple(got.shape)}, expected {tuple(eager.shape)}"

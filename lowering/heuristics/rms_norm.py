@@ -17,8 +17,8 @@ class Problem:
 def runs_well(problem: Problem) -> bool:
     """Whether the kernel is taken without a measurement.
 
-    Never: Inductor's forward reaches the copy bandwidth of an H200 (KERNELS in the results: benchmarks/results/nvidia-h200)
-    and fuses with its neighbours, so a kernel that is put in its place unmeasured can only lose.
+    Never: Inductor's forward comes within 10% of an H200's copy bandwidth (benchmarks/results/nvidia-h200/norms.jsonl)
+    and fuses with its neighbours, so a kernel that takes its place unmeasured can only lose.
     """
     del problem
     return False

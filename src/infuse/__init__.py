@@ -45,7 +45,12 @@ __all__ = [
 ]
 
 # Loaded at first use: these import Inductor, which takes seconds.
-_LAZY = {"options": "infuse.backend", "fuse": "infuse.decorator", "explain": "infuse.inspection", "testing": "infuse.testing"}
+_LAZY = {
+    "options": "infuse.backend",
+    "fuse": "infuse.decorator",
+    "explain": "infuse.inspection",
+    "testing": "infuse.testing",
+}
 
 
 def __getattr__(name: str) -> Any:

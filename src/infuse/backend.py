@@ -1,7 +1,8 @@
 """The torch.compile backend: Inductor, with the rewrite as its first pass.
 
 `torch.compile(model, backend="infuse", mode=..., options=...)` behaves as with backend="inductor"; options named
-"infuse.<setting>" are Infuse's own. `torch.compile(model, options=infuse.options(...))` is the same on backend="inductor".
+"infuse.<setting>" are Infuse's own. `torch.compile(model, options=infuse.options(...))` is the same on
+backend="inductor".
 """
 
 from __future__ import annotations
@@ -58,7 +59,9 @@ class InfusePass(CustomGraphPass):
     def uuid(self) -> Any:
         """Part of the cache key; None (which disables the caches, as Inductor does) if the user's own pass has none."""
         mine = ("infuse", build_hash(), self.settings, self.max_autotune)
-        theirs = tuple(user_pass.uuid() if isinstance(user_pass, CustomGraphPass) else None for user_pass in self.before)
+        theirs = tuple(
+            user_pass.uuid() if isinstance(user_pass, CustomGraphPass) else None for user_pass in self.before
+        )
         return None if None in theirs else repr((*mine, *theirs))
 
     def __reduce__(self) -> tuple[Any, ...]:
@@ -146,7 +149,8 @@ def infuse(
 
     tag_caches()
     config = inductor_config(mode, options)
-    return compile_fx(gm, list(example_inputs), config_patches=config)  # type: ignore[no-any-return]
+    compiled: Any = compile_fx(gm, list(example_inputs), config_patches=config)
+    return compiled  # type: ignore[no-any-return]
 
 
 def _reset() -> None:

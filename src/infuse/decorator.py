@@ -28,9 +28,9 @@ def fuse(
 
         infuse.fuse(model.layers[0], mode="max-autotune")
 
-    A class or a module is returned as it was: same type, same state_dict keys, isinstance and subclasses as before; only
-    its forward is compiled, at the first call. Under an outer torch.compile it is inlined like any other code, and the outer
-    backend decides. Decorating twice does nothing more.
+    A class or a module is returned as it was: same type, same state_dict keys, isinstance and subclasses as before;
+    only its forward is compiled, at the first call. Under an outer torch.compile it is inlined like any other code,
+    and the outer backend decides. Decorating twice does nothing more.
 
     mode, dynamic, fullgraph: as for torch.compile. settings: names of `infuse.Settings`.
     Raises TypeError for anything but a module class, a module or a function; ValueError for an unknown mode or setting.

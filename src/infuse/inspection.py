@@ -48,12 +48,14 @@ def explain(
 ) -> Report:
     """The report of a model on example arguments.
 
-    Nothing is computed: the model is copied without its data and traced on fake tensors with the shapes, dtypes and devices
-    of the arguments, so this takes neither the memory nor the time of a run, and the model and its caches stay untouched.
+    Nothing is computed: the model is copied without its data and traced on fake tensors with the shapes, dtypes and
+    devices of the arguments, so this takes neither the memory nor the time of a run, and the model and its caches
+    stay untouched.
 
     training: trace it in training mode with gradients; otherwise in evaluation mode without.
     mode, dynamic, options: as for torch.compile(model, backend="infuse").
-    Raises ValueError or TypeError for a mode or an option that is not one; what the model raises while traced is passed on.
+    Raises ValueError or TypeError for a mode or an option that is not one; what the model raises while traced is
+    passed on.
     """
     return _trace(model, args, kwargs, training, mode, dynamic, options)[0]
 
@@ -78,7 +80,8 @@ def _trace(
     capture = _Capture(rewrite)
     fake_mode = FakeTensorMode(allow_non_fake_inputs=True, shape_env=ShapeEnv())
     with torch.set_grad_enabled(training), fake_mode:
-        fake_model, fake_args, fake_kwargs = _fake(model, fake_mode, training), *_fake_tensors((args, kwargs), fake_mode)
+        fake_model = _fake(model, fake_mode, training)
+        fake_args, fake_kwargs = _fake_tensors((args, kwargs), fake_mode)
         compiled = torch.compile(_entry(), backend=capture, dynamic=dynamic)
         compiled(fake_model, *fake_args, **fake_kwargs)
     return Report(tuple(capture.sites), len(capture.graphs)), capture.graphs
@@ -87,8 +90,8 @@ def _trace(
 def _entry() -> Callable[..., Any]:
     """A function that calls its first argument, with a code object of its own.
 
-    Dynamo keeps what it compiled by code object: traced from here, the model's own code keeps its entries, and the number
-    of recompilations that it has left.
+    Dynamo keeps what it compiled by code object: traced from here, the model's own code keeps its entries, and the
+    number of recompilations that it has left.
     """
 
     def entry(self: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
@@ -100,9 +103,10 @@ def _entry() -> Callable[..., Any]:
 def _fake(model: Callable[..., Any], fake_mode: FakeTensorMode, training: bool) -> Callable[..., Any]:
     if not isinstance(model, nn.Module):
         return model
-    model = getattr(model, "_orig_mod", model)  # a torch.compile'd module is explained as the module that it is
+    # a torch.compile'd module is explained as the module that it is
+    module: nn.Module = getattr(model, "_orig_mod", model)
     with FakeCopyMode(fake_mode):
-        duplicate = copy.deepcopy(model)
+        duplicate = copy.deepcopy(module)
     duplicate.train(training)
     return duplicate
 

@@ -15,8 +15,8 @@ class StrictError(RuntimeError):
 class Placement:
     """What the lowering decides for one site before AOTAutograd sees it.
 
-    overload: "default" keeps the operator up to the lowering, where kernels compete; "inline" gives AOTAutograd the plain
-        formula; "parts" a formula of smaller operators, which are kept.
+    overload: "default" keeps the operator up to the lowering, where kernels compete; "inline" gives AOTAutograd the
+        plain formula; "parts" a formula of smaller operators, which are kept.
     kernel: what will run, in words.
     """
 
@@ -81,7 +81,9 @@ class Report:
         rows = [_row(site) for site in self.sites]
         header = ("site", "kind", "became", "written as / why it stayed")
         widths = [max(len(row[i]) for row in [header, *rows]) for i in range(3)]
-        lines = ["  ".join([*(cell.ljust(width) for cell, width in zip(row, widths)), row[3]]) for row in [header, *rows]]
+        lines = [
+            "  ".join([*(cell.ljust(width) for cell, width in zip(row, widths)), row[3]]) for row in [header, *rows]
+        ]
         return "\n".join([*lines, *self.notes, self.summary()])
 
     def print(self) -> None:

@@ -1,4 +1,4 @@
-"""Settings: one frozen dataclass, set by options, by a context manager or by the environment (in this order of precedence)."""
+"""Settings: one frozen dataclass, set by options, by a context manager or by the environment, in this precedence."""
 
 from __future__ import annotations
 
@@ -22,9 +22,10 @@ class Settings:
 
     patterns: the families that are rewritten, any of "attention", "rms_norm", "add_rms_norm", "swiglu".
     strict: a site that looks fusable but is refused is an error (`infuse.StrictError`) instead of a line in the report.
-    numerics: "exact" allows only rewrites that keep every rounding step of the source; "fused" also those that keep more precision.
-    kernels: "auto" lets measurement (under max-autotune) or the heuristic decide, "always" takes a kernel wherever one can run,
-        "never" takes the decomposition everywhere.
+    numerics: "exact" allows only rewrites that keep every rounding step of the source; "fused" also those that keep
+        more precision.
+    kernels: "auto" lets measurement (under max-autotune) or the heuristic decide, "always" takes a kernel wherever
+        one can run, "never" takes the decomposition everywhere.
     """
 
     patterns: tuple[str, ...] = PATTERNS
@@ -45,7 +46,9 @@ class Settings:
 
 
 NAMES = tuple(field.name for field in dataclasses.fields(Settings))
-_overrides: contextvars.ContextVar[tuple[tuple[str, object], ...]] = contextvars.ContextVar("infuse_overrides", default=())
+_overrides: contextvars.ContextVar[tuple[tuple[str, object], ...]] = contextvars.ContextVar(
+    "infuse_overrides", default=()
+)
 
 
 def _coerce(name: str, value: object, origin: str) -> object:
@@ -74,7 +77,7 @@ def _from_environment() -> dict[str, object]:
 
 
 def resolve(options: Mapping[str, object] | None = None) -> Settings:
-    """The settings in effect: defaults, then environment, then `override` contexts, then `options` (names without prefix)."""
+    """The settings in effect: defaults, environment, `override` contexts, `options` (no prefix); later ones win."""
     values = _from_environment()
     values.update(_overrides.get())
     values.update({name: _coerce(name, value, "infuse") for name, value in (options or {}).items()})

@@ -35,7 +35,9 @@ def assert_rewrites(
             for kind in sorted({*got, *wanted})
             if got.get(kind, 0) != wanted.get(kind, 0)
         ]
-        refusals = [f"  {site.kind} at {site.module or site.name}: {site.reason}" for site in report.sites if site.reason]
+        refusals = [
+            f"  {site.kind} at {site.module or site.name}: {site.reason}" for site in report.sites if site.reason
+        ]
         lines = ["infuse: rewrites differ:", *difference, *(["refused:", *refusals] if refusals else [])]
         raise AssertionError("\n".join(lines))
     return report

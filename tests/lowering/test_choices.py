@@ -57,7 +57,13 @@ def test_every_operator_is_inlined_and_right() -> None:
         y, total = OPS.add_rms_norm(x, residual, weight, 1e-6, 0.0, True)
         return OPS.swiglu(y, total), total, OPS.attention(q, k, k, None, 0.3, True)
 
-    args = [torch.randn(3, 5, 16), torch.randn(3, 5, 16), torch.randn(16), torch.randn(2, 4, 6, 8), torch.randn(2, 2, 6, 8)]
+    args = [
+        torch.randn(3, 5, 16),
+        torch.randn(3, 5, 16),
+        torch.randn(16),
+        torch.randn(2, 4, 6, 8),
+        torch.randn(2, 2, 6, 8),
+    ]
     out, code = compiled_code(several, *args)
     torch.testing.assert_close(out, several(*args))
     assert "torch.ops.infuse." not in code
@@ -148,7 +154,9 @@ def test_measuring_leaves_nothing_in_the_graph(cpu_kernel: list[int]) -> None:
         (lambda x, w, m: (lambda y, s: (y @ m, s))(*OPS.add_rms_norm.parts(x, x, w, 1e-6)), 1),
     ],
 )
-def test_neighbours_are_counted(cpu_kernel: list[int], monkeypatch: pytest.MonkeyPatch, function: Any, passes: int) -> None:
+def test_neighbours_are_counted(
+    cpu_kernel: list[int], monkeypatch: pytest.MonkeyPatch, function: Any, passes: int
+) -> None:
     seen: list[int] = []
     original = inductor.neighbours
 

@@ -116,7 +116,9 @@ def test_opcheck_passes(dtype: torch.dtype) -> None:
 
 def test_results_have_the_strides_of_their_fakes() -> None:
     problem = problems.ATTENTIONS["grouped"]
-    q, k, v = (tensor.transpose(1, 2).contiguous().transpose(1, 2) for tensor in attention_inputs(problem, torch.float32))
+    q, k, v = (
+        tensor.transpose(1, 2).contiguous().transpose(1, 2) for tensor in attention_inputs(problem, torch.float32)
+    )
     mask = mask_of("per head", problem, torch.float32)
     out, lse = OPS.attention_fwd(q, k, v, mask, 0.3, False)
     dout = torch.randn_like(out).contiguous()

@@ -228,6 +228,33 @@ def test_half_precision_is_refused_under_exact_numerics_only() -> None:
     assert "rounded to torch.bfloat16" in captured.refusals[0]
 
 
+def test_rounding_of_the_scores_is_refused_under_exact_numerics_only() -> None:
+    def rounds(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return torch.softmax((q @ k.mT).bfloat16(), -1).float() @ v
+
+    captured = capture(rounds, *tensors())
+    assert captured.counts == {"attention": 1}
+    captured = capture(rounds, *tensors(), settings=Settings(numerics="exact"))
+    assert "rounded to torch.bfloat16" in captured.refusals[0]
+
+
+@pytest.mark.parametrize(("q_dtype", "mask"), [(torch.float32, torch.bfloat16), (torch.bfloat16, torch.float16)])
+def test_mask_of_a_narrower_dtype_is_widened(q_dtype: torch.dtype, mask: torch.dtype) -> None:
+    bias = torch.randn(S, T).to(mask)
+    q, k, v = tensors(q_dtype)
+    captured = capture(lambda q, k, v, b: torch.softmax((q @ k.mT).float() + b, -1).to(v.dtype) @ v, q, k, v, bias)
+    assert captured.counts == {"attention": 1}
+    assert captured.operators()[0].args[3].meta["example_value"].dtype == torch.float32  # type: ignore[union-attr]
+    assert_same_results(captured)
+
+
+def test_float64_mask_beside_narrower_scores_is_refused() -> None:
+    bias = torch.randn(S, T, dtype=torch.float64)
+    captured = capture(lambda q, k, v, b: torch.softmax(q @ k.mT + b, -1).float() @ v, *tensors(), bias)
+    assert captured.counts == {}
+    assert "mask is float64" in captured.refusals[0]
+
+
 def returned_too(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
     weights = torch.softmax(q @ k.mT, -1)
     return weights @ v, weights

@@ -108,9 +108,10 @@ def test_x_times_sigmoid_of_x(function: Function, training: bool) -> None:
     assert_same_results(captured, training)
 
 
-def test_rounded_sigmoid_is_refused_under_exact_numerics_only() -> None:
-    assert capture(x_sigmoid_x, *pair(torch.bfloat16)).counts == {"swiglu": 1}
-    captured = capture(x_sigmoid_x, *pair(torch.bfloat16), settings=Settings(numerics="exact"))
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_rounded_sigmoid_is_refused_under_exact_numerics_only(dtype: torch.dtype) -> None:
+    assert capture(x_sigmoid_x, *pair(dtype)).counts == {"swiglu": 1}
+    captured = capture(x_sigmoid_x, *pair(dtype), settings=Settings(numerics="exact"))
     assert captured.counts == {}
     assert "sigmoid is rounded" in captured.refusals[0]
 
