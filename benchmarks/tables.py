@@ -3,7 +3,7 @@
     python benchmarks/tables.py [--check] [--readme FILE] [--results DIR]
 
 A marker `<!-- results:norms -->` and the next `<!-- /results -->` enclose the table of that benchmark; what stands
-between them is replaced. For each device and case the newest run is taken that has both Infuse and something to compare
+between them is replaced; `<!-- support -->` likewise holds the table of support. For each device and case the newest run is taken that has both Infuse and something to compare
 it with.
 """
 
@@ -22,6 +22,7 @@ README = Path(__file__).resolve().parent.parent / "README.md"
 # Measured for the kernels' sake: not what torch.compile with Infuse gives a user.
 NOT_FOR_USERS = ("infuse-kernel",)
 _BLOCK = re.compile(r"(<!-- results:(?P<benchmark>\w+) -->\n)(?P<body>.*?)(<!-- /results -->)", re.DOTALL)
+_SUPPORT = re.compile(r"(<!-- support -->\n).*?(<!-- /support -->)", re.DOTALL)
 
 
 def update(readme_text: str, results_root: Path) -> str:
@@ -30,7 +31,12 @@ def update(readme_text: str, results_root: Path) -> str:
     def fill(match: re.Match[str]) -> str:
         return match.group(1) + tables(match.group("benchmark"), results_root) + match.group(4)
 
-    return _BLOCK.sub(fill, readme_text)
+    def fill_support(match: re.Match[str]) -> str:
+        from support import table
+
+        return match.group(1) + table() + match.group(2)
+
+    return _SUPPORT.sub(fill_support, _BLOCK.sub(fill, readme_text))
 
 
 def tables(benchmark: str, results_root: Path) -> str:

@@ -20,6 +20,8 @@ from infuse.report import Placement
 _VALUE_KEYS = (*metadata.KEYS, "tensor_meta", "from_node")
 # How many nodes may get new strides before the operator's result is laid out as the source's instead.
 _MAX_RESTRIDED = 64
+# What torch raises for arguments that do not fit; NotImplementedError is a RuntimeError.
+_REJECTIONS = (RuntimeError, TypeError, ValueError)
 
 
 class Emitter:
@@ -31,10 +33,13 @@ class Emitter:
         self.replaced: dict[Node, Node] = {}
         self.dead: set[Node] = set()
 
-    def examples(self, site: Site) -> tuple[object, ...]:
+    def examples(self, site: Site) -> tuple[object, ...] | Refusal:
         """The example values of the operator's arguments."""
-        with metadata.undisturbed(self.mode):
-            return tuple(self._example(arg) for arg in site.args)
+        try:
+            with metadata.undisturbed(self.mode):
+                return tuple(self._example(arg) for arg in site.args)
+        except _REJECTIONS as error:
+            return _gap(site, f"its arguments cannot be made: {error}")
 
     def _example(self, arg: object) -> Any:
         if isinstance(arg, Node):
@@ -51,7 +56,7 @@ class Emitter:
         try:
             with metadata.undisturbed(self.mode):
                 result = metadata.evaluate(target, examples, {})
-        except (RuntimeError, TypeError, ValueError, NotImplementedError) as error:
+        except _REJECTIONS as error:
             return _gap(site, f"the operator rejects it: {error}")
         results = result if isinstance(result, tuple) else (result,)
         difference = _difference(site, results)
@@ -137,7 +142,7 @@ class Emitter:
                 args: Any = torch.fx.map_arg(node.args, example)
                 kwargs: Any = torch.fx.map_arg(node.kwargs, example)
                 return metadata.evaluate(node.target, args, kwargs)
-        except (RuntimeError, ValueError, TypeError, metadata.MissingMetadata):
+        except (*_REJECTIONS, metadata.MissingMetadata):
             return None
 
     def _lay_out(self, new: Node, like: Tensor, root: Node) -> Node:
@@ -184,8 +189,10 @@ def same_strides(left: Any, right: Any) -> bool:
 def _stride_hint(tensor: Tensor, dim: int) -> tuple[int, int]:
     """For sorting dimensions from outer to inner."""
     stride = tensor.stride(dim)
-    hint = stride if type(stride) is int else stride.node.hint  # type: ignore[attr-defined]
-    return (int(hint) if hint is not None else 0, -dim)
+    if type(stride) is int:
+        return stride, -dim
+    node = stride.node  # type: ignore[attr-defined]
+    return (int(node.hint) if node.has_hint() else 0), -dim
 
 
 def _describe(node: Node, root: Node, value: Any) -> None:

@@ -131,12 +131,12 @@ def _apply(view: CanonicalGraph, findings: Sequence[Finding], place: Place, trai
             records.append(_record(finding, "refused", ""))
             continue
         examples = emitter.examples(finding)
+        if isinstance(examples, Refusal):
+            records.append(_record(examples, "refused", ""))
+            continue
         placement = place(finding.kind, examples, training)
         refusal = emitter.emit(finding, placement, examples)
-        if refusal is None:
-            records.append(_record(finding, "rewritten", placement.kernel))
-        else:
-            records.append(_record(refusal, "refused", ""))
+        records.append(_record(refusal or finding, "refused" if refusal else "rewritten", placement.kernel))
     if emitter is not None:
         emitter.clean()
         view.graph.lint()
@@ -159,7 +159,7 @@ def _record(finding: Finding, status: str, kernel: str) -> SiteRecord:
         module=module_path(node),
         source=source_line(node),
         spelling=finding.spelling,
-        kernel=kernel,
+        kernel=kernel if status == "rewritten" else "",
         reason=reason,
         remedy=remedy,
     )

@@ -13,10 +13,8 @@ from typing import Any
 import torch
 from torch.fx import Node
 
+from infuse.patterns import rms_statistic
 from infuse.patterns.canonical import CanonicalGraph
-from infuse.patterns.rms_statistic import (
-    KIND as KIND,
-)
 from infuse.patterns.rms_statistic import (
     Product,
     Statistic,
@@ -29,6 +27,7 @@ from infuse.patterns.rms_statistic import (
 from infuse.patterns.sites import Finding, Make, Refusal, Site
 from infuse.patterns.sizes import same_size
 
+KIND = rms_statistic.KIND
 ANCHORS = ("rsqrt", "rms_norm")
 _HALF = (torch.float16, torch.bfloat16)
 _STATISTICS = (torch.float32, torch.float64)
@@ -65,7 +64,8 @@ def match(view: CanonicalGraph, anchor: Node) -> Finding | None:
         end = _outwards(view, norm)
         if _is_whole(view, end):
             return _site(end)
-    return None
+    dtypes = f"{short(view.dtype(start.root))} from x {short(view.dtype(start.x))}"
+    return refuse(anchor, f"the normalised value is {dtypes}", "normalise x.float(), outside autocast")
 
 
 def _inputs(view: CanonicalGraph, norm: _Norm) -> list[_Norm]:

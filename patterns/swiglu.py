@@ -68,24 +68,33 @@ def _gated(
     up = operands[1] if operands[0] is value else operands[0]
     if not isinstance(up, Node) or len(view.shape(up)) < 2:
         return None  # A number or a vector: a plain activation, scaled.
-    if not same_shape(view.shape(up), view.shape(value)) or not same_shape(view.shape(product), view.shape(value)):
-        return _refuse(
-            product,
-            f"the multiply broadcasts: gate {tuple(view.shape(value))}, other {tuple(view.shape(up))}",
-            "a gated MLP multiplies tensors of one shape; expand the smaller one if this is one",
-        )
-    gate, up, trail = _narrow_gate(view, gate, value, up, trail)
-    dtypes = {view.dtype(node) for node in (gate, value, up, product)}
-    if len(dtypes) != 1:
-        return _refuse(
-            product,
-            f"gate, activation, other factor and product differ in dtype: {', '.join(sorted(map(str, dtypes)))}",
-            "bring gate and other factor to one dtype before the activation",
-        )
+    gate, trail = _narrow_gate(view, gate, value, trail)
+    refusal = _unlike(view, product, gate, value, up)
+    if refusal is not None:
+        return refusal
     order = "act * up" if operands[0] is value else "up * act"
     words = f"{_origin(view, gate, up)}, {spelling}, {order}"
     interior = tuple(dict.fromkeys([*trail, product]))
     return Site(KIND, (product,), product, (gate, up), interior, words, rounding)
+
+
+def _unlike(view: CanonicalGraph, product: Node, gate: Node, value: Node, up: Node) -> Refusal | None:
+    """A refusal unless the multiply is of one shape and one dtype throughout."""
+    shape = view.shape(value)
+    if not same_shape(view.shape(up), shape) or not same_shape(view.shape(product), shape):
+        return _refuse(
+            product,
+            f"the multiply broadcasts: gate {tuple(shape)}, other {tuple(view.shape(up))}",
+            "a gated MLP multiplies tensors of one shape; expand the smaller one if this is one",
+        )
+    dtypes = {view.dtype(node) for node in (gate, value, up, product)}
+    if len(dtypes) == 1:
+        return None
+    return _refuse(
+        product,
+        f"gate, activation, other factor and product differ in dtype: {', '.join(sorted(map(str, dtypes)))}",
+        "bring gate and other factor to one dtype before the activation",
+    )
 
 
 def _past_cast(view: CanonicalGraph, activation: Node, trail: list[Node]) -> tuple[Node, list[Node]]:
@@ -97,17 +106,13 @@ def _past_cast(view: CanonicalGraph, activation: Node, trail: list[Node]) -> tup
     return found[1], [*trail, *skipped, found[1]]
 
 
-def _narrow_gate(
-    view: CanonicalGraph, gate: Node, value: Node, up: Node, trail: list[Node]
-) -> tuple[Node, Node, list[Node]]:
+def _narrow_gate(view: CanonicalGraph, gate: Node, value: Node, trail: list[Node]) -> tuple[Node, list[Node]]:
     """silu(g.float()).to(g.dtype) is silu(g): torch computes silu of a half in float32 and rounds once."""
-    if view.dtype(gate) == view.dtype(value):
-        return gate, up, trail
     casts: list[Node] = []
     narrow = view.narrowed(gate, casts)
-    if view.dtype(narrow) == view.dtype(value) and view.dtype(gate) == torch.float32:
-        return narrow, up, [*casts, *trail]
-    return gate, up, trail
+    if view.dtype(gate) == torch.float32 != view.dtype(value) == view.dtype(narrow):
+        return narrow, [*casts, *trail]
+    return gate, trail
 
 
 def _read_elsewhere(view: CanonicalGraph, activation: Node, value: Node) -> Refusal | None:

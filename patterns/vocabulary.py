@@ -115,6 +115,18 @@ def _pointwise(table: _Table) -> None:
     row("dropout", "input p training", torch.dropout, aten="dropout")
 
 
+def _others(table: _Table) -> None:
+    """Nothing is matched on these; they are known to be pure and to give the same values in any memory layout."""
+    row = table.row
+    row("cat", "tensors dim", torch.cat, torch.concat, aten="cat")
+    row("stack", "tensors dim", torch.stack, aten="stack")
+    row("gelu", "input approximate", F.gelu, aten="gelu")
+    row("relu", "input inplace", F.relu)
+    row("relu", "input", torch.relu, methods="relu", aten="relu")
+    for name in ("exp", "log", "cos", "sin", "abs"):
+        row(name, "input", getattr(torch, name), methods=name, aten=name)
+
+
 def _reductions(table: _Table) -> None:
     row = table.row
     row("mean", "input dim! keepdim dtype", torch.mean, methods="mean", aten="mean.dim mean")
@@ -185,7 +197,7 @@ def _views(table: _Table) -> None:
 @functools.cache
 def _table() -> _Table:
     table = _Table()
-    for part in (_pointwise, _reductions, _casts, _views):
+    for part in (_pointwise, _reductions, _casts, _views, _others):
         part(table)
     return table
 

@@ -172,12 +172,15 @@ def test_another_token_in_a_timed_round_is_an_error(tmp_path: Path, monkeypatch:
         )
 
 
-def test_the_compilers_cache_variables_are_restored(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_the_demo_sets_is_put_back(monkeypatch: pytest.MonkeyPatch) -> None:
+    threads = torch.get_num_threads()
     monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", "mine")
     monkeypatch.delenv("TRITON_CACHE_DIR", raising=False)
-    with demo._empty_compiler_caches():
+    with demo._state_of_its_own():
+        torch.set_num_threads(threads + 1)
         assert os.environ["TORCHINDUCTOR_CACHE_DIR"] != "mine" and "TRITON_CACHE_DIR" in os.environ
     assert os.environ["TORCHINDUCTOR_CACHE_DIR"] == "mine" and "TRITON_CACHE_DIR" not in os.environ
+    assert torch.get_num_threads() == threads
 
 
 def test_a_folder_that_can_not_be_written_is_a_mistake(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

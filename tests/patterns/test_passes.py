@@ -237,17 +237,15 @@ def test_node_that_a_pass_added_without_metadata_is_completed() -> None:
 
 
 def test_opaque_node_without_metadata_is_refused_by_name() -> None:
-    def hide_a_value(graph: torch.fx.Graph) -> None:
-        (square,) = [node for node in graph.nodes if node.target == "pow"]
-        with graph.inserting_after(square):
-            opaque = graph.call_function(torch.ops.aten.abs.default, (square,))
-        square.replace_all_uses_with(opaque, delete_user_cb=lambda user: user is not opaque)
-        for node in graph.nodes:
-            if node.target == "mean":
-                node.args = (opaque, -1)
+    def hide_the_weight(graph: torch.fx.Graph) -> None:
+        (weight,) = [node for node in graph.nodes if "weight" in node.name]
+        with graph.inserting_after(weight):
+            opaque = graph.call_function(torch.ops.aten.floor.default, (weight,))
+        weight.replace_all_uses_with(opaque, delete_user_cb=lambda user: user is not opaque)
 
-    # |h^2| is not h^2 to the matcher: no site, and no guess either.
-    assert capture(Norm(), tokens(), before=hide_a_value).counts == {}
+    captured = capture(Norm(), tokens(), before=hide_the_weight)
+    assert captured.counts == {}
+    assert "floor" in captured.refusals[0]
 
 
 def test_exported_graph_is_rewritten() -> None:

@@ -1,4 +1,4 @@
-"""Writes and mode switches between a site's operations; each refusal has a positive control that differs in place alone."""
+"""Writes and mode switches between a site's operations; each refusal has a positive control."""
 
 from __future__ import annotations
 

@@ -50,7 +50,7 @@ def main(argv: Sequence[str]) -> int:
     make_plan = quick_plan if arguments.quick else full_plan
     plan = make_plan(arguments.steps, _device(arguments.device), arguments.seed, _folder(arguments.output))
     try:
-        with _empty_compiler_caches(), warnings.catch_warnings():
+        with _state_of_its_own(), warnings.catch_warnings():
             # fp32 is meant: with TF32 two orders of summation would no longer agree.
             warnings.filterwarnings("ignore", message="TensorFloat32")
             _run(plan)
@@ -78,14 +78,21 @@ def _folder(path: Path) -> Path:
 
 
 @contextlib.contextmanager
-def _empty_compiler_caches() -> Iterator[None]:
-    """Inductor's and Triton's files go to a folder that is thrown away, so that every demo is like the first one."""
+def _state_of_its_own() -> Iterator[None]:
+    """Inductor's and Triton's files go to a folder that is thrown away, so that every demo is like the first one.
+
+    The variables that say so, and torch's number of threads, are put back at the end.
+    """
+    import torch
+
+    threads = torch.get_num_threads()
     before = {name: os.environ.get(name) for name in CACHE_VARIABLES}
     with tempfile.TemporaryDirectory(prefix="infuse-demo-", ignore_cleanup_errors=True) as folder:
         os.environ.update({name: str(Path(folder) / name.lower()) for name in CACHE_VARIABLES})
         try:
             yield
         finally:
+            torch.set_num_threads(threads)
             for name, value in before.items():
                 os.environ.pop(name, None)
                 if value is not None:
@@ -93,7 +100,7 @@ def _empty_compiler_caches() -> Iterator[None]:
 
 
 def _run(plan: Plan) -> None:
-    from infuse.cli import demo_figure, demo_generation, demo_rewrites, demo_training
+    from infuse.cli import demo_figure, demo_generation, demo_rewrites, demo_threads, demo_training
     from infuse.cli.terminal import say, stage
 
     begin = time.perf_counter()
@@ -105,10 +112,10 @@ def _run(plan: Plan) -> None:
     with stage("1/3  What Infuse rewrites", seconds, "rewrites"):
         reports = demo_rewrites.explain_models(plan)
     with stage('2/3  Training, eager beside torch.compile(model, backend="infuse")', seconds, "training"):
+        machine["threads"] = demo_threads.use_best_threads(plan)
         training, trained = demo_training.train(plan)
-        demo_figure.draw(
-            training, plan.output / "loss.png", f"{machine['device_name']}, torch {machine['torch']}, fp32"
-        )
+        caption = f"{machine['device_name']}, {machine['threads']} threads, torch {machine['torch']}, fp32"
+        demo_figure.draw(training, plan.output / "loss.png", caption)
     with stage("3/3  Generating text with a KV cache", seconds, "generation"):
         generation = demo_generation.write(plan, trained)
     seconds["total"] = time.perf_counter() - begin
@@ -122,14 +129,12 @@ def _machine(plan: Plan) -> dict[str, Any]:
     from infuse.cli.terminal import processor
     from infuse.version import __version__
 
-    gpu = plan.device.type == "cuda"
-    threads = torch.get_num_threads()
     return {
         "infuse": __version__,
         "torch": torch.__version__,
         "python": platform.python_version(),
         "device": plan.device.type,
-        "device_name": torch.cuda.get_device_name(plan.device) if gpu else f"{processor()}, {threads} threads",
+        "device_name": torch.cuda.get_device_name(plan.device) if plan.device.type == "cuda" else processor(),
     }
 
 

@@ -22,9 +22,7 @@ def draw(result: Training, path: Path, caption: str) -> None:
     above.plot(steps, eager.losses, color="0.6", linewidth=3.5, label="eager, training batch")
     above.plot(steps, infuse.losses, color="tab:blue", linewidth=1, label='backend="infuse", training batch')
     above.plot(*zip(*eager.validation.items()), "o", color="0.6", markersize=10, label="eager, held-out files")
-    above.plot(
-        *zip(*infuse.validation.items()), "x", color="tab:red", label='backend="infuse", held-out files'
-    )
+    above.plot(*zip(*infuse.validation.items()), "x", color="tab:red", label='backend="infuse", held-out files')
     above.set_ylabel("loss (nats per byte)")
     above.set_title("One Llama trained twice, with and without Infuse")
     above.legend()

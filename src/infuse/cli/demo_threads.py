@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import contextlib
 import statistics
 import time
-from collections.abc import Iterator
 
 import torch
 
@@ -17,23 +15,22 @@ CANDIDATES = (1, 2, 4, 8)
 TRIALS = 3
 
 
-@contextlib.contextmanager
-def best_threads(plan: Plan) -> Iterator[None]:
-    """On a CPU, the number of threads with the fastest training step; on a GPU what torch has chosen.
+def use_best_threads(plan: Plan) -> int:
+    """On a CPU torch is set to the number of threads with the fastest training step; a GPU leaves it as it is.
 
     Threads wait for each other after every operation, so one core that others use holds up all of them.
     """
-    before = torch.get_num_threads()
-    if plan.device.type == "cpu":
-        milliseconds = {threads: _step_ms(plan, threads) for threads in sorted({*CANDIDATES, before}) if threads <= before}
-        best = min(milliseconds, key=milliseconds.__getitem__)
-        torch.set_num_threads(best)
-        tried = ", ".join(f"{ms:.0f} ms with {threads}" for threads, ms in milliseconds.items())
-        say(f"threads: {best} (an eager step takes {tried})")
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
+    available = torch.get_num_threads()
+    if plan.device.type != "cpu":
+        return available
+    milliseconds = {
+        threads: _step_ms(plan, threads) for threads in sorted({*CANDIDATES, available}) if threads <= available
+    }
+    best = min(milliseconds, key=milliseconds.__getitem__)
+    torch.set_num_threads(best)
+    tried = ", ".join(f"{ms:.0f} ms with {threads}" for threads, ms in milliseconds.items())
+    say(f"threads: {best} (an eager step takes {tried})")
+    return best
 
 
 def _step_ms(plan: Plan, threads: int) -> float:

@@ -1,0 +1,35 @@
+"""The README's table of support, asked of the code: which operators there are and what runs them."""
+
+from __future__ import annotations
+
+import importlib
+
+import torch
+
+from infuse import build
+from infuse.settings import PATTERNS
+
+DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
+
+
+def kernel_dtypes(op: str) -> tuple[str, ...]:
+    """The dtypes that an operator's CUDA kernel takes, () without a kernel: one that writes into `out`, by convention."""
+    if not hasattr(torch.ops.infuse, f"{op}_out"):
+        return ()
+    can_run = importlib.import_module(f"infuse.ops.{op.removesuffix('_bwd')}").can_run
+    names = (dtype for dtype in DTYPES if not can_run(torch.empty(1, 8, dtype=dtype), None, 0.0, False))
+    return tuple(str(dtype).removeprefix("torch.") for dtype in names)
+
+
+def cell(op: str) -> str:
+    dtypes = kernel_dtypes(op)
+    return f"{', '.join(dtypes)} on {', '.join(build.architectures())}" if dtypes else "decomposition"
+
+
+def table() -> str:
+    """One row an operator: what runs forward and backward on CUDA; elsewhere it is the decomposition."""
+    lines = ["| operator | forward kernel | backward kernel | elsewhere |", "|---|---|---|---|"]
+    for op in PATTERNS:
+        importlib.import_module(f"infuse.ops.{op}")
+        lines.append(f"| `infuse::{op}` | {cell(op)} | {cell(op + '_bwd')} | decomposition, inlined |")
+    return "\n".join(lines) + "\n"
