@@ -13,7 +13,7 @@ DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
 
 
 def kernel_dtypes(op: str) -> tuple[str, ...]:
-    """The dtypes that an operator's CUDA kernel takes, () without a kernel: one that writes into `out`, by convention."""
+    """The dtypes that an operator's CUDA kernel (by convention `<op>_out`) takes, () without a kernel."""
     if not hasattr(torch.ops.infuse, f"{op}_out"):
         return ()
     can_run = importlib.import_module(f"infuse.ops.{op.removesuffix('_bwd')}").can_run

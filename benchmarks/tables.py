@@ -3,8 +3,8 @@
     python benchmarks/tables.py [--check] [--readme FILE] [--results DIR]
 
 A marker `<!-- results:norms -->` and the next `<!-- /results -->` enclose the table of that benchmark; what stands
-between them is replaced; `<!-- support -->` likewise holds the table of support. For each device and case the newest run is taken that has both Infuse and something to compare
-it with.
+between them is replaced. `<!-- support -->` likewise holds the table of support. For each device and case the newest
+run is taken that has both Infuse and something to compare it with.
 """
 
 from __future__ import annotations
