@@ -68,7 +68,7 @@ def assert_as_good_as_eager(got: Tensor, x: Tensor, weight: Tensor | None, varia
     """Every element is within twice the eager computation's largest error in its row, and one ulp, of the fp64 result.
 
     Kernel and eager round at the same places and differ in the order of the sum only. One ulp is granted because the
-    eager row may be exact by luck.
+    eager row may be exact by luck; in fp32 four, for the sum, the addition of eps and the two of rsqrt.
     """
     _, _, cast_before_weight, weight_offset = variant
     eager = op.rms_norm_ref(x, weight, EPS, weight_offset, cast_before_weight)
@@ -78,10 +78,11 @@ def assert_as_good_as_eager(got: Tensor, x: Tensor, weight: Tensor | None, varia
     if weight is not None:
         reference = reference * (weight_offset + weight.double())
     scale = reference.abs() + torch.finfo(x.dtype).tiny
-    ulp = torch.finfo(x.dtype).eps  # of x: cast_before_weight rounds to it also when the output is wider
+    # Of x: cast_before_weight rounds to it also when the output is wider.
+    granted = torch.finfo(x.dtype).eps * (4 if x.dtype == FP32 else 1)
     relative_eager = ((eager.double() - reference).abs() / scale).amax(-1, keepdim=True)
     relative = (got.double() - reference).abs() / scale
-    excess = relative - (2 * relative_eager + ulp)
+    excess = relative - (2 * relative_eager + granted)
     assert bool((excess <= 0).all()), f"relative error {relative.max():.3g}, eager's {relative_eager.max():.3g}"
 
 
@@ -234,7 +235,7 @@ def test_kernel_runs_on_the_device_of_x() -> None:
 def test_refusals_say_what_was_got_and_expected() -> None:
     x = torch.randn(4, 64, device="cuda").to(BF16)
     weight = torch.randn(64, device="cuda").to(BF16)
-    five_dims = torch.empty(2, 4, 2, 4, 2, 64, device="cuda", dtype=BF16)[:, ::2, :, ::2]
+    scattered = torch.empty(4, 4, 4, 4, 64, device="cuda", dtype=BF16)[::2, ::2, ::2, ::2]
     out_of_range = len(library.configurations("rms_norm"))
     cases: list[tuple[tuple[object, ...], str]] = [
         ((x.t(), None, EPS, 0.0, False, -1, torch.empty_like(x.t())), "stride of the last dimension of x, got 64"),
@@ -247,7 +248,11 @@ def test_refusals_say_what_was_got_and_expected() -> None:
         ((x, weight, EPS, 0.0, False, -1, x[:1].clone().expand(4, 64)), "stride of dimension 0 of out, got 0"),
         ((x, weight, EPS, 0.0, False, out_of_range, torch.empty_like(x)), f"config, got {out_of_range}"),
         ((x.double(), None, EPS, 0.0, False, -1, x.double()), "dtype of x"),
-        ((five_dims, None, EPS, 0.0, False, -1, torch.empty_like(five_dims)), "leading dimensions of x"),
+        ((scattered, None, EPS, 0.0, False, -1, torch.empty(2, 2, 2, 2, 64)), "device of out"),
+        (
+            (scattered, None, EPS, 0.0, False, -1, scattered.clone()),
+            "leading dimensions of x that can't be merged, got 4",
+        ),
         ((x, weight.cpu(), EPS, 0.0, False, -1, torch.empty_like(x)), "device of weight"),
     ]
     for arguments, message in cases:
