@@ -88,7 +88,7 @@ def test_the_hash_is_in_the_key_of_both_caches_once() -> None:
     assert torch.compiler.config.cache_key_tag.count(caches.build_hash()) == 1
 
 
-def test_a_tag_of_the_user_is_kept(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(torch.compiler.config, "cache_key_tag", "mine")
-    caches.tag_caches()
-    assert torch.compiler.config.cache_key_tag == f"mine;infuse-{caches.build_hash()}"
+def test_a_tag_of_the_user_is_kept() -> None:
+    with torch.compiler.config.patch(cache_key_tag="mine"):
+        caches.tag_caches()
+        assert torch.compiler.config.cache_key_tag == f"mine;infuse-{caches.build_hash()}"
