@@ -116,14 +116,25 @@ def _native_groups(q: Tensor, mask: Tensor | None) -> bool:
     return torch.cuda.get_device_capability(q.device) >= ((8, 0) if mask is None else (9, 0))
 
 
+def _mask_for_sdpa(mask: Tensor, dtype: torch.dtype) -> Tensor:
+    """The mask as SDPA takes it: at least two dimensions, and not narrower than q, which loses nothing."""
+    if mask.dim() < 2:
+        mask = mask.reshape(1, -1)
+    if mask.dtype != torch.bool and torch.promote_types(mask.dtype, dtype) == dtype:
+        mask = mask.to(dtype)
+    return mask
+
+
 def attention_sdpa(
     q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float, is_causal: bool = False
 ) -> Tensor:
     """out by torch's scaled_dot_product_attention: the decomposition and the fallback."""
     _check("attention", q, k, v, mask, is_causal)
-    if q.is_cuda and mask is not None and mask.dtype not in (torch.bool, q.dtype):
-        # CUDA's SDPA would round the mask to q's dtype, which the formula does not.
-        return attention_ref(q, k, v, mask, scale, is_causal)
+    if mask is not None:
+        mask = _mask_for_sdpa(mask, q.dtype)
+        if q.is_cuda and mask.dtype not in (torch.bool, q.dtype):
+            # CUDA's SDPA would round the mask to q's dtype, which the formula does not.
+            return attention_ref(q, k, v, mask, scale, is_causal)
     groups = _has_groups(q, k)
     if groups and not _native_groups(q, mask):
         k, v, groups = expand_kv(k, q.shape[1]), expand_kv(v, q.shape[1]), False

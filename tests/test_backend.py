@@ -137,6 +137,40 @@ def test_kernels_never_and_always_do_not_change_the_result_without_a_gpu() -> No
             torch.testing.assert_close(torch.compile(norm, backend="infuse")(x), norm(x))
 
 
+def test_freezing_hides_nothing(records: list[SiteRecord]) -> None:
+    """Frozen graphs of torch 2.11 have no shapes on their nodes; a site there is rewritten, or refused with a reason."""
+    norm, x = HandWrittenNorm(16).eval(), torch.randn(3, 16)
+    with torch.no_grad():
+        out = torch.compile(norm, backend="infuse", options={"freezing": True})(x)
+    torch.testing.assert_close(out, norm(x))
+    assert rewritten(records) == {"rms_norm": 1}
+
+
+def test_checkpointed_code_is_rewritten_too(records: list[SiteRecord]) -> None:
+    norm, x = HandWrittenNorm(16), torch.randn(3, 16, requires_grad=True)
+
+    def checkpointed(x: torch.Tensor) -> torch.Tensor:
+        return torch.utils.checkpoint.checkpoint(norm, x, use_reentrant=False)  # type: ignore[no-any-return]
+
+    inputs = [x, norm.weight]
+    expected = torch.autograd.grad(norm(x).square().sum(), inputs)
+    got = torch.autograd.grad(torch.compile(checkpointed, backend="infuse")(x).square().sum(), inputs)
+    assert rewritten(records) == {"rms_norm": 1}
+    for mine, theirs in zip(got, expected):
+        torch.testing.assert_close(mine, theirs)
+
+
+def test_autocast_is_rewritten_and_right(records: list[SiteRecord]) -> None:
+    block, x = Block().eval(), torch.randn(2, 6, 32)
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        eager, got = block(x), torch.compile(block, backend="infuse")(x)
+    with torch.no_grad():
+        reference = Block().double()
+        reference.load_state_dict(block.state_dict())
+        assert_close_to_fp64(got, eager, reference(x.double()))
+    assert rewritten(records)["attention"] == 1
+
+
 def test_strict_is_an_error_that_names_the_site() -> None:
     def half_statistics(x: torch.Tensor) -> torch.Tensor:
         return x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + 1e-6)

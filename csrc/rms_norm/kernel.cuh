@@ -127,7 +127,7 @@ __global__ __launch_bounds__(Traits::kMaxThreads, Traits::kMinCtas) void registe
     }
     const float rstd = reciprocal_std(params, row_sum((sums[0] + sums[1]) + (sums[2] + sums[3]), storage, turn));
 
-    // Without this (and below) the compiler keeps row and weight widened to fp32 across the barrier: twice the registers.
+    // Without this (and below) row and weight stay widened to fp32 across the barrier, in twice the registers.
 #pragma unroll
     for (int i = 0; i < kVecs; ++i) keep_packed(current[i], params.zero);
 

@@ -35,7 +35,7 @@ constexpr int kHeuristic = -1;
 // How many 16-byte vectors of a row a thread may hold, so that the row stays in registers: the fewer threads a CTA has,
 // the more registers each can have.
 constexpr int max_vecs_per_thread(int cta_threads) { return cta_threads <= 256 ? 16 : cta_threads <= 512 ? 8 : 4; }
-constexpr int max_cta_threads(int vecs_per_thread) { return vecs_per_thread > 8 ? 256 : vecs_per_thread > 4 ? 512 : 1024; }
+constexpr int max_cta_threads(int vecs) { return vecs > 8 ? 256 : vecs > 4 ? 512 : 1024; }
 // A persistent kernel holds two rows.
 constexpr int kMaxVecsPersistent = 4;
 constexpr int kMaxPersistentThreads = 512;

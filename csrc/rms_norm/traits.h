@@ -28,8 +28,8 @@ struct RegisterTraits {
   static constexpr bool kPersistent = kPersistent_;
 
   static constexpr int kMaxThreads = kPersistent ? kMaxPersistentThreads : max_cta_threads(kVecsPerThread);
-  // 64 registers for eight vectors, as for four: two CTAs of 512 threads overlap their loads and their sums. A weight or
-  // an output wider than x doesn't fit in them.
+  // 64 registers for eight vectors, as for four, so that two CTAs of 512 threads overlap their loads and their sums. A
+  // weight or an output wider than x doesn't fit in them.
   static constexpr bool kOneWidth = std::is_same_v<typename Types::x_type, typename Types::weight_type>;
   static constexpr int kMinCtas = !kPersistent && kVecsPerThread == 8 && kOneWidth ? 2 : 1;
   static_assert(!kPersistent || kVecsPerThread <= kMaxVecsPersistent, "two rows must fit in the registers");

@@ -40,6 +40,7 @@ class InfusePass(CustomGraphPass):
         self.settings = settings
         self.max_autotune = max_autotune
         self.before = before
+        self.inputs: Sequence[object] = ()  # the graph's example inputs, for graphs whose nodes have none (freezing)
 
     def __call__(self, graph: torch.fx.Graph) -> None:
         for user_pass in self.before:
@@ -49,6 +50,7 @@ class InfusePass(CustomGraphPass):
             self.settings,
             self._place,
             training=is_training(graph),
+            inputs=self.inputs,
         )
         for listener in tuple(_listeners):
             listener(records)
@@ -149,7 +151,12 @@ def infuse(
 
     tag_caches()
     config = inductor_config(mode, options)
-    compiled: Any = compile_fx(gm, list(example_inputs), config_patches=config)
+    rewrite_pass = config["pre_grad_custom_pass"]
+    rewrite_pass.inputs = example_inputs
+    try:
+        compiled: Any = compile_fx(gm, list(example_inputs), config_patches=config)
+    finally:
+        rewrite_pass.inputs = ()
     return compiled  # type: ignore[no-any-return]
 
 

@@ -387,9 +387,14 @@ def _cached_library(path: Path) -> _Library | None:
     return library
 
 
+def _packaged_library() -> Path:
+    """Where a wheel that was built with nvcc carries the library."""
+    return Path(__file__).resolve().parent / "_lib" / LIBRARY_NAME
+
+
 def _find(capabilities: Sequence[tuple[int, int]]) -> _Library | None:
     """The best library there is: one for all `capabilities`, then the packaged one, then the newest."""
-    packaged = Path(__file__).resolve().parent / "_lib" / LIBRARY_NAME
+    packaged = _packaged_library()
     found: list[tuple[bool, bool, float, _Library]] = []
 
     def add(library: _Library | None) -> None:
@@ -463,18 +468,18 @@ def _run_ninja(work: Path, jobs: int, verbose: bool) -> str:
     """
     command = [str(_find_ninja()), "-C", str(work), "-j", str(jobs), *(["-v"] if verbose else [])]
     output: list[str] = []
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace")
-    try:
+    with subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace"
+    ) as process:
         assert process.stdout is not None
-        for line in process.stdout:
-            output.append(line)
-            if verbose:
-                print(line, end="", flush=True)
-        process.wait()
-    finally:
-        if process.poll() is None:  # interrupted: ninja stops the compilers it started
+        try:
+            for line in process.stdout:
+                output.append(line)
+                if verbose:
+                    print(line, end="", flush=True)
+        except BaseException:  # interrupted: ninja stops the compilers it started
             process.terminate()
-            process.wait()
+            raise
     text = "".join(output)
     if process.returncode != 0:
         failure = text[max(text.find("FAILED:"), 0) :]

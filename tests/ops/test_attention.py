@@ -100,6 +100,15 @@ def test_a_mask_of_the_smallest_number_is_no_mask_of_infinity() -> None:
         torch.testing.assert_close(call(q, k, v, mask, 0.3), v.mean(2, keepdim=True).expand_as(v))
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.bool])
+def test_a_mask_of_few_dimensions_or_another_dtype_is_taken(dtype: torch.dtype) -> None:
+    q, k, v = attention_inputs(problems.ATTENTIONS["square"], torch.float32)
+    mask = torch.tensor([True] * 6 + [False] * 2) if dtype == torch.bool else torch.randn(8).to(dtype)
+    expected = hand_written(q, k, v, mask, 0.3, False)
+    for call in (OPS.attention.default, OPS.attention.inline):
+        torch.testing.assert_close(call(q, k, v, mask, 0.3), expected)
+
+
 def test_heads_are_grouped_as_repeat_interleave_does() -> None:
     kv = torch.randn(2, 3, 4, 5)
     assert torch.equal(expand_kv(kv, 6), kv.repeat_interleave(2, 1))

@@ -154,13 +154,17 @@ def _is_float(value: object) -> bool:
 
 
 def _exact_results(captured: Captured, training: bool) -> list[Tensor]:
-    """The original in float64: its casts go to float64 and its inputs are widened."""
+    """The original in float64: its casts between floats go to float64, as copies still, and its inputs are widened."""
     wide = copy.deepcopy(captured.original)
     for node in wide.graph.nodes:
         node.args = torch.fx.node.map_aggregate(node.args, _widened)
         node.kwargs = torch.fx.node.map_aggregate(node.kwargs, _widened)
-        if node.op == "call_method" and node.target in ("float", "half", "bfloat16"):
-            node.target = "double"
+        if node.op == "call_method" and node.target in ("float", "half", "bfloat16", "to", "type_as"):
+            before, after = (n.meta["example_value"] for n in (node.args[0], node))
+            if before.dtype != after.dtype and before.is_floating_point() and after.is_floating_point():
+                node.target, node.args, node.kwargs = "to", (node.args[0], torch.float64), {"copy": True}
+            elif node.target in ("float", "half", "bfloat16"):
+                node.target = "double"
     wide.recompile()
     values = [
         value.detach().double().requires_grad_(value.requires_grad) if _is_float(value) else value

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -21,7 +19,7 @@ from infuse.report import Report, SiteRecord
 # Infuse compiles first. Kernels of stock's that have the same source are then there already: its first call is shorter.
 BACKENDS = {"eager": None, "infuse": "infuse", "stock": "inductor"}
 VARIANTS = tuple(BACKENDS)
-TOP_K, TEMPERATURE = 20, 0.8
+TOP_K, TEMPERATURE = 10, 0.7
 
 
 @dataclass(slots=True)

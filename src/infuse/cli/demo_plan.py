@@ -48,12 +48,12 @@ def full_plan(steps: int | None, device: torch.device, seed: int, output: Path) 
     """For two cores: under five minutes."""
     return Plan(
         config=llama.SMALL,
-        recipe=Recipe(steps=steps or 300, batch_size=16, seq_len=llama.SMALL.max_seq_len),
+        recipe=Recipe(steps=steps or 500, batch_size=8, seq_len=llama.SMALL.max_seq_len),
         device=device,
         seed=seed,
         output=output,
-        validate_every=50,
-        validation_batches=4,
+        validate_every=100,
+        validation_batches=8,
         prompt="class Queue:\n    def __init__(self, ",
         new_tokens=90,
         rounds=9,

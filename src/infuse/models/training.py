@@ -19,7 +19,7 @@ class Recipe:
     steps: int
     batch_size: int
     seq_len: int
-    learning_rate: float = 4e-3
+    learning_rate: float = 3e-3
     warmup_steps: int = 20
     final_fraction: float = 0.1  # of the learning rate, at the last step
     betas: tuple[float, float] = (0.9, 0.95)
