@@ -138,7 +138,7 @@ def test_kernels_never_and_always_do_not_change_the_result_without_a_gpu() -> No
 
 
 def test_freezing_hides_nothing(records: list[SiteRecord]) -> None:
-    """Frozen graphs of torch 2.11 have no shapes on their nodes; a site there is rewritten, or refused with a reason."""
+    """Frozen graphs of torch 2.11 have no shapes on their nodes: the pass is handed the example inputs."""
     norm, x = HandWrittenNorm(16).eval(), torch.randn(3, 16)
     with torch.no_grad():
         out = torch.compile(norm, backend="infuse", options={"freezing": True})(x)
