@@ -79,13 +79,11 @@ def write(plan: Plan, trained: nn.Module) -> Generation:
 
 
 def _steps(model: nn.Module) -> dict[str, Step]:
-    def forward(name: str | None) -> Callable[..., Any]:
-        compiled: Callable[..., Any] = (
-            torch.compile(model, backend=name, dynamic=False, fullgraph=True) if name else model
-        )
-        return compiled
+    def step(backend: str | None) -> Step:
+        plain = decode_step(model)
+        return torch.compile(plain, backend=backend, dynamic=False, fullgraph=True) if backend else plain
 
-    return {name: decode_step(forward(chosen)) for name, chosen in BACKENDS.items()}
+    return {name: step(backend) for name, backend in BACKENDS.items()}
 
 
 def _first_calls(
