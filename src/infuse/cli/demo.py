@@ -182,8 +182,8 @@ def _summarise(
     if plan.device.type == "cpu":
         say(
             "  on this CPU  Infuse has no kernels: what it rewrites runs as the plain formulas, in the code that stock\n"
-            "               torch.compile makes, give or take some percent of chance. An NVIDIA GPU (compute capability\n"
-            "               8.0 or newer) adds the kernels."
+            "               torch.compile makes, give or take some percent of chance. An NVIDIA GPU (compute\n"
+            "               capability 8.0 or newer) adds the kernels."
         )
     if plan.quick:
         say("  quick        a toy: these speeds mean nothing")
