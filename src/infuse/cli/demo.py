@@ -181,9 +181,9 @@ def _summarise(
     )
     if plan.device.type == "cpu":
         say(
-            "  on this CPU  Infuse has no kernels: what it rewrites runs as the plain formulas, in the code that stock\n"
-            "               torch.compile makes, give or take some percent of chance. An NVIDIA GPU (compute\n"
-            "               capability 8.0 or newer) adds the kernels."
+            "  on this CPU  Infuse has no kernels: what it rewrites runs as the plain formulas, in the code that\n"
+            "               stock torch.compile makes, give or take some percent of chance. An NVIDIA GPU\n"
+            "               (compute capability 8.0 or newer) adds the kernels."
         )
     if plan.quick:
         say("  quick        a toy: these speeds mean nothing")
