@@ -35,7 +35,7 @@ def main(argv: Sequence[str]) -> int:
         description="What Infuse rewrites in two Llamas; one of them trained on Python's own sources and writing text, "
         "with and without Infuse. Exit code 1 if anything disagrees.",
     )
-    parser.add_argument("--steps", type=positive_integer, metavar="N", help="training steps (default: 600)")
+    parser.add_argument("--steps", type=positive_integer, metavar="N", help="training steps (default: 500)")
     parser.add_argument("--output", type=Path, default=Path("demo-output"), metavar="DIR", help="default: demo-output")
     parser.add_argument("--device", choices=("cpu", "cuda"), help="default: the GPU if there is one")
     parser.add_argument("--seed", type=natural_number, default=0, metavar="N", help="default: 0")
@@ -176,7 +176,7 @@ def _summarise(
         f"{faster:.2f} x eager's speed"
     )
     say(
-        f"  generation   three times the same tokens; tokens/s: "
+        f"  generation   the same {len(variants['eager'].tokens)} tokens three times; tokens/s: "
         f"Infuse {variants['infuse'].median:,.0f}, stock {stock:,.0f}, eager {variants['eager'].median:,.0f}"
     )
     if plan.device.type == "cpu":

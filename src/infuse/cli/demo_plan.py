@@ -48,7 +48,7 @@ def full_plan(steps: int | None, device: torch.device, seed: int, output: Path) 
     """For two cores: under five minutes."""
     return Plan(
         config=llama.SMALL,
-        recipe=Recipe(steps=steps or 600, batch_size=8, seq_len=llama.SMALL.max_seq_len),
+        recipe=Recipe(steps=steps or 500, batch_size=8, seq_len=llama.SMALL.max_seq_len),
         device=device,
         seed=seed,
         output=output,

@@ -91,7 +91,6 @@ def _choose(logits: Tensor, top_k: int, temperature: float, generator: torch.Gen
     """[B, V] -> [B]."""
     if top_k == 1:
         return logits.argmax(-1)
-    # The others are masked rather than sorted away, so that two near-equal logits don't swap what is drawn for them.
-    least = logits.topk(min(top_k, logits.shape[-1]), -1).values[:, -1:]
-    allowed = logits.float().masked_fill(logits < least, float("-inf"))
-    return torch.multinomial(torch.softmax(allowed / temperature, -1), 1, generator=generator).squeeze(-1)
+    best, index = logits.topk(min(top_k, logits.shape[-1]), -1)
+    drawn = torch.multinomial(torch.softmax(best.float() / temperature, -1), 1, generator=generator)
+    return index.gather(-1, drawn).squeeze(-1)
