@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._C._functorch import is_batchedtensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx import Node
 
@@ -37,9 +38,13 @@ class Emitter:
         """The example values of the operator's arguments."""
         try:
             with metadata.undisturbed(self.mode):
-                return tuple(self._example(arg) for arg in site.args)
+                examples = tuple(self._example(arg) for arg in site.args)
         except _REJECTIONS as error:
             return _gap(site, f"its arguments cannot be made: {error}")
+        if any(isinstance(value, Tensor) and is_batchedtensor(value) for value in examples):
+            node = site.outputs[0]
+            return Refusal(site.kind, node, "it lies inside torch.vmap", "call the module on the whole batch")
+        return examples
 
     def _example(self, arg: object) -> Any:
         if isinstance(arg, Node):
