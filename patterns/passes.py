@@ -19,11 +19,13 @@ from types import ModuleType
 import torch
 from torch.fx import Graph, Node
 
-from infuse.ops import add_rms_norm as _op_add_rms_norm  # noqa: F401  importing an operator's module registers it
+from infuse.ops import add_layer_norm as _op_add_layer_norm  # noqa: F401  importing an operator's module registers it
+from infuse.ops import add_rms_norm as _op_add_rms_norm  # noqa: F401
 from infuse.ops import attention as _op_attention  # noqa: F401
+from infuse.ops import layer_norm as _op_layer_norm  # noqa: F401
 from infuse.ops import rms_norm as _op_rms_norm  # noqa: F401
 from infuse.ops import swiglu as _op_swiglu  # noqa: F401
-from infuse.patterns import add_rms_norm, attention, attention_scores, metadata, rms_norm, swiglu
+from infuse.patterns import add_norm, attention, attention_scores, layer_norm, metadata, rms_norm, swiglu
 from infuse.patterns.canonical import CanonicalGraph
 from infuse.patterns.emit import Emitter
 from infuse.patterns.safety import Effects
@@ -48,9 +50,10 @@ FAMILIES: tuple[Family, ...] = (
     Family(attention.KIND, ("sdpa",), attention.match_call),
     Family(attention.KIND, ("softmax",), attention_scores.match),
     Family(rms_norm.KIND, rms_norm.ANCHORS, rms_norm.match),
+    Family(layer_norm.KIND, layer_norm.ANCHORS, layer_norm.match),
     Family(swiglu.KIND, swiglu.ANCHORS, swiglu.match),
 )
-_NEEDS = {add_rms_norm.KIND: (rms_norm.KIND,)}
+_NEEDS = {joint: (norm,) for norm, joint in add_norm.KINDS.items()}
 
 
 def rewrite(
@@ -67,10 +70,9 @@ def rewrite(
         return []
     effects = Effects(view, torch.is_grad_enabled() or training)
     findings = [_judge(finding, effects, settings) for finding in findings]
-    if add_rms_norm.KIND in settings.patterns:
-        sites = [finding for finding in findings if isinstance(finding, Site)]
-        findings = [finding for finding in findings if isinstance(finding, Refusal)]
-        findings += add_rms_norm.compose(view, effects, sites)
+    sites = [finding for finding in findings if isinstance(finding, Site)]
+    findings = [finding for finding in findings if isinstance(finding, Refusal)]
+    findings += add_norm.compose(view, effects, sites, settings.patterns)
     wanted = [finding for finding in findings if finding.kind in settings.patterns]
     if settings.strict:
         _raise_if_refused([_record(finding, "refused", "") for finding in wanted if isinstance(finding, Refusal)])

@@ -9,6 +9,7 @@ import torch
 from torch.fx import Node
 
 from infuse.patterns.canonical import CanonicalGraph
+from infuse.patterns.norm_affine import plus_number, short
 from infuse.patterns.sites import Refusal
 from infuse.patterns.sizes import same_shape
 
@@ -116,18 +117,6 @@ def _past_reshapes(view: CanonicalGraph, node: Any, trail: list[Node]) -> Any:
         node = call["input"]
 
 
-def plus_number(view: CanonicalGraph, node: object) -> tuple[Node, float | Node] | None:
-    """(value, number) for a node that adds a number to a tensor."""
-    operands = view.operands(node, "add")
-    if operands is None:
-        return None
-    for value, other in (operands, operands[::-1]):
-        number = view.number(other)
-        if number is not None and view.tensor(value) is not None:
-            return value, number
-    return None
-
-
 def _square(view: CanonicalGraph, node: object, trail: list[Node]) -> tuple[Node, str] | None:
     """(h, how it is written) for h**2, h.square() and h * h."""
     call = view.call(node, "pow", "square", "mul")
@@ -171,7 +160,3 @@ def _is_centred(view: CanonicalGraph, node: Node) -> bool:
     """Whether a value is x - mean(x): a LayerNorm's."""
     operands = view.operands(node, "sub")
     return operands is not None and view.call(view.strip(operands[1], widening=True), "mean") is not None
-
-
-def short(dtype: torch.dtype | None) -> str:
-    return str(dtype).removeprefix("torch.")

@@ -10,8 +10,10 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from infuse import caches, ops
+from infuse.ops.add_layer_norm import add_layer_norm
 from infuse.ops.add_rms_norm import add_rms_norm
 from infuse.ops.attention import attention
+from infuse.ops.layer_norm import layer_norm
 from infuse.ops.rms_norm import rms_norm
 from infuse.ops.swiglu import swiglu
 from infuse.report import Report, SiteRecord, StrictError
@@ -32,10 +34,12 @@ __all__ = [
     "SiteRecord",
     "StrictError",
     "__version__",
+    "add_layer_norm",
     "add_rms_norm",
     "attention",
     "explain",
     "fuse",
+    "layer_norm",
     "ops",
     "options",
     "override",

@@ -9,7 +9,7 @@ import os
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
-PATTERNS = ("attention", "rms_norm", "add_rms_norm", "swiglu")
+PATTERNS = ("attention", "rms_norm", "add_rms_norm", "layer_norm", "add_layer_norm", "swiglu")
 _CHOICES: dict[str, tuple[str, ...]] = {"numerics": ("exact", "fused"), "kernels": ("auto", "always", "never")}
 _TRUE, _FALSE = ("1", "true", "yes", "on"), ("0", "false", "no", "off")
 OPTION_PREFIX = "infuse."
@@ -20,7 +20,7 @@ ENV_PREFIX = "INFUSE_"
 class Settings:
     """What Infuse may do.
 
-    patterns: the families that are rewritten, any of "attention", "rms_norm", "add_rms_norm", "swiglu".
+    patterns: the families that are rewritten, any of PATTERNS.
     strict: a site that looks fusable but is refused is an error (`infuse.StrictError`) instead of a line in the report.
     numerics: "exact" allows only rewrites that keep every rounding step of the source; "fused" also those that keep
         more precision.

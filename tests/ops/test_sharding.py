@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 from pathlib import Path
 from typing import Any
@@ -58,6 +59,7 @@ def _worker(rank: int, folder: str) -> None:
         _check("add_rms_norm", y, expected_y)
         for part, grad in zip(parts, grads):
             _check("add_rms_norm gradient", part.grad, grad)
+    _check_layer_norm(ops, spread, x, residual, weight)
     with torch.no_grad():
         _check("no weight", ops.rms_norm(spread(x, Shard(0)), None, 1e-5), ops.rms_norm(x, None, 1e-5))
         _check("last dimension", ops.rms_norm(spread(x, Shard(2)), None, 1e-5), ops.rms_norm(x, None, 1e-5))
@@ -89,6 +91,26 @@ def _worker(rank: int, folder: str) -> None:
         causal = ops.attention(*(spread(tensor, Shard(1)) for tensor in (q, k, v)), None, 0.3, True)
         _check("causal", causal, ops.attention(q, k, v, None, 0.3, True))
     dist.destroy_process_group()
+
+
+def _check_layer_norm(ops: Any, spread: Any, *tensors: torch.Tensor) -> None:
+    from torch.distributed.tensor import Replicate, Shard
+
+    inputs = (*tensors, tensors[-1].detach().flip(0).requires_grad_())
+    for dim, flags in itertools.product((0, 1), ((0.0, False), (0.0, True))):
+        rows = [Shard(dim), Shard(dim), Replicate(), Replicate()]
+        expected_y, expected_sum = ops.add_layer_norm(*inputs, 1e-5, *flags)
+        expected = ops.layer_norm(expected_sum, *inputs[2:], 1e-5, *flags)
+        grads = torch.autograd.grad((expected_y * expected_sum + expected**2).sum(), inputs)
+        parts = [spread(tensor, place) for tensor, place in zip(inputs, rows)]
+        y, total = ops.add_layer_norm(*parts, 1e-5, *flags)
+        got = ops.layer_norm(total, *parts[2:], 1e-5, *flags)
+        assert got.placements == (Shard(dim),), got.placements
+        (y * total + got**2).sum().backward()
+        _check("layer_norm", got, expected)
+        _check("add_layer_norm", y, expected_y)
+        for part, grad in zip(parts, grads):
+            _check("layer_norm gradient", part.grad, grad)
 
 
 def test_two_processes_agree_with_one(tmp_path: Path) -> None:

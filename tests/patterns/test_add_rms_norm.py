@@ -149,10 +149,18 @@ def test_broadcasting_add_stays_apart() -> None:
     assert_same_results(captured)
 
 
-def test_add_of_two_dtypes_stays_apart() -> None:
-    x, residual, w = tensors()
-    captured = capture(sum_read_by_the_norm_alone, x.bfloat16(), residual, w)
-    assert captured.counts == {"rms_norm": 1}
+@pytest.mark.parametrize(("dtype", "training", "dynamic"), MODES)
+@pytest.mark.parametrize("narrow_first", [False, True])
+def test_add_of_two_dtypes_is_made_in_the_wide_one(
+    narrow_first: bool, dtype: torch.dtype, training: bool, dynamic: bool
+) -> None:
+    x, residual, w = tensors(torch.float32, training)
+    x = x.detach().bfloat16().requires_grad_(training)
+    terms = (x, residual) if narrow_first else (residual, x)
+    w = w.detach().to(dtype).requires_grad_(training)
+    captured = capture(both_returned, *terms, w, training=training, dynamic=dynamic)
+    assert captured.counts == {"add_rms_norm": 1}
+    assert_same_results(captured, training)
 
 
 def test_add_in_the_wide_dtype_stays_in_it() -> None:

@@ -1,0 +1,286 @@
+"""Residual add and LayerNorm of the sum; both results are needed, the sum by the next residual.
+
+    sum = x + residual               in their dtype
+    y   = layer_norm(sum)            rounding and dtypes as in infuse.ops.layer_norm
+
+Shapes: x, residual, sum, y [..., D]; weight, bias [D] or None. x and residual share shape and dtype; results are
+contiguous.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from infuse.ops import checks
+from infuse.ops.layer_norm import (
+    FLAGS,
+    check_arguments,
+    gradient_of,
+    layer_norm_bwd_ref,
+    layer_norm_fwd_ref,
+    layer_norm_ref,
+    output_dtype,
+    row_placements,
+    whole,
+)
+from infuse.ops.registration import (
+    Placements,
+    define,
+    differentiate,
+    implement,
+    register,
+    register_differentiable,
+    register_sharding,
+)
+from infuse.ops.rms_norm import statistics_dtype
+
+ARGUMENTS = f"Tensor x, Tensor residual, Tensor? weight, Tensor? bias, float eps, {FLAGS}"
+
+
+def _check(
+    op: str,
+    x: Tensor,
+    residual: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    weight_offset: float,
+    cast_before_weight: bool,
+) -> None:
+    check_arguments(op, x, weight, bias, weight_offset, cast_before_weight)
+    checks.same_dtype(op, x=x, residual=residual)
+    checks.same_shape(op, x=x, residual=residual)
+
+
+def add_layer_norm_ref(
+    x: Tensor,
+    residual: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    eps: float,
+    weight_offset: float = 0.0,
+    cast_before_weight: bool = False,
+) -> tuple[Tensor, Tensor]:
+    """The formula in plain torch. Returns y and the sum."""
+    _check("add_layer_norm", x, residual, weight, bias, weight_offset, cast_before_weight)
+    total = x + residual
+    return layer_norm_ref(total, weight, bias, eps, weight_offset, cast_before_weight), total
+
+
+def add_layer_norm_parts(
+    x: Tensor,
+    residual: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    eps: float,
+    weight_offset: float = 0.0,
+    cast_before_weight: bool = False,
+) -> tuple[Tensor, Tensor]:
+    """The sum in plain torch and its norm as infuse::layer_norm, kept whole. Returns y and the sum."""
+    _check("add_layer_norm", x, residual, weight, bias, weight_offset, cast_before_weight)
+    total = x + residual
+    return torch.ops.infuse.layer_norm(total, weight, bias, eps, weight_offset, cast_before_weight), total
+
+
+def add_layer_norm_fwd_ref(
+    x: Tensor,
+    residual: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    eps: float,
+    weight_offset: float,
+    cast_before_weight: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """y, the sum, mean [...] and rstd [...]."""
+    _check("add_layer_norm_fwd", x, residual, weight, bias, weight_offset, cast_before_weight)
+    total = (x + residual).contiguous()
+    y, mean, rstd = layer_norm_fwd_ref(total, weight, bias, eps, weight_offset, cast_before_weight)
+    return y, total, mean, rstd
+
+
+def add_layer_norm_bwd_ref(
+    dy: Tensor,
+    dsum: Tensor,
+    total: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    mean: Tensor,
+    rstd: Tensor,
+    weight_offset: float,
+    cast_before_weight: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The gradient of x, which is that of residual too, dweight and dbias; dsum is what reaches the sum directly."""
+    checks.same_shape("add_layer_norm_bwd", total=total, dsum=dsum)
+    dx, dweight, dbias = layer_norm_bwd_ref(dy, total, weight, bias, mean, rstd, weight_offset, cast_before_weight)
+    return (dx + dsum).contiguous(), dweight, dbias
+
+
+def add_layer_norm_fake(
+    x: Tensor,
+    residual: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    eps: float,
+    weight_offset: float = 0.0,
+    cast_before_weight: bool = False,
+) -> tuple[Tensor, Tensor]:
+    _check("add_layer_norm", x, residual, weight, bias, weight_offset, cast_before_weight)
+    y = x.new_empty(x.shape, dtype=output_dtype(x, weight, bias, cast_before_weight))
+    return y, x.new_empty(x.shape)
+
+
+def add_layer_norm_fwd_fake(
+    x: Tensor,
+    residual: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    eps: float,
+    weight_offset: float,
+    cast_before_weight: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    y, total = add_layer_norm_fake(x, residual, weight, bias, eps, weight_offset, cast_before_weight)
+    mean, rstd = (x.new_empty(x.shape[:-1], dtype=statistics_dtype(x)) for _ in range(2))
+    return y, total, mean, rstd
+
+
+def add_layer_norm_bwd_fake(
+    dy: Tensor,
+    dsum: Tensor,
+    total: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    mean: Tensor,
+    rstd: Tensor,
+    weight_offset: float,
+    cast_before_weight: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    checks.same_shape("add_layer_norm_bwd", total=total, dsum=dsum)
+    dweight, dbias = (
+        total.new_empty(0) if vector is None else vector.new_empty(vector.shape) for vector in (weight, bias)
+    )
+    return total.new_empty(total.shape), dweight, dbias
+
+
+def _norm_and_sum(total: Tensor, *arguments: Any) -> tuple[Tensor, Tensor]:
+    # view_as: an input cannot be differentiated as an output of itself
+    return layer_norm_ref(total, *arguments), total.view_as(total)
+
+
+class _AddLayerNorm(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        residual: Tensor,
+        weight: Tensor | None,
+        bias: Tensor | None,
+        eps: float,
+        weight_offset: float,
+        cast_before_weight: bool,
+    ) -> tuple[Tensor, Tensor]:
+        flags = (weight_offset, cast_before_weight)
+        y, total, mean, rstd = torch.ops.infuse.add_layer_norm_fwd(x, residual, weight, bias, eps, *flags)
+        ctx.save_for_backward(total, weight, bias, mean, rstd)
+        ctx.eps, ctx.flags = eps, flags
+        return y, total
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor, dsum: Tensor) -> tuple[Tensor | None, ...]:
+        total, weight, bias, mean, rstd = ctx.saved_tensors
+        if torch.is_grad_enabled():
+            inputs = (total, weight, bias, ctx.eps, *ctx.flags)
+            dx, dweight, dbias, *_ = differentiate(_norm_and_sum, inputs, (dy, dsum))
+            return dx, dx, dweight, dbias, None, None, None
+        dx, dweight, dbias = torch.ops.infuse.add_layer_norm_bwd(dy, dsum, total, weight, bias, mean, rstd, *ctx.flags)
+        vectors = (None if weight is None else dweight, None if bias is None else dbias)
+        return dx, dx, *vectors, None, None, None
+
+
+def _implementation(
+    x: Tensor,
+    residual: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    eps: float,
+    weight_offset: float = 0.0,
+    cast_before_weight: bool = False,
+) -> tuple[Tensor, Tensor]:
+    y, total = add_layer_norm_ref(x, residual, weight, bias, eps, weight_offset, cast_before_weight)
+    return y.contiguous(), total.contiguous()
+
+
+def _rules(x: Any, weight: Any, bias: Any, num_outputs: int, flags: tuple[Any, ...]) -> Placements:
+    rest = [whole(weight), whole(bias), *(None for _ in flags)]
+    return [([rows] * num_outputs, [rows, rows, *rest]) for rows in row_placements(x)]
+
+
+def _sharding(x: Any, residual: Any, weight: Any, bias: Any, *flags: Any) -> Placements:
+    return _rules(x, weight, bias, 2, flags)
+
+
+def _fwd_sharding(x: Any, residual: Any, weight: Any, bias: Any, *flags: Any) -> Placements:
+    return _rules(x, weight, bias, 4, flags)
+
+
+def _bwd_sharding(
+    dy: Any, dsum: Any, total: Any, weight: Any, bias: Any, mean: Any, rstd: Any, *flags: Any
+) -> Placements:
+    rules: list[tuple[list[Any], list[Any]]] = []
+    for rows in row_placements(total):
+        gradients = [rows, gradient_of(weight, rows), gradient_of(bias, rows)]
+        rest = [whole(weight), whole(bias), rows, rows, *(None for _ in flags)]
+        rules.append((gradients, [rows, rows, rows, *rest]))
+    return rules
+
+
+register_differentiable(
+    "add_layer_norm",
+    ARGUMENTS,
+    "(Tensor, Tensor)",
+    implementation=_implementation,
+    inline=add_layer_norm_ref,
+    fake=add_layer_norm_fake,
+    autograd=_AddLayerNorm.apply,
+)
+define(f"add_layer_norm.parts({ARGUMENTS}) -> (Tensor, Tensor)")
+implement("add_layer_norm.parts", add_layer_norm_parts, "CompositeImplicitAutograd")
+register(
+    "add_layer_norm_fwd",
+    "Tensor x, Tensor residual, Tensor? weight, Tensor? bias, float eps, float weight_offset, bool cast_before_weight",
+    "(Tensor, Tensor, Tensor, Tensor)",
+    implementation=add_layer_norm_fwd_ref,
+    fake=add_layer_norm_fwd_fake,
+)
+register(
+    "add_layer_norm_bwd",
+    "Tensor dy, Tensor dsum, Tensor total, Tensor? weight, Tensor? bias, Tensor mean, Tensor rstd,"
+    " float weight_offset, bool cast_before_weight",
+    "(Tensor, Tensor, Tensor)",
+    implementation=add_layer_norm_bwd_ref,
+    fake=add_layer_norm_bwd_fake,
+)
+register_sharding("add_layer_norm", _sharding)
+register_sharding("add_layer_norm_fwd", _fwd_sharding)
+register_sharding("add_layer_norm_bwd", _bwd_sharding)
+
+
+def add_layer_norm(
+    x: Tensor,
+    residual: Tensor,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    eps: float = 1e-5,
+    *,
+    weight_offset: float = 0.0,
+    cast_before_weight: bool = False,
+) -> tuple[Tensor, Tensor]:
+    """(layer_norm(x + residual), x + residual) for x and residual [..., D].
+
+    Raises TypeError for dtypes that are no floats or differ, ValueError for shapes that do not fit.
+    """
+    _check("add_layer_norm", x, residual, weight, bias, weight_offset, cast_before_weight)
+    flags = (weight_offset, cast_before_weight)
+    y, total = torch.ops.infuse.add_layer_norm(x, residual, weight, bias, eps, *flags)
+    return y, total
