@@ -15,6 +15,7 @@ from infuse.lowering.decisions import Decision, record
 from infuse.ops import attention as op
 
 DEFAULT = "sdpa"
+_MASKED_ROWS = 8  # the argument's position
 _BACKENDS = {
     "sdpa_cudnn": SDPBackend.CUDNN_ATTENTION,
     "sdpa_flash": SDPBackend.FLASH_ATTENTION,
@@ -23,21 +24,28 @@ _BACKENDS = {
 
 
 def _with_backend(backend: SDPBackend) -> Callable[..., Tensor]:
-    def formula(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float, is_causal: bool = False) -> Tensor:
+    def formula(*args: Any) -> Tensor:
+        # With "zeros" it is SDPA whether or not a backend is fused; there is no row that it would matter to.
         with sdpa_kernel(backend):
-            return op.heads_inside(op.attention_sdpa(q, k, v, mask, scale, is_causal))
+            return _default(*args[:_MASKED_ROWS], "zeros", *args[_MASKED_ROWS + 1 :])
 
     return formula
 
 
-def _default(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float, is_causal: bool = False) -> Tensor:
-    return op.heads_inside(op.attention_sdpa(q, k, v, mask, scale, is_causal))
+def _default(*args: Any) -> Tensor:
+    return op.heads_inside(op.attention_inline(*args))
 
 
 def candidates(args: tuple[Any, ...]) -> dict[str, Callable[..., Tensor]]:
-    """SDPA as torch picks its backend, and each other backend that takes these arguments, without repetitions."""
+    """SDPA as torch picks its backend, and each other backend that takes these arguments, without repetitions.
+
+    Only the formula computes a softcap, sinks, and other rows than zeros where all is masked.
+    """
     found: dict[str, Callable[..., Tensor]] = {DEFAULT: _default}
     seen = {inductor.code_of(_default, args)}
+    mask, softcap, sinks, masked_rows = args[3], *args[6:9]
+    if softcap != 0.0 or sinks is not None or (mask is not None and masked_rows in ("nan", "mean")):
+        return found
     for label, backend in _BACKENDS.items():
         formula = _with_backend(backend)
         try:
@@ -52,9 +60,21 @@ def candidates(args: tuple[Any, ...]) -> dict[str, Callable[..., Tensor]]:
     return found
 
 
-def lower(q: Any, k: Any, v: Any, mask: Any, scale: Any, is_causal: bool = False) -> Any:
+def lower(
+    q: Any,
+    k: Any,
+    v: Any,
+    mask: Any,
+    scale: Any,
+    is_causal: bool = False,
+    softcap: Any = 0.0,
+    sinks: Any = None,
+    masked_rows: str = "zeros",
+    dropout_p: float = 0.0,
+    round_scores: bool = False,
+) -> Any:
     """The IR node of out."""
-    args = (q, k, v, mask, scale, is_causal)
+    args = (q, k, v, mask, scale, is_causal, softcap, sinks, masked_rows, dropout_p, round_scores)
     described = f"q {inductor.hints(q)} k {inductor.hints(k)} {q.get_dtype()}"
     tunable = q.get_device().type == "cuda" and inductor.max_autotune() and isinstance(scale, float)
     if not tunable or inductor.settings_in_effect().kernels == "never":

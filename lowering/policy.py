@@ -25,7 +25,7 @@ def place(kind: str, args: Sequence[object], training: bool, *, settings: Settin
     first = args[0]
     assert isinstance(first, Tensor)
     if kind == "attention":
-        return _place_attention(first, training, max_autotune)
+        return _place_attention(first, args, training, max_autotune)
     if kind in ("rms_norm", "add_rms_norm"):
         return _place_norm(kind, first, args, training, settings, max_autotune)
     return _inline(f"no {kind} kernel")
@@ -35,7 +35,9 @@ def _inline(reason: str) -> Placement:
     return Placement("inline", f"decomposition ({reason})")
 
 
-def _place_attention(q: Tensor, training: bool, max_autotune: bool) -> Placement:
+def _place_attention(q: Tensor, args: Sequence[object], training: bool, max_autotune: bool) -> Placement:
+    if reason := _only_formula(args):
+        return Placement("inline", f"decomposition (no kernel for {reason})")
     if q.device.type != "cuda":
         return Placement("inline", f"scaled_dot_product_attention (no kernel for {q.device.type})")
     if training:
@@ -43,6 +45,19 @@ def _place_attention(q: Tensor, training: bool, max_autotune: bool) -> Placement
     if not max_autotune:
         return Placement("inline", "scaled_dot_product_attention")
     return Placement("default", "the fastest SDPA backend, measured")
+
+
+def _only_formula(args: Sequence[object]) -> str:
+    """What no kernel of attention takes among a site's arguments; "" if there is nothing."""
+    names = ("mask", "scale", "is_causal", "softcap", "sinks", "masked_rows", "dropout_p")
+    given = dict(zip(names, args[3:]))
+    if isinstance(given.get("softcap"), torch.SymFloat) or given.get("softcap"):
+        return "a softcap"
+    if given.get("sinks") is not None:
+        return "sinks"
+    if given.get("mask") is not None and given.get("masked_rows") in ("nan", "mean"):
+        return "rows that are masked whole"
+    return "dropout" if isinstance(given.get("dropout_p"), torch.SymFloat) or given.get("dropout_p") else ""
 
 
 def _place_norm(

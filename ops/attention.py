@@ -1,13 +1,20 @@
 """Scaled dot product attention with grouped K/V heads (Vaswani et al. 2017; Ainslie et al. 2023, GQA).
 
-    out = softmax(scale * q k^T + mask) v        q head h reads K/V head h // (H / H_kv)
+    out = softmax(cap(scale * q k^T) + mask) v        q head h reads K/V head h // (H / H_kv)
 
-Shapes: q [B, H, S, D]; k [B, H_kv, T, D]; v [B, H_kv, T, Dv]; mask broadcastable to [B, H, S, T]; out [B, H, S, Dv];
-lse [B, H, S], float32 (float64 for a float64 q). out and the gradients lie in memory as [B, S, H, D], so that the
-transpose and reshape that joins the heads again copies nothing.
-Dtypes: q, k, v one float dtype, out the same; mask bool (True attends) or float (added to scores); softmax in float32.
-is_causal: query i reads keys 0..i, aligned at the upper left as in torch; exclusive with mask. A row that attends to
-nothing gives zeros. No dropout.
+Shapes: q [B, H, S, D]; k [B, H_kv, T, D]; v [B, H_kv, T, Dv]; mask broadcastable to [B, H, S, T]; sinks [H];
+out [B, H, S, Dv]; lse [B, H, S], float32 (float64 for a float64 q). out and the gradients lie in memory as
+[B, S, H, D], so that the transpose and reshape that joins the heads again copies nothing.
+Dtypes: q, k, v one float dtype, out the same; mask bool (True attends) or float (added to scores); sinks float; softmax
+in float32.
+scale, softcap: cap(x) = softcap * tanh(x / softcap) (Gemma 2), the identity for 0.
+is_causal: query i reads keys 0..i, aligned at the upper left as in torch; exclusive with mask.
+sinks: a logit of each head that takes part in the softmax's denominator and reads no value (gpt-oss).
+masked_rows: what a row gives whose keys are all masked, by False or by -inf: "zeros" as torch's SDPA, "nan" as a
+softmax that is written out, "mean" (of all T rows of v) as one over scores that were overwritten by a large negative
+number, "none" if there is no such row. With sinks it is always zeros.
+dropout_p: drops probabilities, in the inline overload only; the random numbers are those of whatever computes it.
+round_scores: the caller rounds scores and probabilities to q's dtype, so the inline overload may.
 """
 
 from __future__ import annotations
@@ -15,16 +22,46 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from infuse.ops import checks
-from infuse.ops.registration import Placements, differentiate, register, register_differentiable, register_sharding
+from infuse.ops import attention_sharding, checks
+from infuse.ops.attention_formulas import (
+    accumulation_dtype,
+    attention_bwd_ref,
+    attention_fwd_ref,
+    attention_inline,
+    expand_kv,
+    heads_inside,
+)
+from infuse.ops.registration import differentiate, register, register_differentiable, register_sharding
 
-ARGUMENTS = "Tensor q, Tensor k, Tensor v, Tensor? mask, float scale, bool is_causal=False"
+ARGUMENTS = (
+    "Tensor q, Tensor k, Tensor v, Tensor? mask, float scale, bool is_causal=False, float softcap=0.0,"
+    ' Tensor? sinks=None, str masked_rows="zeros", float dropout_p=0.0, bool round_scores=False'
+)
+MASKED_ROWS = ("zeros", "nan", "mean", "none")
+
+__all__ = [
+    "attention",
+    "attention_bwd_ref",
+    "attention_fwd_ref",
+    "attention_inline",
+    "attention_ref",
+    "expand_kv",
+    "heads_inside",
+]
 
 
-def _check(op: str, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, is_causal: bool) -> None:
+def _check(
+    op: str,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    mask: Tensor | None,
+    is_causal: bool,
+    sinks: Tensor | None,
+    masked_rows: str,
+) -> None:
     checks.floating(op, "q", q)
     checks.same_dtype(op, q=q, k=k, v=v)
     checks.rank(op, "q", q, 4, "[B, H, S, D]")
@@ -36,8 +73,23 @@ def _check(op: str, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, is_cau
     checks.equal(op, "v: heads", v.shape[1], k.shape[1])
     checks.equal(op, "v: length", v.shape[2], k.shape[2])
     checks.equal(op, "q: heads modulo K/V heads", q.shape[1] % k.shape[1], 0)
-    if mask is None:
-        return
+    if masked_rows not in MASKED_ROWS:
+        raise ValueError(f"infuse::{op}: masked_rows: got {masked_rows!r}, expected one of {MASKED_ROWS}")
+    if sinks is not None:
+        _check_sinks(op, q, sinks, masked_rows)
+    if mask is not None:
+        _check_mask(op, mask, is_causal)
+
+
+def _check_sinks(op: str, q: Tensor, sinks: Tensor, masked_rows: str) -> None:
+    checks.floating(op, "sinks", sinks)
+    checks.rank(op, "sinks", sinks, 1, "[H]")
+    checks.equal(op, "sinks: heads", sinks.shape[0], q.shape[1])
+    if masked_rows not in ("zeros", "none"):
+        raise ValueError(f"infuse::{op}: masked_rows: got {masked_rows!r} beside sinks, expected 'zeros'")
+
+
+def _check_mask(op: str, mask: Tensor, is_causal: bool) -> None:
     if is_causal:
         raise ValueError(f"infuse::{op}: got a mask and is_causal=True, expected one of them")
     if mask.dtype != torch.bool:
@@ -48,9 +100,11 @@ def _check(op: str, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, is_cau
         )
 
 
-def heads_inside(tensor: Tensor) -> Tensor:
-    """[B, H, S, D] in the memory layout [B, S, H, D]."""
-    return tensor.transpose(1, 2).contiguous().transpose(1, 2)
+def _refuse_dropout(dropout_p: float) -> None:
+    if dropout_p != 0.0:
+        raise NotImplementedError(
+            f"infuse::attention: dropout_p: got {dropout_p}, expected 0.0; only the inline overload drops out"
+        )
 
 
 def _empty_heads_inside(like: Tensor, head_dim: int | torch.SymInt) -> Tensor:
@@ -58,141 +112,84 @@ def _empty_heads_inside(like: Tensor, head_dim: int | torch.SymInt) -> Tensor:
     return like.new_empty((batch, length, heads, head_dim)).transpose(1, 2)
 
 
-def expand_kv(kv: Tensor, num_heads: int) -> Tensor:
-    """[B, H_kv, T, D] -> [B, H, T, D], each head repeated for its group of q heads."""
-    batch, num_kv_heads, length, head_dim = kv.shape
-    group = num_heads // num_kv_heads
-    expanded = kv[:, :, None].expand(batch, num_kv_heads, group, length, head_dim)
-    return expanded.reshape(batch, num_heads, length, head_dim)
-
-
-def _has_groups(q: Tensor, k: Tensor) -> bool:
-    return not (isinstance(q.shape[1], int) and isinstance(k.shape[1], int) and q.shape[1] == k.shape[1])
-
-
-def _scores(q: Tensor, k: Tensor, mask: Tensor | None, scale: float, is_causal: bool) -> Tensor:
-    """scale * q k^T + mask [B, H, S, T] in float32 (float64 for float64); k has q's heads."""
-    dtype = torch.float64 if q.dtype == torch.float64 else torch.float32
-    scores = torch.matmul(q.to(dtype), k.to(dtype).transpose(-2, -1)) * scale
-    if is_causal:
-        mask = torch.ones(scores.shape[-2:], dtype=torch.bool, device=q.device).tril()
-    if mask is None:
-        return scores
-    return scores.masked_fill(~mask, float("-inf")) if mask.dtype == torch.bool else scores + mask.to(dtype)
-
-
-def _probabilities(scores: Tensor, lse: Tensor) -> Tensor:
-    """exp(scores - lse), zero in rows that attend to nothing (lse is -inf there)."""
-    nothing = (lse == float("-inf")).unsqueeze(-1)
-    return torch.where(nothing, 0.0, torch.exp(scores - lse.unsqueeze(-1)))
-
-
-def attention_fwd_ref(
-    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float, is_causal: bool
-) -> tuple[Tensor, Tensor]:
-    """out and the log-sum-exp of the scores, by the formula: the test oracle."""
-    _check("attention_fwd", q, k, v, mask, is_causal)
-    num_heads = q.shape[1]
-    scores = _scores(q, expand_kv(k, num_heads), mask, scale, is_causal)
-    lse = torch.logsumexp(scores, -1)
-    out = torch.matmul(_probabilities(scores, lse), expand_kv(v, num_heads).to(scores.dtype))
-    return heads_inside(out.to(q.dtype)), lse
-
-
 def attention_ref(
-    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float, is_causal: bool = False
-) -> Tensor:
-    """out by the formula."""
-    return attention_fwd_ref(q, k, v, mask, scale, is_causal)[0]
-
-
-def _native_groups(q: Tensor, mask: Tensor | None) -> bool:
-    """Whether torch's SDPA has a fused kernel that reads grouped K/V heads as they are.
-
-    Flash takes them without a mask, cuDNN (sm_90 and later) also with one; elsewhere torch falls to the plain formula.
-    """
-    if not q.is_cuda or q.dtype not in (torch.bfloat16, torch.float16):
-        return False
-    return torch.cuda.get_device_capability(q.device) >= ((8, 0) if mask is None else (9, 0))
-
-
-def _mask_for_sdpa(mask: Tensor, dtype: torch.dtype) -> Tensor:
-    """The mask as SDPA takes it: at least two dimensions, and not narrower than q, which loses nothing."""
-    if mask.dim() < 2:
-        mask = mask.reshape(1, -1)
-    if mask.dtype != torch.bool and torch.promote_types(mask.dtype, dtype) == dtype:
-        mask = mask.to(dtype)
-    return mask
-
-
-def attention_sdpa(
-    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float, is_causal: bool = False
-) -> Tensor:
-    """out by torch's scaled_dot_product_attention: the decomposition and the fallback."""
-    _check("attention", q, k, v, mask, is_causal)
-    if mask is not None:
-        mask = _mask_for_sdpa(mask, q.dtype)
-        if q.is_cuda and mask.dtype not in (torch.bool, q.dtype):
-            # CUDA's SDPA would round the mask to q's dtype, which the formula does not.
-            return attention_ref(q, k, v, mask, scale, is_causal)
-    groups = _has_groups(q, k)
-    if groups and not _native_groups(q, mask):
-        k, v, groups = expand_kv(k, q.shape[1]), expand_kv(v, q.shape[1]), False
-    return F.scaled_dot_product_attention(q, k, v, mask, 0.0, is_causal, scale=scale, enable_gqa=groups)
-
-
-def attention_bwd_ref(
-    dout: Tensor,
     q: Tensor,
     k: Tensor,
     v: Tensor,
-    out: Tensor,
-    lse: Tensor,
     mask: Tensor | None,
     scale: float,
-    is_causal: bool,
-    needs_dmask: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """dq, dk, dv and dmask in the shapes and dtypes of q, k, v and mask (dmask is empty [0] unless needed)."""
-    num_heads, num_kv_heads = q.shape[1], k.shape[1]
-    scores = _scores(q, expand_kv(k, num_heads), mask, scale, is_causal)
-    dtype = scores.dtype
-    probabilities = _probabilities(scores, lse)
-    d = dout.to(dtype)
-    dv = torch.matmul(probabilities.transpose(-2, -1), d)
-    dprobabilities = torch.matmul(d, expand_kv(v, num_heads).to(dtype).transpose(-2, -1))
-    delta = (d * out.to(dtype)).sum(-1, keepdim=True)
-    dscores = probabilities * (dprobabilities - delta)
-    dq = torch.matmul(dscores, expand_kv(k, num_heads).to(dtype)) * scale
-    dk = torch.matmul(dscores.transpose(-2, -1), q.to(dtype)) * scale
+    is_causal: bool = False,
+    softcap: float = 0.0,
+    sinks: Tensor | None = None,
+    masked_rows: str = "zeros",
+) -> Tensor:
+    """out by the formula."""
+    return attention_fwd_ref(q, k, v, mask, scale, is_causal, softcap, sinks, masked_rows)[0]
 
-    def sum_groups(expanded: Tensor) -> Tensor:
-        grouped: Tensor = expanded.unflatten(1, (num_kv_heads, num_heads // num_kv_heads))
-        return grouped.sum(2)
 
-    dmask = q.new_empty(0)
-    if needs_dmask and mask is not None:
-        dmask = dscores.sum_to_size(mask.shape).to(mask.dtype).contiguous()
-    return (
-        heads_inside(dq.to(q.dtype)),
-        heads_inside(sum_groups(dk).to(k.dtype)),
-        heads_inside(sum_groups(dv).to(v.dtype)),
-        dmask,
-    )
+def _inline(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    mask: Tensor | None,
+    scale: float,
+    is_causal: bool = False,
+    softcap: float = 0.0,
+    sinks: Tensor | None = None,
+    masked_rows: str = "zeros",
+    dropout_p: float = 0.0,
+    round_scores: bool = False,
+) -> Tensor:
+    _check("attention", q, k, v, mask, is_causal, sinks, masked_rows)
+    return attention_inline(q, k, v, mask, scale, is_causal, softcap, sinks, masked_rows, dropout_p, round_scores)
 
 
 def attention_fake(
-    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float, is_causal: bool = False
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    mask: Tensor | None,
+    scale: float,
+    is_causal: bool = False,
+    softcap: float = 0.0,
+    sinks: Tensor | None = None,
+    masked_rows: str = "zeros",
+    dropout_p: float = 0.0,
+    round_scores: bool = False,
 ) -> Tensor:
-    _check("attention", q, k, v, mask, is_causal)
+    _check("attention", q, k, v, mask, is_causal, sinks, masked_rows)
+    _refuse_dropout(dropout_p)
     return _empty_heads_inside(q, v.shape[3])
 
 
-def attention_fwd_fake(
-    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float, is_causal: bool
+def _fwd(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    mask: Tensor | None,
+    scale: float,
+    is_causal: bool,
+    softcap: float = 0.0,
+    sinks: Tensor | None = None,
+    masked_rows: str = "zeros",
 ) -> tuple[Tensor, Tensor]:
-    lse_dtype = torch.float64 if q.dtype == torch.float64 else torch.float32
-    return attention_fake(q, k, v, mask, scale, is_causal), q.new_empty(q.shape[:3], dtype=lse_dtype)
+    _check("attention_fwd", q, k, v, mask, is_causal, sinks, masked_rows)
+    return attention_fwd_ref(q, k, v, mask, scale, is_causal, softcap, sinks, masked_rows)
+
+
+def attention_fwd_fake(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    mask: Tensor | None,
+    scale: float,
+    is_causal: bool,
+    softcap: float = 0.0,
+    sinks: Tensor | None = None,
+    masked_rows: str = "zeros",
+) -> tuple[Tensor, Tensor]:
+    out = attention_fake(q, k, v, mask, scale, is_causal, softcap, sinks, masked_rows)
+    return out, q.new_empty(q.shape[:3], dtype=accumulation_dtype(q.dtype))
 
 
 def attention_bwd_fake(
@@ -206,90 +203,71 @@ def attention_bwd_fake(
     scale: float,
     is_causal: bool,
     needs_dmask: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    softcap: float = 0.0,
+    sinks: Tensor | None = None,
+    masked_rows: str = "zeros",
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     dmask = mask.new_empty(mask.shape) if needs_dmask and mask is not None else q.new_empty(0)
+    dsinks = q.new_empty(0) if sinks is None else sinks.new_empty(sinks.shape)
     dq, dk, dv = (_empty_heads_inside(tensor, tensor.shape[3]) for tensor in (q, k, v))
-    return dq, dk, dv, dmask
+    return dq, dk, dv, dmask, dsinks
 
 
 class _Attention(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float, is_causal: bool
+        ctx: Any,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        mask: Tensor | None,
+        scale: float,
+        is_causal: bool,
+        softcap: float,
+        sinks: Tensor | None,
+        masked_rows: str,
+        dropout_p: float,
+        round_scores: bool,
     ) -> Tensor:
-        out, lse = torch.ops.infuse.attention_fwd(q, k, v, mask, scale, is_causal)
-        ctx.save_for_backward(q, k, v, out, lse, mask)
-        ctx.scale, ctx.is_causal = scale, is_causal
+        _refuse_dropout(dropout_p)
+        out, lse = torch.ops.infuse.attention_fwd(q, k, v, mask, scale, is_causal, softcap, sinks, masked_rows)
+        ctx.save_for_backward(q, k, v, out, lse, mask, sinks)
+        ctx.flags = scale, is_causal, softcap, masked_rows
         return out  # type: ignore[no-any-return]
 
     @staticmethod
     def backward(ctx: Any, dout: Tensor) -> tuple[Tensor | None, ...]:
+        *tensors, sinks = ctx.saved_tensors
+        q, k, v, _, _, mask = tensors
+        scale, is_causal, softcap, masked_rows = ctx.flags
         if torch.is_grad_enabled():
-            q, k, v, _, _, mask = ctx.saved_tensors
-            return differentiate(attention_ref, (q, k, v, mask, ctx.scale, ctx.is_causal), (dout,))
+            inputs = (q, k, v, mask, scale, is_causal, softcap, sinks, masked_rows)
+            return (*differentiate(attention_ref, inputs, (dout,)), None, None)
         needs_dmask = bool(ctx.needs_input_grad[3])
-        dq, dk, dv, dmask = torch.ops.infuse.attention_bwd(
-            dout, *ctx.saved_tensors, ctx.scale, ctx.is_causal, needs_dmask
+        dq, dk, dv, dmask, dsinks = torch.ops.infuse.attention_bwd(
+            dout, *tensors, scale, is_causal, needs_dmask, softcap, sinks, masked_rows
         )
-        return dq, dk, dv, dmask if needs_dmask else None, None, None
+        return (
+            *(dq, dk, dv, dmask if needs_dmask else None, None, None),
+            *(None, None if sinks is None else dsinks, None, None, None),
+        )
 
 
 def _implementation(
-    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float, is_causal: bool = False
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    mask: Tensor | None,
+    scale: float,
+    is_causal: bool = False,
+    softcap: float = 0.0,
+    sinks: Tensor | None = None,
+    masked_rows: str = "zeros",
+    dropout_p: float = 0.0,
+    round_scores: bool = False,
 ) -> Tensor:
-    return heads_inside(attention_sdpa(q, k, v, mask, scale, is_causal))
-
-
-def _mask_placement(mask: Any, dim: int) -> Any:
-    """A mask is cut along a batch or head dimension that it has, and whole where it broadcasts."""
-    from torch.distributed.tensor import Replicate, Shard
-
-    if mask is None:
-        return None
-    own = dim - (4 - len(mask.shape))
-    return Shard(own) if own >= 0 and mask.shape[own] != 1 else Replicate()
-
-
-def _dims(k: Any) -> list[int]:
-    """Batch, and heads where every rank gets whole groups."""
-    return [0, 1] if k.shape[1] % k.mesh.size() == 0 else [0]
-
-
-def _sharding(q: Any, k: Any, v: Any, mask: Any, *flags: Any) -> Placements:
-    """Batch and heads, the heads of q, k and v together."""
-    return _forward_rules(1, k, mask, flags)
-
-
-def _fwd_sharding(q: Any, k: Any, v: Any, mask: Any, *flags: Any) -> Placements:
-    return _forward_rules(2, k, mask, flags)
-
-
-def _forward_rules(num_outputs: int, k: Any, mask: Any, flags: tuple[Any, ...]) -> Placements:
-    from torch.distributed.tensor import Replicate, Shard
-
-    none = [None for _ in flags]
-    whole = [Replicate(), Replicate(), Replicate(), None if mask is None else Replicate(), *none]
-    rules: list[tuple[list[Any], list[Any]]] = [([Replicate()] * num_outputs, whole)]
-    for dim in _dims(k):
-        place = Shard(dim)
-        rules.append(([place] * num_outputs, [place, place, place, _mask_placement(mask, dim), *none]))
-    return rules
-
-
-def _bwd_sharding(
-    dout: Any, q: Any, k: Any, v: Any, out: Any, lse: Any, mask: Any, scale: Any, is_causal: Any, needs_dmask: Any
-) -> Placements:
-    """As the forward; the gradient of a mask that is whole is summed over the ranks."""
-    from torch.distributed.tensor import Partial, Replicate, Shard
-
-    flags = [None, None, None]
-    whole_mask = None if mask is None else Replicate()
-    rules: list[tuple[list[Any], list[Any]]] = [([Replicate()] * 4, [*[Replicate()] * 6, whole_mask, *flags])]
-    for dim in _dims(k):
-        place, mask_place = Shard(dim), _mask_placement(mask, dim)
-        dmask = Replicate() if not needs_dmask else Partial() if mask_place == Replicate() else mask_place
-        rules.append(([place, place, place, dmask], [*[place] * 6, mask_place, *flags]))
-    return rules
+    _refuse_dropout(dropout_p)
+    return heads_inside(_inline(q, k, v, mask, scale, is_causal, softcap, sinks, masked_rows, dropout_p, round_scores))
 
 
 register_differentiable(
@@ -297,28 +275,29 @@ register_differentiable(
     ARGUMENTS,
     "Tensor",
     implementation=_implementation,
-    inline=attention_sdpa,
+    inline=_inline,
     fake=attention_fake,
     autograd=_Attention.apply,
 )
 register(
     "attention_fwd",
-    "Tensor q, Tensor k, Tensor v, Tensor? mask, float scale, bool is_causal",
+    "Tensor q, Tensor k, Tensor v, Tensor? mask, float scale, bool is_causal, float softcap=0.0, Tensor? sinks=None,"
+    ' str masked_rows="zeros"',
     "(Tensor, Tensor)",
-    implementation=attention_fwd_ref,
+    implementation=_fwd,
     fake=attention_fwd_fake,
 )
 register(
     "attention_bwd",
     "Tensor dout, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, Tensor? mask, float scale, bool is_causal,"
-    " bool needs_dmask",
-    "(Tensor, Tensor, Tensor, Tensor)",
+    ' bool needs_dmask, float softcap=0.0, Tensor? sinks=None, str masked_rows="zeros"',
+    "(Tensor, Tensor, Tensor, Tensor, Tensor)",
     implementation=attention_bwd_ref,
     fake=attention_bwd_fake,
 )
-register_sharding("attention", _sharding)
-register_sharding("attention_fwd", _fwd_sharding)
-register_sharding("attention_bwd", _bwd_sharding)
+register_sharding("attention", attention_sharding.inference)
+register_sharding("attention_fwd", attention_sharding.forward)
+register_sharding("attention_bwd", attention_sharding.backward)
 
 
 def attention(
@@ -329,12 +308,20 @@ def attention(
     *,
     scale: float | None = None,
     is_causal: bool = False,
+    softcap: float = 0.0,
+    sinks: Tensor | None = None,
+    masked_rows: str = "zeros",
+    dropout_p: float = 0.0,
 ) -> Tensor:
-    """softmax(scale * q k^T + mask) v; scale defaults to 1 / sqrt(D). See the module's text for shapes and masks.
+    """softmax(cap(scale * q k^T) + mask) v; scale defaults to 1 / sqrt(D). See the module's text for the arguments.
 
-    Raises TypeError for dtypes that are no floats or differ, ValueError for shapes that do not fit or a mask with
-    is_causal.
+    Raises TypeError for dtypes that are no floats or differ, ValueError for shapes that do not fit, a mask with
+    is_causal or an unknown `masked_rows`.
     """
-    _check("attention", q, k, v, mask, is_causal)
+    _check("attention", q, k, v, mask, is_causal, sinks, masked_rows)
     value = q.shape[-1] ** -0.5 if scale is None else scale
-    return torch.ops.infuse.attention(q, k, v, mask, value, is_causal)  # type: ignore[no-any-return]
+    packet = torch.ops.infuse.attention
+    overload = packet.inline if dropout_p else packet.default
+    return overload(  # type: ignore[no-any-return]
+        q, k, v, mask, value, is_causal, softcap, sinks, masked_rows, dropout_p
+    )
