@@ -1,176 +1,213 @@
-"""Gated MLP activation: silu(gate) * up.
+"""Gated MLP activation: act(gate) * up, for every activation of infuse::swiglu.
 
-Anchored on silu, or on sigmoid for x * sigmoid(x). The operator is elementwise: where gate and up come from (two
-linears, a packed one) is only described, for the report and for the rules that compose operators.
+Anchored on the activation's rare node. The operator is elementwise: which linears made gate and up (two, a packed one,
+experts, LoRA beside them) does not matter and is only described, for the report.
+
+silu, gelu, quick_gelu and relu squared of one tensor times another of its shape are gates wherever they stand.
+sigmoid and relu have other uses (recurrent cells, scores, masks): there the gate must come out of a product with a
+weight. A factor that is broadcast (squeeze and excitation, a gate per head or expert) makes no gated MLP.
 """
 
 from __future__ import annotations
 
-from typing import Any
+import operator
 
 import torch
 from torch.fx import Node
 
+from infuse.patterns.activations import ANCHORS as _ACTIVATION_ANCHORS
+from infuse.patterns.activations import Activation, read_activation
 from infuse.patterns.canonical import CanonicalGraph
-from infuse.patterns.sites import Finding, Refusal, Site
-from infuse.patterns.sizes import same_shape
+from infuse.patterns.gate_limits import with_limits
+from infuse.patterns.projections import described, origin, projection
+from infuse.patterns.sites import Finding, Make, Refusal, Site
+from infuse.patterns.sizes import Size, same_shape
 
 KIND = "swiglu"
-ANCHORS = ("silu", "sigmoid")
+ANCHORS = (*_ACTIVATION_ANCHORS, "glu")
+_WEAK = ("sigmoid", "relu")
+# From the anchor of a written-out gelu to the product there are six nodes; casts and copies come on top.
+_MAX_CLIMB = 12
+_WRITTEN_OUT = ("cast", "add", "mul", "div")
+_CLIMBED = {"relu": ("cast", "mul", "pow", "square"), "tanh": _WRITTEN_OUT, "erf": _WRITTEN_OUT}
 
 
 def match(view: CanonicalGraph, anchor: Node) -> Finding | None:
     """The gated activation around an anchor; None for a plain activation."""
     if anchor in view.in_place:
         return _in_place(view, anchor)
-    call = view.call(anchor, "silu")
-    if call is not None:
-        return _gated(view, anchor, call["input"], [anchor], "silu", "")
-    return _from_sigmoid(view, anchor)
+    if view.call(anchor, "glu") is not None:
+        return _glu(view, anchor)
+    value, steps = anchor, _CLIMBED.get(view.word(anchor), ("cast", "mul"))
+    for _ in range(_MAX_CLIMB):
+        found = view.only_reader(value)
+        if found is None:
+            return _read_elsewhere(view, value, anchor)
+        value, reader = found
+        call = view.call(reader, *steps)
+        if call is None:
+            return _multiplied_in_place(view, value, reader, anchor)
+        if call.name == "mul" and read_activation(view, reader) is None:
+            sides = (call["input"], call["other"])
+            if any(read_activation(view, side) is not None for side in sides):
+                return _gated(view, reader, sides, anchor)
+        value = reader
+    return None
 
 
 def _refuse(node: Node, reason: str, remedy: str) -> Refusal:
     return Refusal(KIND, node, reason, remedy)
 
 
-def _in_place(view: CanonicalGraph, anchor: Node) -> Refusal | None:
-    if view.in_place[anchor] != "silu" or not any(view.operands(reader, "mul") for reader in view.readers(anchor)):
+def _gated(view: CanonicalGraph, product: Node, sides: tuple[object, object], anchor: Node) -> Finding | None:
+    """The product of an activation and another tensor."""
+    gates = [(found, up) for side, up in (sides, sides[::-1]) if (found := read_activation(view, side)) is not None]
+    # Of two activations the one that is rarer as anything else is the gate; for two alike, the first.
+    act, up = min(gates, key=lambda pair: pair[0].name in _WEAK)
+    if act.anchor is not anchor or not isinstance(up, Node) or not _is_gate(view, product, act, up):
         return None
-    return _refuse(anchor, "silu writes its input in place", "use silu(x) without inplace=True")
+    shape = view.shape(act.value)
+    if not same_shape(view.shape(up), shape):
+        return None if _broadcasts(shape, view.shape(up)) else _unproven(view, product, shape, view.shape(up))
+    dtypes = _to_one_dtype(view, product, act, up)
+    if isinstance(dtypes, Refusal):
+        return dtypes
+    words = f"{act.spelling}, {'act * up' if sides[1] is up else 'up * act'}"
+    site = Site(
+        KIND,
+        (product,),
+        product,
+        (*dtypes, act.name),
+        tuple(dict.fromkeys((*act.trail, product))),
+        f"{described(view, act.gate, up)}, {words}",
+        act.rounding or _rounding(view, product, act, up),
+    )
+    return with_limits(view, site, act.alpha)
 
 
-def _from_sigmoid(view: CanonicalGraph, anchor: Node) -> Finding | None:
-    """x * sigmoid(x), then as silu."""
-    call, found = view.call(anchor, "sigmoid"), view.only_reader(anchor)
-    operands = view.operands(found[1], "mul") if found else None
-    if call is None or found is None or operands is None:
-        return None
-    other = operands[1] if operands[0] is found[0] else operands[0]
-    trail: list[Node] = []
-    if not view.same_value(other, call["input"], trail) or view.dtype(other) != view.dtype(anchor):
-        return None
-    rounding = "sigmoid is rounded before it is multiplied"
-    return _gated(view, found[1], call["input"], [anchor, *trail, found[1]], "x * sigmoid(x)", rounding)
+def _is_gate(view: CanonicalGraph, product: Node, act: Activation, up: Node) -> bool:
+    """Whether a product like this belongs to a gated MLP rather than to something else that multiplies so."""
+    if view.same_value(up, act.gate, []) or view.same_value(up, act.value, []) or not view.shape(up):
+        return False
+    from_weight = bool(projection(view, origin(view, act.gate)[0]))
+    if act.name not in _WEAK:
+        return len(view.shape(up)) > 1 or from_weight
+    if not from_weight:
+        return False
+    if act.name == "relu":
+        return bool(projection(view, origin(view, up)[0]))
+    other = view.strip(up, widening=True)
+    return view.call(other, "tanh", "sigmoid") is None and not _updates_a_state(view, product)
 
 
-def _gated(
-    view: CanonicalGraph, activation: Node, gate: Node, trail: list[Node], spelling: str, rounding: str
-) -> Finding | None:
-    """silu's value multiplied by one other tensor."""
-    value, trail = _past_cast(view, activation, trail)
-    found = view.only_reader(value, trail)
-    if found is None:
-        return _read_elsewhere(view, activation, value)
-    value, product = found
-    operands = view.operands(product, "mul")
-    if operands is None or (operands[0] is value) == (operands[1] is value):
-        return None
-    up = operands[1] if operands[0] is value else operands[0]
-    if not isinstance(up, Node) or len(view.shape(up)) < 2:
-        return None  # A number or a vector: a plain activation, scaled.
-    gate, trail = _narrow_gate(view, gate, value, trail)
-    refusal = _unlike(view, product, gate, value, up)
-    if refusal is not None:
-        return refusal
-    order = "act * up" if operands[0] is value else "up * act"
-    words = f"{_origin(view, gate, up)}, {spelling}, {order}"
-    interior = tuple(dict.fromkeys([*trail, product]))
-    return Site(KIND, (product,), product, (gate, up), interior, words, rounding)
+def _updates_a_state(view: CanonicalGraph, product: Node) -> bool:
+    """Whether the product is added to another one with a tanh: f * c + i * tanh(g), a recurrent cell."""
+    for reader in view.readers(product):
+        terms = view.operands(reader, "add")
+        other = None if terms is None else terms[1] if terms[0] is product else terms[0]
+        factors = view.operands(view.strip(other), "mul") if other is not None else None
+        if any(view.call(view.strip(factor, widening=True), "tanh") is not None for factor in factors or ()):
+            return True
+    return False
 
 
-def _unlike(view: CanonicalGraph, product: Node, gate: Node, value: Node, up: Node) -> Refusal | None:
-    """A refusal unless the multiply is of one shape and one dtype throughout."""
-    shape = view.shape(value)
-    if not same_shape(view.shape(up), shape) or not same_shape(view.shape(product), shape):
-        return _refuse(
-            product,
-            f"the multiply broadcasts: gate {tuple(shape)}, other {tuple(view.shape(up))}",
-            "a gated MLP multiplies tensors of one shape; expand the smaller one if this is one",
-        )
-    dtypes = {view.dtype(node) for node in (gate, value, up, product)}
-    if len(dtypes) == 1:
-        return None
+def _broadcasts(left: tuple[Size, ...], right: tuple[Size, ...]) -> bool:
+    """Whether two shapes, which multiply, are known to differ."""
+    if len(left) != len(right):
+        return True
+    return any((type(a) is int and type(b) is int and a != b) or _is_one(a) != _is_one(b) for a, b in zip(left, right))
+
+
+def _is_one(size: Size) -> bool:
+    return type(size) is int and size == 1
+
+
+def _unproven(view: CanonicalGraph, product: Node, gate: tuple[Size, ...], up: tuple[Size, ...]) -> Refusal:
     return _refuse(
         product,
-        f"gate, activation, other factor and product differ in dtype: {', '.join(sorted(map(str, dtypes)))}",
+        f"the multiply may broadcast: gate {tuple(gate)}, other {tuple(up)}",
+        "give gate and other factor sizes that torch can prove equal",
+    )
+
+
+def _to_one_dtype(view: CanonicalGraph, product: Node, act: Activation, up: Node) -> tuple[object, object] | Refusal:
+    """gate and up in the product's dtype: the operator computes and rounds in it. Narrower ones are widened first."""
+    dtype = view.dtype(product)
+    dtypes = [view.dtype(node) for node in (act.gate, act.value, up, product)]
+    widening = all(d and dtype and d.is_floating_point and torch.promote_types(d, dtype) == dtype for d in dtypes)
+    if widening and not act.narrowed:
+        gate, other = (
+            node if view.dtype(node) == dtype else Make(torch.ops.aten.to.dtype, (node, dtype))
+            for node in (act.gate, up)
+        )
+        return gate, other
+    return _refuse(
+        product,
+        f"gate, activation, other factor and product differ in dtype: {', '.join(sorted(set(map(str, dtypes))))}",
         "bring gate and other factor to one dtype before the activation",
     )
 
 
-def _past_cast(view: CanonicalGraph, activation: Node, trail: list[Node]) -> tuple[Node, list[Node]]:
-    """The activation's value, past a cast of it that its only reader is."""
-    skipped: list[Node] = []
-    found = view.only_reader(activation, skipped)
-    if found is None or view.call(found[1], "cast") is None:
-        return activation, trail
-    return found[1], [*trail, *skipped, found[1]]
+def _rounding(view: CanonicalGraph, product: Node, act: Activation, up: Node) -> str:
+    """What the operator does not round where the activation is called by name."""
+    if act.name == "sigmoid" and view.dtype(product) in (torch.float16, torch.bfloat16):
+        return "sigmoid is rounded before it is multiplied"
+    if view.dtype(act.gate) != view.dtype(product):
+        return "the activation is rounded before it is multiplied"
+    return ""
 
 
-def _narrow_gate(view: CanonicalGraph, gate: Node, value: Node, trail: list[Node]) -> tuple[Node, list[Node]]:
-    """silu(g.float()).to(g.dtype) is silu(g): torch computes silu of a half in float32 and rounds once."""
-    casts: list[Node] = []
-    narrow = view.narrowed(gate, casts)
-    if view.dtype(gate) == torch.float32 != view.dtype(value) == view.dtype(narrow):
-        return narrow, [*casts, *trail]
-    return gate, trail
+def _glu(view: CanonicalGraph, anchor: Node) -> Site | None:
+    """F.glu: the first half times the sigmoid of the second."""
+    call = view.call(anchor, "glu")
+    rank = len(view.shape(call["input"])) if call else 0
+    dim = -1 if call is None or call["dim"] is None else call["dim"]
+    if call is None or not rank or type(dim) is not int or view.dtype(anchor) != view.dtype(call["input"]):
+        return None
+    halves = Make(torch.chunk, (call["input"], 2, dim))
+    up, gate = (Make(operator.getitem, (halves, half)) for half in (0, 1))
+    layer = projection(view, origin(view, call["input"])[0]) or "tensor"
+    return Site(KIND, (anchor,), anchor, (gate, up, "sigmoid"), (anchor,), f"packed {layer}, gate second, glu")
 
 
-def _read_elsewhere(view: CanonicalGraph, activation: Node, value: Node) -> Refusal | None:
+def _read_elsewhere(view: CanonicalGraph, value: Node, anchor: Node) -> Refusal | None:
     """A refusal if one of several readers multiplies the activation by a tensor like it."""
+    act = read_activation(view, value)
+    if act is None or act.name in _WEAK or act.anchor is not anchor:
+        return None
     for reader in view.readers(value):
         operands = view.operands(reader, "mul")
         if operands is None or operands[0] is operands[1]:
             continue
         other = operands[1] if operands[0] is value else operands[0]
-        if isinstance(other, Node) and len(view.shape(other)) >= 2 and same_shape(view.shape(other), view.shape(value)):
+        like = isinstance(other, Node) and same_shape(view.shape(other), view.shape(value))
+        if like and _is_gate(view, reader, act, other):
             return _refuse(
-                activation,
+                anchor,
                 "the gate's activation is read elsewhere",
-                "read silu(gate) * up alone; with the activation needed as well, fusing would compute it twice",
+                "read act(gate) * up alone; with the activation needed as well, fusing would compute it twice",
             )
     return None
 
 
-def _origin(view: CanonicalGraph, gate: Node, up: Node) -> str:
-    """Where gate and up come from, in words."""
-    gate_source, gate_part = _producer(view, gate)
-    up_source, up_part = _producer(view, up)
-    if gate_source is up_source and gate_part and up_part:
-        layer = _layer(view, gate_source)
-        return f"packed {layer}, gate {'first' if gate_part < up_part else 'second'}"
-    layers = {_layer(view, gate_source), _layer(view, up_source)}
-    return f"separate {_plural(layers.pop())}" if len(layers) == 1 else " and ".join(sorted(layers))
+def _in_place(view: CanonicalGraph, anchor: Node) -> Refusal | None:
+    name = view.in_place[anchor]
+    if name != "silu" or not any(view.operands(reader, "mul") for reader in view.readers(anchor)):
+        return None
+    return _refuse(anchor, f"{name} writes its input in place", f"use {name}(x) without inplace=True")
 
 
-def _producer(view: CanonicalGraph, node: Node) -> tuple[Node, str]:
-    """(node behind views and parts, which part it is). The part is "" for the whole, else it sorts by position."""
-    part = ""
-    while True:
-        plain = view.strip(node, widening=True)
-        call = view.call(plain, "reshape", "permute", "getitem", "slice", "split", "dropout")
-        if call is None or not isinstance(call["input"], Node):
-            return plain, part
-        if call.name in ("getitem", "slice"):
-            part = _position(call.args)
-        node = call["input"]
-
-
-def _position(args: dict[str, Any]) -> str:
-    index = args.get("index", args.get("start"))
-    last = index[-1] if isinstance(index, tuple) and index else index
-    start = last.start if isinstance(last, slice) else last
-    return f"{start or 0:>12}" if isinstance(start, (int, type(None))) else f"{start!s:>12}"
-
-
-def _layer(view: CanonicalGraph, node: Node) -> str:
-    call = view.call(node, "linear", "matmul", "bmm")
-    if call is None:
-        return "tensor"
-    if call.name == "linear":
-        return "linear with bias" if call["bias"] is not None else "linear"
-    return "matmul"
-
-
-def _plural(layer: str) -> str:
-    noun, _, rest = layer.partition(" ")
-    return f"{noun}s {rest}".rstrip()
+def _multiplied_in_place(view: CanonicalGraph, value: Node, reader: Node, anchor: Node) -> Refusal | None:
+    """A refusal for act(gate).mul_(up), a gate but for its last step."""
+    if (
+        reader.target not in ("mul_", "multiply_", operator.imul)
+        or len(reader.args) != 2
+        or reader.args[0] is not value
+    ):
+        return None
+    act, up = read_activation(view, value), reader.args[1]
+    if act is None or act.anchor is not anchor or not isinstance(up, Node):
+        return None
+    if not same_shape(view.shape(up), view.shape(value)) or not _is_gate(view, reader, act, up):
+        return None
+    return _refuse(reader, "the product is written in place, into the activation", "write act(gate) * up")

@@ -101,9 +101,14 @@ def _pointwise(table: _Table) -> None:
     row("sqrt", "input", torch.sqrt, methods="sqrt", aten="sqrt")
     row("rsqrt", "input", torch.rsqrt, methods="rsqrt", aten="rsqrt")
     row("reciprocal", "input", torch.reciprocal, methods="reciprocal", aten="reciprocal")
-    row("sigmoid", "input", torch.sigmoid, F.sigmoid, methods="sigmoid", aten="sigmoid")
+    row("sigmoid", "input", torch.sigmoid, F.sigmoid, torch.special.expit, methods="sigmoid", aten="sigmoid")
     row("tanh", "input", torch.tanh, F.tanh, methods="tanh", aten="tanh")
+    row("erf", "input", torch.erf, torch.special.erf, methods="erf", aten="erf")
     row("silu", "input inplace", F.silu, aten="silu")
+    row("gelu", "input approximate", F.gelu, aten="gelu")
+    row("relu", "input inplace", F.relu)
+    row("relu", "input", torch.relu, methods="relu", aten="relu")
+    row("glu", "input dim", F.glu, aten="glu")
     row("clamp", "input min max", torch.clamp, torch.clip, methods="clamp clip", aten="clamp")
     row("maximum", binary, torch.maximum, methods="maximum", aten="maximum")
     row("masked_fill", "input mask value", torch.masked_fill, methods="masked_fill")
@@ -120,9 +125,6 @@ def _others(table: _Table) -> None:
     row = table.row
     row("cat", "tensors dim", torch.cat, torch.concat, aten="cat")
     row("stack", "tensors dim", torch.stack, aten="stack")
-    row("gelu", "input approximate", F.gelu, aten="gelu")
-    row("relu", "input inplace", F.relu)
-    row("relu", "input", torch.relu, methods="relu", aten="relu")
     for name in ("exp", "log", "cos", "sin", "abs"):
         row(name, "input", getattr(torch, name), methods=name, aten=name)
 
@@ -190,6 +192,7 @@ def _views(table: _Table) -> None:
     row("slice", "input dim start length", torch.narrow, methods="narrow", aten="narrow")
     row("split", "input sizes dim!", torch.chunk, torch.split, torch.tensor_split, methods="chunk split tensor_split")
     row("split", "input sizes dim!", aten="chunk split.Tensor split_with_sizes split.sizes")
+    row("select", "input dim! index", torch.select, methods="select", aten="select.int")
     row("split", "input dim!", torch.unbind, methods="unbind", aten="unbind.int")
     row("item", "input", methods="item", aten="item")
 

@@ -141,15 +141,6 @@ def test_silu_is_exact_where_it_is_literal() -> None:
     assert captured.counts == {"swiglu": 1}
 
 
-def test_gate_may_be_its_own_factor() -> None:
-    def gated(gate: Tensor, up: Tensor) -> Tensor:
-        return F.silu(gate) * gate
-
-    captured = capture(gated, *pair(requires_grad=True), training=True)
-    assert captured.counts == {"swiglu": 1}
-    assert_same_results(captured, training=True)
-
-
 def plain(gate: Tensor, up: Tensor) -> Tensor:
     return F.silu(gate) + up
 
@@ -171,20 +162,28 @@ def multiplied_by_itself(gate: Tensor, up: Tensor) -> Tensor:
     return a * a
 
 
-def gelu_gate(gate: Tensor, up: Tensor) -> Tensor:
-    return F.gelu(gate) * up
+def gate_is_its_own_factor(gate: Tensor, up: Tensor) -> Tensor:
+    return F.silu(gate) * gate
 
 
-def sigmoid_gate(gate: Tensor, up: Tensor) -> Tensor:
+def plain_swish(gate: Tensor, up: Tensor) -> Tensor:
+    return gate * torch.sigmoid(1.3 * gate) + up
+
+
+def sigmoid_of_no_projection(gate: Tensor, up: Tensor) -> Tensor:
     return torch.sigmoid(gate) * up
 
 
-def sigmoid_of_something_else(gate: Tensor, up: Tensor) -> Tensor:
-    return gate * torch.sigmoid(1.702 * gate) * up
+def relu_of_no_projection(gate: Tensor, up: Tensor) -> Tensor:
+    return F.relu(gate) * up
 
 
-def in_place_multiply(gate: Tensor, up: Tensor) -> Tensor:
-    return F.silu(gate).mul_(up)
+def broadcasting(gate: Tensor, up: Tensor) -> Tensor:
+    return F.silu(gate) * up[:, :1]
+
+
+def broadcasting_gate(gate: Tensor, up: Tensor) -> Tensor:
+    return F.silu(gate[:, :1]) * up
 
 
 @pytest.mark.parametrize(
@@ -195,22 +194,16 @@ def in_place_multiply(gate: Tensor, up: Tensor) -> Tensor:
         scaled_by_a_vector,
         squared,
         multiplied_by_itself,
-        gelu_gate,
-        sigmoid_gate,
-        sigmoid_of_something_else,
-        in_place_multiply,
+        gate_is_its_own_factor,
+        plain_swish,
+        sigmoid_of_no_projection,
+        relu_of_no_projection,
+        broadcasting,
+        broadcasting_gate,
     ],
 )
 def test_other_activations_are_no_sites(function: Function) -> None:
     assert capture(function, *pair()).records == []
-
-
-def broadcasting(gate: Tensor, up: Tensor) -> Tensor:
-    return F.silu(gate) * up[:, :1]
-
-
-def broadcasting_gate(gate: Tensor, up: Tensor) -> Tensor:
-    return F.silu(gate[:, :1]) * up
 
 
 def silu_in_place(gate: Tensor, up: Tensor) -> Tensor:
@@ -227,11 +220,21 @@ def activation_read_twice(gate: Tensor, up: Tensor) -> Tensor:
     return a * up + a
 
 
+def in_place_multiply(gate: Tensor, up: Tensor) -> Tensor:
+    return F.silu(gate).mul_(up)
+
+
+def in_place_operator(gate: Tensor, up: Tensor) -> Tensor:
+    a = F.gelu(gate)
+    a *= up
+    return a
+
+
 @pytest.mark.parametrize(
     ("function", "word"),
     [
-        (broadcasting, "broadcasts"),
-        (broadcasting_gate, "broadcasts"),
+        (in_place_multiply, "in place"),
+        (in_place_operator, "in place"),
         (silu_in_place, "in place"),
         (activation_returned, "read elsewhere"),
         (activation_read_twice, "read elsewhere"),
@@ -244,12 +247,78 @@ def test_near_miss_is_refused_with_a_reason(function: Function, word: str) -> No
     assert captured.records[0].remedy
 
 
-@pytest.mark.parametrize("up_dtype", [torch.float32, torch.bfloat16])
-def test_cast_between_silu_and_multiply_is_refused(up_dtype: torch.dtype) -> None:
-    def cast(gate: Tensor, up: Tensor) -> Tensor:
-        return F.silu(gate).to(torch.float16) * up
+def cast_between(gate: Tensor, up: Tensor) -> Tensor:
+    return F.silu(gate).to(torch.float16) * up
 
+
+@pytest.mark.parametrize("up_dtype", [torch.float32, torch.bfloat16])
+def test_narrowing_cast_between_silu_and_multiply_is_refused(up_dtype: torch.dtype) -> None:
     gate, up = pair()
-    captured = capture(cast, gate, up.to(up_dtype))
+    captured = capture(cast_between, gate, up.to(up_dtype))
     assert captured.counts == {}
     assert "differ in dtype" in captured.refusals[0]
+
+
+def widened_activation(gate: Tensor, up: Tensor) -> Tensor:
+    return F.silu(gate).float() * up
+
+
+def promoted(gate: Tensor, up: Tensor) -> Tensor:
+    return F.gelu(gate) * up
+
+
+@pytest.mark.parametrize("training", [False, True])
+@pytest.mark.parametrize("function", [widened_activation, promoted])
+def test_gate_in_a_narrower_dtype_than_the_other_factor(function: Function, training: bool) -> None:
+    gate, up = pair(requires_grad=training)
+    gate = gate.detach().bfloat16().requires_grad_(training)
+    captured = capture(function, gate, up, training=training)
+    assert captured.counts == {"swiglu": 1}
+    assert_same_results(captured, training)
+    assert "rounded" in capture(function, gate, up, settings=Settings(numerics="exact")).refusals[0]
+
+
+def test_other_factor_in_a_narrower_dtype_than_the_gate() -> None:
+    gate, up = pair()
+    captured = capture(promoted, gate, up.bfloat16(), settings=Settings(numerics="exact"))
+    assert captured.counts == {"swiglu": 1}
+    assert_same_results(captured)
+
+
+def float32_throughout(gate: Tensor, up: Tensor) -> Tensor:
+    return (F.silu(gate.float()) * up.float()).to(gate.dtype)
+
+
+def test_gate_in_float32_keeps_its_casts() -> None:
+    captured = capture(float32_throughout, *pair(torch.bfloat16, True), training=True)
+    assert captured.counts == {"swiglu": 1}
+    assert captured.targets() >= {"float", "to"}
+    assert_same_results(captured, training=True)
+
+
+@pytest.mark.parametrize("training", [False, True])
+@pytest.mark.parametrize("dim", [None, -1, 1, 2])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_glu(dim: int | None, dtype: torch.dtype, training: bool) -> None:
+    x = torch.randn(2, 4, 6, dtype=dtype, requires_grad=training)
+    glu = nn.GLU() if dim is None else nn.GLU(dim)
+    captured = capture(glu, x, training=training, settings=Settings(numerics="exact"))
+    assert captured.counts == {"swiglu": 1}
+    assert captured.spellings == ["packed tensor, gate second, glu"]
+    assert "glu" not in captured.targets()
+    assert_same_results(captured, training)
+
+
+def test_glu_of_symbolic_sizes() -> None:
+    class Model(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv = nn.Conv1d(DIM, 2 * HIDDEN, 1)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return F.glu(self.conv(x), dim=1)
+
+    captured = capture(Model(), torch.randn(2, DIM, 5, requires_grad=True), dynamic=True, training=True)
+    assert captured.counts == {"swiglu": 1}
+    assert captured.spellings == ["packed convolution, gate second, glu"]
+    assert_same_results(captured, training=True)
