@@ -78,7 +78,7 @@ def lower(
     described = f"q {inductor.hints(q)} k {inductor.hints(k)} {q.get_dtype()}"
     tunable = q.get_device().type == "cuda" and inductor.max_autotune() and isinstance(scale, float)
     if not tunable or inductor.settings_in_effect().kernels == "never":
-        record(Decision("attention", described, DEFAULT, "torch's choice of backend"))
+        record(Decision("attention", described, DEFAULT, "torch's choice of backend", site=inductor.current_site()))
         return inductor.inline(_default, *args)
     formulas = candidates(args)
     label, timings = DEFAULT, {}
@@ -86,7 +86,8 @@ def lower(
         layout = inductor.output_layout(op.attention_fake, args)
         timings = inductor.measure("infuse_attention", {}, formulas, args, layout)
         label = min(timings, key=timings.__getitem__, default=DEFAULT)
-    record(Decision("attention", described, label, f"out of {', '.join(formulas)}", timings))
+    why = f"measured, out of {', '.join(formulas)}" if timings else "the only backend that takes it"
+    record(Decision("attention", described, label, why, timings, site=inductor.current_site()))
     return inductor.inline(formulas[label], *args)
 
 

@@ -7,12 +7,19 @@ from collections import deque
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
+from torch._dynamo.utils import counters
+
+from infuse.report import CHOICE_PREFIX
+
 log = logging.getLogger("infuse")
 
 
 @dataclass(frozen=True, slots=True)
 class Decision:
-    """One choice. timings_ms: candidates alone; costs_ms: with what neighbours lose; empty when nothing was timed."""
+    """One choice. timings_ms: candidates alone; costs_ms: with what neighbours lose; empty when nothing was timed.
+
+    site: the id of the site in the report, "" when it is not known.
+    """
 
     op: str
     problem: str
@@ -20,6 +27,7 @@ class Decision:
     why: str
     timings_ms: Mapping[str, float] = field(default_factory=dict)
     costs_ms: Mapping[str, float] = field(default_factory=dict)
+    site: str = ""
 
 
 # Bounded: a process that compiles for days must not grow by it.
@@ -28,6 +36,10 @@ _decisions: deque[Decision] = deque(maxlen=4096)
 
 def record(decision: Decision) -> None:
     _decisions.append(decision)
+    if decision.site:
+        # Inductor's cache keeps a graph's counts and repeats them on a hit, so that the report of a later process, in
+        # which nothing is lowered, has the choice too.
+        counters["inductor"][f"{CHOICE_PREFIX}{decision.site} {decision.chosen} ({decision.why})"] += 1
     log.info("%s %s: %s (%s)", decision.op, decision.problem, decision.chosen, decision.why)
 
 

@@ -29,6 +29,7 @@ from torch._inductor.select_algorithm import (
 from torch._inductor.virtualized import V
 from torch.fx.experimental.proxy_tensor import make_fx
 
+from infuse.report import SITE_KEY
 from infuse.settings import Settings, resolve
 
 log = logging.getLogger("infuse")
@@ -310,6 +311,11 @@ def _is_generated(tensor: Node) -> bool:
 def current_node() -> torch.fx.Node:
     """The FX node being lowered."""
     return V.graph.current_node
+
+
+def current_site() -> str:
+    """The id of the site that the node being lowered comes from; "" when the author wrote the operator himself."""
+    return str(current_node().meta.get("custom", {}).get(SITE_KEY, ""))
 
 
 # --- examples --------------------------------------------------------------------------------------------------------

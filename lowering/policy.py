@@ -7,6 +7,7 @@ graph before autograd, exactly as if the author had spelled it so: same partitio
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -65,7 +66,7 @@ def _place_norm(
 ) -> Placement:
     weight, eps, offset, cast = args[-4:]
     if reason := library.missing(x.device):
-        return _inline(reason)
+        return replace(_inline(reason), missing=reason if x.device.type == "cuda" else "")
     if training:
         return _inline("no backward kernel")
     if not isinstance(eps, float) or not isinstance(offset, (int, float)):

@@ -65,7 +65,7 @@ def lower(x: Any, weight: Any, eps: Any, weight_offset: Any = 0.0, cast_before_w
         return inductor.Kernel(_CHOICE, {**keywords, "kernel_config": config})
 
     def take(label: str, why: str, timings: Any = None, costs: Any = None) -> Any:
-        record(Decision("rms_norm", described, label, why, timings or {}, costs or {}))
+        record(Decision("rms_norm", described, label, why, timings or {}, costs or {}, inductor.current_site()))
         if label == FORMULA:
             return inductor.inline(op.rms_norm_ref, *args)
         return inductor.call_kernel(kernel(configs[label]), tensors, layout)

@@ -16,7 +16,7 @@ from infuse.patterns import metadata
 from infuse.patterns.canonical import CanonicalGraph, is_assertion
 from infuse.patterns.sites import Make, Refusal, Site
 from infuse.patterns.sizes import same_shape
-from infuse.report import Placement
+from infuse.report import SITE_KEY, Placement
 
 _VALUE_KEYS = (*metadata.KEYS, "tensor_meta", "from_node")
 # How many nodes may get new strides before the operator's result is laid out as the source's instead.
@@ -55,8 +55,13 @@ class Emitter:
             return type(arg)(self._example(item) for item in arg)
         return arg
 
-    def emit(self, site: Site, placement: Placement, examples: tuple[object, ...]) -> Refusal | None:
-        """Adds the operator and reroutes the site's outputs; a refusal, and no change, if its result would differ."""
+    def emit(
+        self, site: Site, placement: Placement, examples: tuple[object, ...], identity: str = ""
+    ) -> Refusal | None:
+        """Adds the operator and reroutes the site's outputs; a refusal, and no change, if its result would differ.
+
+        identity: the site's, which the operator carries to the lowering.
+        """
         target = getattr(getattr(torch.ops.infuse, site.kind), placement.overload)
         try:
             with metadata.undisturbed(self.mode):
@@ -72,6 +77,8 @@ class Emitter:
         with graph.inserting_before(site.before):
             node = graph.call_function(target, tuple(self._argument(arg, root) for arg in site.args))
             _describe(node, root, result)
+            # Of all metadata, AOTAutograd hands "custom" on to what it traces a node to, on torch 2.11 and 2.13.
+            node.meta["custom"] = {**node.meta.get("custom", {}), SITE_KEY: identity}
             if isinstance(result, tuple):
                 nodes = [self._call(operator.getitem, (node, i), root, item) for i, item in enumerate(results)]
             else:

@@ -30,7 +30,7 @@ from infuse.patterns.canonical import CanonicalGraph
 from infuse.patterns.emit import Emitter
 from infuse.patterns.safety import Effects
 from infuse.patterns.sites import Finding, Refusal, Site
-from infuse.report import Placement, SiteRecord, StrictError
+from infuse.report import Placement, SiteRecord, raise_if_strict
 from infuse.settings import Settings
 
 Place = Callable[[str, tuple[object, ...], bool], Placement]
@@ -57,12 +57,13 @@ _NEEDS = {joint: (norm,) for norm, joint in add_norm.KINDS.items()}
 
 
 def rewrite(
-    graph: Graph, settings: Settings, place: Place, training: bool, inputs: Sequence[object] = ()
+    graph: Graph, settings: Settings, place: Place, training: bool, inputs: Sequence[object] = (), run: str = ""
 ) -> list[SiteRecord]:
     """Replaces the sites of a pre-grad graph in place, and says what became of each.
 
-    inputs: the graph's example inputs; needed only if its nodes have no example values.
-    Raises StrictError if `settings.strict` and a site was refused.
+    inputs: the graph's example inputs; needed only if its nodes have no example values. run: what sets the ids of this
+    graph's sites apart from those of others that are compiled with it.
+    Raises StrictError if `settings.strict` and a site was refused, or a kernel is missing.
     """
     view = CanonicalGraph(graph, inputs)
     findings = [*find(view, settings.patterns)]
@@ -74,11 +75,9 @@ def rewrite(
     findings = [finding for finding in findings if isinstance(finding, Refusal)]
     findings += add_norm.compose(view, effects, sites, settings.patterns)
     wanted = [finding for finding in findings if finding.kind in settings.patterns]
+    records = _apply(view, sorted(wanted, key=lambda finding: view.index[_root(finding)]), place, training, run)
     if settings.strict:
-        _raise_if_refused([_record(finding, "refused", "") for finding in wanted if isinstance(finding, Refusal)])
-    records = _apply(view, sorted(wanted, key=lambda finding: view.index[_root(finding)]), place, training)
-    if settings.strict:
-        _raise_if_refused(records)
+        raise_if_strict(records)
     return records
 
 
@@ -124,21 +123,24 @@ def _judge(finding: Finding, effects: Effects, settings: Settings) -> Finding:
     return effects.check(finding) or finding
 
 
-def _apply(view: CanonicalGraph, findings: Sequence[Finding], place: Place, training: bool) -> list[SiteRecord]:
+def _apply(
+    view: CanonicalGraph, findings: Sequence[Finding], place: Place, training: bool, run: str
+) -> list[SiteRecord]:
     mode = metadata.fake_mode(view.nodes)
     records: list[SiteRecord] = []
     emitter = Emitter(view, mode) if mode is not None else None
     for finding in findings:
         if isinstance(finding, Refusal) or emitter is None:
-            records.append(_record(finding, "refused", ""))
+            records.append(_record(finding, None))
             continue
         examples = emitter.examples(finding)
         if isinstance(examples, Refusal):
-            records.append(_record(examples, "refused", ""))
+            records.append(_record(examples, None))
             continue
         placement = place(finding.kind, examples, training)
-        refusal = emitter.emit(finding, placement, examples)
-        records.append(_record(refusal or finding, "refused" if refusal else "rewritten", placement.kernel))
+        identity = f"{run}.{len(records)}"
+        refusal = emitter.emit(finding, placement, examples, identity)
+        records.append(_record(refusal or finding, None if refusal else placement, identity))
     if emitter is not None:
         emitter.clean()
         view.graph.lint()
@@ -149,33 +151,25 @@ def _root(finding: Finding) -> Node:
     return finding.before if isinstance(finding, Site) else finding.node
 
 
-def _record(finding: Finding, status: str, kernel: str) -> SiteRecord:
+def _record(finding: Finding, placement: Placement | None, identity: str = "") -> SiteRecord:
+    """placement: what runs there; None for what stays as it is."""
     node = finding.outputs[0] if isinstance(finding, Site) else finding.node
     reason, remedy = (finding.reason, finding.remedy) if isinstance(finding, Refusal) else ("", "")
-    if status == "refused" and not reason:
+    if placement is None and not reason:
         reason, remedy = "the graph has no fake tensors to check the rewrite with", "compile with torch.compile"
     return SiteRecord(
         kind=finding.kind,
-        status=status,
+        status="refused" if placement is None else "rewritten",
         name=node.name,
         module=module_path(node),
         source=source_line(node),
         spelling=finding.spelling,
-        kernel=kernel if status == "rewritten" else "",
+        kernel=placement.kernel if placement else "",
         reason=reason,
         remedy=remedy,
+        missing=placement.missing if placement else "",
+        id=identity,
     )
-
-
-def _raise_if_refused(records: Sequence[SiteRecord]) -> None:
-    refused = [record for record in records if record.status == "refused"]
-    if refused:
-        lines = [
-            f"  {record.kind} at {record.module or record.name} ({record.source or 'source unknown'}): "
-            f"{record.reason}; remedy: {record.remedy}"
-            for record in refused
-        ]
-        raise StrictError("\n".join([f"infuse.strict: {len(refused)} sites were refused, expected none", *lines]))
 
 
 def module_path(node: Node) -> str:

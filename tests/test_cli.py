@@ -81,6 +81,7 @@ def error_of(capsys: pytest.CaptureFixture[str], *argv: str) -> str:
         (["explain", "missing.py:model"], "model: got missing.py, expected a Python file"),
         (["explain", "hf-llama", "--device", "tpu"], "--device: got 'tpu', expected cpu or cuda"),
         (["explain", "hf-llama", "--json", "no/such/folder.json"], "expected a file in a folder that exists"),
+        (["explain", "hf-llama", "--markdown", "no/such/folder.md"], "--markdown: got no/such/folder.md, expected"),
     ],
 )
 def test_a_mistake_is_one_line(capsys: pytest.CaptureFixture[str], argv: list[str], message: str) -> None:
@@ -129,6 +130,16 @@ def test_explain_reports_a_users_model(capsys: pytest.CaptureFixture[str], model
     report = json.loads((tmp_path / "report.json").read_text())
     assert report["rewritten"] == {"rms_norm": 1} and report["graphs"] == 1
     assert "my_model.py:11" in report["sites"][0]["source"]
+
+
+def test_explain_writes_only_the_form_that_was_asked_for_to_the_output(
+    capsys: pytest.CaptureFixture[str], model_file: Path, tmp_path: Path
+) -> None:
+    assert main(["explain", f"{model_file}:norm", "--json", "-"]) == 0
+    assert json.loads(capsys.readouterr().out)["rewritten"] == {"rms_norm": 1}
+    assert main(["explain", f"{model_file}:norm", "--markdown", str(tmp_path / "report.md")]) == 0
+    assert (tmp_path / "report.md").read_text().startswith("| site | kind |")
+    assert "rewritten: rms_norm 1" in capsys.readouterr().out
 
 
 def test_explain_takes_functions_and_lists_and_says_that_there_is_nothing(

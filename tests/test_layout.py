@@ -29,6 +29,7 @@ RANKS = {
     "infuse.ops": 1,
     "infuse.patterns": 3,
     "infuse.lowering": 3,
+    "infuse.history": 1,
     "infuse.backend": 4,
     "infuse.decorator": 5,
     "infuse.testing": 5,

@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from infuse import testing
     from infuse.backend import options
     from infuse.decorator import fuse
+    from infuse.history import last_report, reset_report
     from infuse.inspection import explain
 
 caches.tag_caches()
@@ -39,10 +40,12 @@ __all__ = [
     "attention",
     "explain",
     "fuse",
+    "last_report",
     "layer_norm",
     "ops",
     "options",
     "override",
+    "reset_report",
     "rms_norm",
     "swiglu",
     "testing",
@@ -53,6 +56,8 @@ _LAZY = {
     "options": "infuse.backend",
     "fuse": "infuse.decorator",
     "explain": "infuse.inspection",
+    "last_report": "infuse.history",
+    "reset_report": "infuse.history",
     "testing": "infuse.testing",
 }
 

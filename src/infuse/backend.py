@@ -7,6 +7,7 @@ backend="inductor".
 
 from __future__ import annotations
 
+import functools
 import importlib
 import logging
 from collections.abc import Callable, Mapping, Sequence
@@ -15,6 +16,7 @@ from typing import Any
 import torch
 from torch._inductor.custom_graph_pass import CustomGraphPass
 
+from infuse import history
 from infuse.caches import build_hash, tag_caches
 from infuse.lowering.policy import place
 from infuse.patterns.passes import rewrite
@@ -26,6 +28,10 @@ for _op in ("rms_norm", "add_rms_norm", "layer_norm", "add_layer_norm", "swiglu"
 
 log = logging.getLogger("infuse")
 
+FROM_CACHE = (
+    "a graph came from a cache without the rewrite having run, so its sites are not listed: leave pre_grad_pass_timing "
+    "and use_pre_grad_passes at their defaults"
+)
 Listener = Callable[[Sequence[SiteRecord]], None]
 _listeners: list[Listener] = []
 
@@ -40,20 +46,23 @@ class InfusePass(CustomGraphPass):
         self.settings = settings
         self.max_autotune = max_autotune
         self.before = before
+        self.runs = 0
         self.inputs: Sequence[object] = ()  # the graph's example inputs, for graphs whose nodes have none (freezing)
 
     def __call__(self, graph: torch.fx.Graph) -> None:
         for user_pass in self.before:
             user_pass(graph)
-        records = rewrite(
-            graph,
-            self.settings,
-            self._place,
-            training=is_training(graph),
-            inputs=self.inputs,
-        )
+        self.runs += 1
+        past = history.of_this_process()
+        records = self.rewrite(graph, past.begin())
+        past.add(records)
+        _log(records)
         for listener in tuple(_listeners):
             listener(records)
+
+    def rewrite(self, graph: torch.fx.Graph, run: str = "") -> list[SiteRecord]:
+        """The rewrite alone, without the user's own pass and without a trace in the process's history."""
+        return rewrite(graph, self.settings, self._place, is_training(graph), self.inputs, run)
 
     def _place(self, kind: str, args: tuple[object, ...], training: bool) -> Any:
         return place(kind, args, training, settings=self.settings, max_autotune=self.max_autotune)
@@ -82,6 +91,20 @@ def _restore(
 ) -> InfusePass:
     del hash_at_pickling
     return InfusePass(settings, max_autotune, before)
+
+
+@functools.cache
+def _say_once(level: int, text: str) -> None:
+    log.log(level, "%s", text)
+
+
+def _log(records: Sequence[SiteRecord]) -> None:
+    """What stays as it is, and what runs without the kernel that exists for it: each once a process."""
+    for record in records:
+        if record.status == "refused":
+            _say_once(logging.INFO, f"{record.kind} at {record.place} stays as it is: {record.outcome[1]}")
+        elif record.missing:
+            _say_once(logging.WARNING, f"{record.kind} runs without its kernel: {record.missing}")
 
 
 def is_training(graph: torch.fx.Graph) -> bool:
@@ -113,8 +136,24 @@ def inductor_config(mode: str | None, options: Mapping[str, object] | None) -> d
     )
     # A config that already holds the rewrite (options() inside options()) must not run it twice.
     before = tuple(user_pass for user_pass in before if not isinstance(user_pass, InfusePass))
-    config["pre_grad_custom_pass"] = InfusePass(settings, bool(autotune), before)
+    rewrite_pass = InfusePass(settings, bool(autotune), before)
+    config["pre_grad_custom_pass"] = rewrite_pass
+    if hasattr(torch._inductor.config, "pre_grad_pass_timing"):
+        _run_before_the_caches(config, theirs, rewrite_pass)
     return config
+
+
+def _run_before_the_caches(config: dict[str, Any], given: Mapping[str, object], rewrite_pass: InfusePass) -> None:
+    """Lets torch 2.13 do as 2.11 does: rewrite first, and look the rewritten graph up in the caches.
+
+    Left alone it looks the original graph up and runs no pass on a hit; the report would then be empty, and a site
+    under `strict` no error. What the lowering reads of the settings is not in the rewritten graph, and Inductor hashes
+    a pass only if it runs late: so they go into the configuration's free-form metadata, which it hashes.
+    """
+    if "pre_grad_pass_timing" not in given:
+        config["pre_grad_pass_timing"] = "early"
+    metadata = config.get("aot_inductor.metadata", torch._inductor.config.aot_inductor.metadata)
+    config["aot_inductor.metadata"] = {**metadata, "infuse": repr(rewrite_pass.__reduce__()[1][:-1])}
 
 
 def _checked_config(mode: str | None, options: Mapping[str, object]) -> dict[str, Any]:
@@ -157,6 +196,8 @@ def infuse(
         compiled: Any = compile_fx(gm, list(example_inputs), config_patches=config)
     finally:
         rewrite_pass.inputs = ()
+    if not rewrite_pass.runs:
+        history.of_this_process().note(FROM_CACHE)
     return compiled  # type: ignore[no-any-return]
 
 

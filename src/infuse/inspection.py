@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import types
 from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import nn
+from torch._guards import CompileContext
 from torch._subclasses.fake_tensor import FakeCopyMode, FakeTensorMode
 from torch.fx.experimental.symbolic_shapes import ShapeEnv
 from torch.utils import _pytree as pytree
 
 from infuse import backend
-from infuse.report import Report, SiteRecord
+from infuse.history import History
+from infuse.report import Report, raise_if_strict
 
 
 class _Capture:
@@ -22,19 +25,26 @@ class _Capture:
 
     def __init__(self, rewrite: backend.InfusePass) -> None:
         self.rewrite = rewrite
-        self.sites: list[SiteRecord] = []
-        self.graphs: list[torch.fx.GraphModule] = []
+        self.history = History()
+        self.graphs: dict[object, torch.fx.GraphModule] = {}  # by compile id: the last attempt counts
 
     def __call__(self, gm: torch.fx.GraphModule, example_inputs: Any) -> Callable[..., Any]:
-        rewritten = torch.fx.GraphModule(gm, copy.deepcopy(gm.graph))
-        stop = backend.on_rewrite(self.sites.extend)
-        try:
-            self.rewrite(rewritten.graph)
-        finally:
-            stop()
-        rewritten.recompile()
-        self.graphs.append(rewritten)
+        self.graphs[CompileContext.current_compile_id()] = self._rewritten(gm)
         return gm.forward
+
+    def _rewritten(self, gm: torch.fx.GraphModule) -> torch.fx.GraphModule:
+        """A rewritten copy; the subgraphs of higher-order operators come first, as in Inductor."""
+        copied = torch.fx.GraphModule(gm, copy.deepcopy(gm.graph))
+        for name in _subgraphs(copied):
+            setattr(copied, name, self._rewritten(getattr(gm, name)))
+        self.history.add(self.rewrite.rewrite(copied.graph, self.history.begin()))
+        copied.recompile()
+        return copied
+
+
+def _subgraphs(gm: torch.fx.GraphModule) -> list[str]:
+    names = dict.fromkeys(str(node.target) for node in gm.graph.nodes if node.op == "get_attr")
+    return [name for name in names if isinstance(getattr(gm, name, None), torch.fx.GraphModule)]
 
 
 def explain(
@@ -54,8 +64,8 @@ def explain(
 
     training: trace it in training mode with gradients; otherwise in evaluation mode without.
     mode, dynamic, options: as for torch.compile(model, backend="infuse").
-    Raises ValueError or TypeError for a mode or an option that is not one; what the model raises while traced is
-    passed on.
+    Raises ValueError or TypeError for a mode or an option that is not one, StrictError with every site of every graph
+    if `strict` is set and a site stays as it is; what the model raises while traced is passed on.
     """
     return _trace(model, args, kwargs, training, mode, dynamic, options)[0]
 
@@ -76,7 +86,8 @@ def _trace(
     dynamic: bool | None,
     options: dict[str, object] | None,
 ) -> tuple[Report, list[torch.fx.GraphModule]]:
-    rewrite = backend.inductor_config(mode, options)["pre_grad_custom_pass"]
+    rewrite: backend.InfusePass = backend.inductor_config(mode, options)["pre_grad_custom_pass"]
+    strict, rewrite.settings = rewrite.settings.strict, dataclasses.replace(rewrite.settings, strict=False)
     capture = _Capture(rewrite)
     fake_mode = FakeTensorMode(allow_non_fake_inputs=True, shape_env=ShapeEnv())
     with torch.set_grad_enabled(training), fake_mode:
@@ -84,7 +95,10 @@ def _trace(
         fake_args, fake_kwargs = _fake_tensors((args, kwargs), fake_mode)
         compiled = torch.compile(_entry(), backend=capture, dynamic=dynamic)
         compiled(fake_model, *fake_args, **fake_kwargs)
-    return Report(tuple(capture.sites), len(capture.graphs)), capture.graphs
+    report = capture.history.report()
+    if strict:
+        raise_if_strict(report.sites)
+    return report, list(capture.graphs.values())
 
 
 def _entry() -> Callable[..., Any]:

@@ -4,11 +4,19 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from dataclasses import asdict, dataclass, field
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass, field, fields
+from typing import Any
+
+# Where the node of an operator holds the id of its site: node.meta["custom"][SITE_KEY].
+SITE_KEY = "infuse_site"
+# Torch's counters carry the lowering's choices to the report under names "<prefix><site id> <choice in words>".
+CHOICE_PREFIX = "infuse choice "
+COLUMNS = ("site", "kind", "became", "written as / why it stayed")
 
 
 class StrictError(RuntimeError):
-    """Raised under `strict` when a site that looks fusable was refused."""
+    """Raised under `strict` when a site that looks fusable was refused, or the kernel of a rewritten one is missing."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -17,11 +25,12 @@ class Placement:
 
     overload: "default" keeps the operator up to the lowering, where kernels compete; "inline" gives AOTAutograd the
         plain formula; "parts" a formula of smaller operators, which are kept.
-    kernel: what will run, in words.
+    kernel: what will run, in words. missing: why a kernel that exists for the operator cannot be had, "" otherwise.
     """
 
     overload: str
     kernel: str
+    missing: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,6 +46,22 @@ class SiteRecord:
     kernel: str = ""  # what runs there
     reason: str = ""  # why it was refused
     remedy: str = ""  # what would make it fusable
+    verified: str = ""  # what the shadow verification measured
+    missing: str = ""  # why a kernel that exists for it cannot be had
+    id: str = ""  # its position in its graph: "<run of the pass>.<number>"
+
+    @property
+    def place(self) -> str:
+        """Where it is, for a reader: module path or node name, and source line."""
+        source = f"({self.source})" if self.source else ""
+        return " ".join(part for part in (self.module or self.name, source) if part)
+
+    @property
+    def outcome(self) -> tuple[str, str]:
+        """(what it became, how it was written or why it stayed)"""
+        if self.status == "rewritten":
+            return self.kernel, "; ".join(part for part in (self.spelling, self.verified) if part)
+        return "left as it is", f"{self.reason}; remedy: {self.remedy}" if self.remedy else self.reason
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,7 +86,7 @@ class Report:
         return dict(Counter(site.kind for site in self.sites if site.status == "refused"))
 
     def to_json(self) -> str:
-        """The report as JSON: {"graphs", "notes", "rewritten", "refused", "sites"}."""
+        """The report as JSON: {"graphs", "notes", "rewritten", "refused", "sites"}; `from_json` reads it."""
         content = {
             "graphs": self.graphs,
             "notes": list(self.notes),
@@ -71,6 +96,27 @@ class Report:
         }
         return json.dumps(content, indent=2)
 
+    @classmethod
+    def from_json(cls, text: str) -> Report:
+        """The report that `to_json` wrote; fields that another version added are left out.
+
+        Raises ValueError for text that is no report.
+        """
+        try:
+            content = json.loads(text)
+            sites = tuple(_site_from(site) for site in content["sites"])
+            return cls(sites, int(content["graphs"]), tuple(map(str, content["notes"])))
+        except (KeyError, TypeError, json.JSONDecodeError) as error:
+            raise ValueError(
+                f"infuse: report: got {text[:40]!r}..., expected JSON of Report.to_json ({error})"
+            ) from error
+
+    def to_markdown(self) -> str:
+        """The report as a Markdown table, for an issue or a pull request."""
+        rows = [COLUMNS, ("---",) * len(COLUMNS), *(_markdown_row(site) for site in self.sites)]
+        table = "\n".join(f"| {' | '.join(row)} |" for row in rows)
+        return "\n\n".join([*([table] if self.sites else []), *self.notes, self.summary()])
+
     def summary(self) -> str:
         """One line: counts by kind."""
         done = ", ".join(f"{kind} {count}" for kind, count in sorted(self.rewritten.items())) or "nothing"
@@ -79,7 +125,7 @@ class Report:
 
     def __str__(self) -> str:
         rows = [_row(site) for site in self.sites]
-        header = ("site", "kind", "became", "written as / why it stayed")
+        header = COLUMNS
         widths = [max(len(row[i]) for row in [header, *rows]) for i in range(3)]
         lines = [
             "  ".join([*(cell.ljust(width) for cell, width in zip(row, widths)), row[3]]) for row in [header, *rows]
@@ -96,7 +142,7 @@ class Report:
             print(self)
             return
         table = Table(show_lines=False, header_style="bold")
-        for title in ("site", "kind", "became", "written as / why it stayed"):
+        for title in COLUMNS:
             table.add_column(title, overflow="fold")
         for site in self.sites:
             table.add_row(*map(escape, _row(site)), style="" if site.status == "rewritten" else "yellow")
@@ -107,8 +153,30 @@ class Report:
         console.print(self.summary(), markup=False, highlight=False)
 
 
+def raise_if_strict(sites: Iterable[SiteRecord]) -> None:
+    """Raises StrictError that lists every refused site, and every one whose kernel is missing; if there are any."""
+    refused, missing = [], []
+    for site in sites:
+        if site.status == "refused":
+            refused.append(f"  {site.kind} at {site.place}: {site.outcome[1]}")
+        elif site.missing:
+            missing.append(f"  {site.kind} at {site.place}: {site.missing}")
+    lines = [
+        *([f"infuse.strict: {len(refused)} sites were refused, expected none", *refused] if refused else []),
+        *([f"infuse.strict: {len(missing)} sites miss their kernel, expected none", *missing] if missing else []),
+    ]
+    if lines:
+        raise StrictError("\n".join(lines))
+
+
 def _row(site: SiteRecord) -> tuple[str, str, str, str]:
-    place = " ".join(part for part in (site.module or site.name, f"({site.source})" if site.source else "") if part)
-    if site.status == "rewritten":
-        return place, site.kind, site.kernel, site.spelling
-    return place, site.kind, "left as it is", f"{site.reason}; remedy: {site.remedy}" if site.remedy else site.reason
+    return (site.place, site.kind, *site.outcome)
+
+
+def _markdown_row(site: SiteRecord) -> tuple[str, ...]:
+    return tuple(cell.replace("|", "\\|").replace("\n", " ") for cell in _row(site))
+
+
+def _site_from(content: Mapping[str, Any]) -> SiteRecord:
+    known = {item.name for item in fields(SiteRecord)}
+    return SiteRecord(**{name: str(value) for name, value in content.items() if name in known})

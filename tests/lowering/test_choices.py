@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 from torch._inductor.utils import run_and_get_code
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 import infuse
 from infuse import backend
@@ -230,6 +231,19 @@ def test_a_symbolic_shape_takes_the_kernel_too(cpu_kernel: list[int]) -> None:
 
 def place_on_cpu(kind: str, *args: object, training: bool = False, **settings: Any) -> Any:
     return place(kind, args, training, settings=Settings(**settings), max_autotune=True)
+
+
+@pytest.mark.parametrize("kind", ["rms_norm", "add_rms_norm"])
+def test_a_kernel_that_cannot_be_had_on_its_own_device_is_missing(monkeypatch: pytest.MonkeyPatch, kind: str) -> None:
+    monkeypatch.setattr("infuse.ops.library.missing", lambda device: "nvcc was not found")
+    with FakeTensorMode():
+        x = torch.empty(4, 16, device="cuda")
+        args = (*[x] * (1 if kind == "rms_norm" else 2), None, 1e-6, 0.0, False)
+        assert place(kind, args, False, settings=Settings(), max_autotune=False).missing == "nvcc was not found"
+        never = Settings(kernels="never")
+        assert place(kind, args, False, settings=never, max_autotune=False).missing == ""
+    args = tuple(torch.empty(4, 16) if isinstance(arg, torch.Tensor) else arg for arg in args)
+    assert place(kind, args, False, settings=Settings(), max_autotune=False).missing == ""
 
 
 def test_the_policy_keeps_an_operator_whole_only_where_something_else_may_run(cpu_kernel: list[int]) -> None:

@@ -14,6 +14,7 @@ from infuse.cli.arguments import Parser, UserError, check_settings, require
 if TYPE_CHECKING:
     from infuse.report import Report
 
+STANDARD_OUTPUT = Path("-")
 Target = tuple[Any, tuple[Any, ...]]  # a model and its example arguments
 
 
@@ -27,19 +28,30 @@ def main(argv: Sequence[str]) -> int:
     )
     parser.add_argument("--training", action="store_true", help="as in training: training mode, with gradients")
     parser.add_argument("--device", default="cpu", help="where the known models are: cpu or cuda (default: cpu)")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write the report to FILE as well")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write the report to FILE as well; - is the output")
+    parser.add_argument("--markdown", type=Path, metavar="FILE", help="likewise, as a table in Markdown")
     arguments = parser.parse_args(argv)
     if arguments.device not in ("cpu", "cuda"):
         raise UserError(f"--device: got {arguments.device!r}, expected cpu or cuda")
-    if arguments.json and not arguments.json.resolve().parent.is_dir():
-        raise UserError(f"--json: got {arguments.json}, expected a file in a folder that exists")
+    forms = {"--json": arguments.json, "--markdown": arguments.markdown}
+    for option, path in forms.items():
+        if path and not path.resolve().parent.is_dir():
+            raise UserError(f"{option}: got {path}, expected a file in a folder that exists")
     check_settings()
     model, args = load(arguments.model, arguments.device)
     report = _explain(arguments.model, model, args, arguments.training)
-    report.print()
-    if arguments.json:
-        arguments.json.write_text(report.to_json() + "\n")
+    if STANDARD_OUTPUT not in forms.values():
+        report.print()
+    for option, path in forms.items():
+        _write(report.to_json() if option == "--json" else report.to_markdown(), path)
     return 0
+
+
+def _write(text: str, path: Path | None) -> None:
+    if path == STANDARD_OUTPUT:
+        print(text)
+    elif path:
+        path.write_text(text + "\n", encoding="utf-8")
 
 
 def load(name: str, device: str = "cpu") -> Target:
