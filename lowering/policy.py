@@ -66,7 +66,7 @@ def _place_norm(
 ) -> Placement:
     weight, eps, offset, cast = args[-4:]
     if reason := library.missing(x.device):
-        return replace(_inline(reason), missing=reason if x.device.type == "cuda" else "")
+        return replace(_inline(reason), missing=reason if x.device.type == "cuda" and not training else "")
     if training:
         return _inline("no backward kernel")
     if not isinstance(eps, float) or not isinstance(offset, (int, float)):
