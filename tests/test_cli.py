@@ -66,7 +66,7 @@ def error_of(capsys: pytest.CaptureFixture[str], *argv: str) -> str:
 @pytest.mark.parametrize(
     ("argv", "message"),
     [
-        ([], "command: got none, expected one of demo, explain, doctor, build, bench"),
+        ([], "command: got none, expected one of demo, explain, lock, doctor, build, bench"),
         (["tune"], "command: got tune, expected one of"),
         (["--verbose"], "--verbose"),
         (["demo", "--steps", "0"], "--steps: got '0', expected a positive integer"),
@@ -140,6 +140,22 @@ def test_explain_writes_only_the_form_that_was_asked_for_to_the_output(
     assert main(["explain", f"{model_file}:norm", "--markdown", str(tmp_path / "report.md")]) == 0
     assert (tmp_path / "report.md").read_text().startswith("| site | kind |")
     assert "rewritten: rms_norm 1" in capsys.readouterr().out
+
+
+def test_a_lock_is_written_and_compared(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, model_file: Path, tmp_path: Path
+) -> None:
+    lock = str(tmp_path / "my.lock")
+    assert main(["lock", f"{model_file}:norm", "--path", lock]) == 1
+    assert "has no entry" in capsys.readouterr().out
+    assert main(["lock", f"{model_file}:norm", "--path", lock, "--update"]) == 0
+    assert main(["lock", f"{model_file}:norm", "--path", lock]) == 0
+    assert "unchanged: rewritten: rms_norm 1" in capsys.readouterr().out
+    monkeypatch.setenv("INFUSE_PATTERNS", "swiglu")
+    assert main(["lock", f"{model_file}:norm", "--path", lock]) == 1
+    assert "rms_norm; rewritten" in capsys.readouterr().out
+    (tmp_path / "my.lock").write_text("[]")
+    assert "no lock file" in error_of(capsys, "lock", f"{model_file}:norm", "--path", lock)
 
 
 def test_explain_takes_functions_and_lists_and_says_that_there_is_nothing(

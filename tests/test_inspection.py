@@ -110,11 +110,19 @@ def test_the_rewritten_graph_can_be_looked_at() -> None:
 
 def test_assert_rewrites_passes_and_fails() -> None:
     x = torch.randn(1, 4, 32)
-    assert infuse.testing.assert_rewrites(Block(), (x,), expect=SITES).rewritten == SITES
-    with pytest.raises(AssertionError, match=r"(?s)attention: got 1, expected 2.*swiglu: got 1, expected 0"):
+    assert infuse.testing.assert_rewrites(Block(), (x,), expect=SITES, refused={}).rewritten == SITES
+    with pytest.raises(AssertionError, match=r"(?s)attention rewritten: got 1, expected 2.*swiglu rewritten: got 1, "):
         infuse.testing.assert_rewrites(Block(), (x,), expect={"rms_norm": 1, "add_rms_norm": 1, "attention": 2})
-    with pytest.raises(AssertionError, match=r"(?s)rms_norm: got 0, expected 1.*refused:.*rms_norm at"):
+    with pytest.raises(AssertionError, match=r"(?s)rms_norm rewritten: got 0, expected 1.*statistics.*remedy: "):
         infuse.testing.assert_rewrites(half_statistics, (x.bfloat16(),), expect={"rms_norm": 1})
+
+
+def test_assert_rewrites_counts_refusals_when_asked_to() -> None:
+    x = torch.randn(1, 4, 32, dtype=torch.bfloat16)
+    infuse.testing.assert_rewrites(half_statistics, (x,), expect={})
+    infuse.testing.assert_rewrites(half_statistics, (x,), expect={}, refused={"rms_norm": 1}, training=True)
+    with pytest.raises(AssertionError, match="rms_norm refused: got 1, expected 0"):
+        infuse.testing.assert_rewrites(half_statistics, (x,), expect={}, refused={})
 
 
 def test_wrong_options_are_refused_before_anything_is_traced() -> None:

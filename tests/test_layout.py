@@ -34,6 +34,7 @@ RANKS = {
     "infuse.decorator": 5,
     "infuse.testing": 5,
     "infuse.inspection": 5,
+    "infuse.lock": 5,
     "infuse": 6,  # __init__ re-exports
     "infuse.models": 7,
     "infuse.cli": 8,

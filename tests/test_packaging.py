@@ -118,8 +118,8 @@ def test_wheel_holds_every_module(built: Built) -> None:
 
 def test_wheel_holds_every_module_only_once_and_nothing_else(built: Built) -> None:
     tops = {name.partition("/")[0] for name in built.wheel_files}
-    assert len(tops) == 2, tops
-    assert "infuse" in tops
+    assert len(tops) == 3, tops
+    assert {"infuse", "pytest_infuse.py"} < tops
     strays = [name for name in built.wheel_files if name.endswith((".so", ".o", ".pyc")) or "/tests/" in name]
     assert not strays
 
@@ -155,7 +155,23 @@ def test_metadata(built: Built) -> None:
 
 def test_entry_points(built: Built) -> None:
     assert "[torch_dynamo_backends]\ninfuse = infuse.backend:infuse" in built.entry_points
+    assert "[pytest11]\npytest_infuse = pytest_infuse" in built.entry_points
     assert "[console_scripts]\ninfuse = infuse.cli:main" in built.entry_points
+
+
+def test_the_pytest_plugin_of_the_wheel_works(built: Built, tmp_path: Path) -> None:
+    with zipfile.ZipFile(built.wheel) as archive:
+        archive.extractall(tmp_path / "site")
+    (tmp_path / "test_it.py").write_text("def test_it(infuse):\n    assert infuse.path.name == 'infuse.lock'\n")
+    result = subprocess.run(
+        [sys.executable, "-m", "pytest", "-q", "--rootdir", str(tmp_path), "--infuse-update-lock", str(tmp_path)],
+        cwd=tmp_path,
+        env={**os.environ, "PYTHONPATH": str(tmp_path / "site")},
+        text=True,
+        capture_output=True,
+        check=False,
+    )
+    assert result.returncode == 0, result.stdout + result.stderr
 
 
 def test_unknown_kernel_setting_is_refused(tmp_path: Path) -> None:

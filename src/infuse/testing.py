@@ -6,7 +6,10 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from infuse.inspection import explain
+from infuse.lock import LockError, check_lock
 from infuse.report import Report
+
+__all__ = ["LockError", "assert_rewrites", "check_lock"]
 
 
 def assert_rewrites(
@@ -14,6 +17,7 @@ def assert_rewrites(
     args: Sequence[Any] = (),
     *,
     expect: Mapping[str, int],
+    refused: Mapping[str, int] | None = None,
     kwargs: Mapping[str, Any] | None = None,
     training: bool = False,
     dynamic: bool | None = None,
@@ -23,21 +27,22 @@ def assert_rewrites(
 
         infuse.testing.assert_rewrites(model, (tokens,), expect={"attention": 32, "swiglu": 32})
 
+    refused: the same for the sites that stay as they are; None allows any.
     Nothing is computed (see `infuse.explain`). Returns the report.
-    Raises AssertionError with the difference and the reason of every refusal.
+    Raises AssertionError with the differences and the report.
     """
     report = explain(model, *args, training=training, dynamic=dynamic, options=options, **dict(kwargs or {}))
-    got = report.rewritten
-    wanted = {kind: count for kind, count in expect.items() if count}
-    if got != wanted:
-        difference = [
-            f"  {kind}: got {got.get(kind, 0)}, expected {wanted.get(kind, 0)}"
-            for kind in sorted({*got, *wanted})
-            if got.get(kind, 0) != wanted.get(kind, 0)
-        ]
-        refusals = [
-            f"  {site.kind} at {site.module or site.name}: {site.reason}" for site in report.sites if site.reason
-        ]
-        lines = ["infuse: rewrites differ:", *difference, *(["refused:", *refusals] if refusals else [])]
-        raise AssertionError("\n".join(lines))
+    differences = _differences("rewritten", report.rewritten, expect)
+    if refused is not None:
+        differences += _differences("refused", report.refused, refused)
+    if differences:
+        raise AssertionError("\n".join(["infuse: rewrites differ:", *differences, "", str(report)]))
     return report
+
+
+def _differences(status: str, got: Mapping[str, int], expected: Mapping[str, int]) -> list[str]:
+    return [
+        f"  {kind} {status}: got {got.get(kind, 0)}, expected {expected.get(kind, 0)}"
+        for kind in sorted({*got, *expected})
+        if got.get(kind, 0) != expected.get(kind, 0)
+    ]

@@ -13,6 +13,7 @@ from infuse.cli.arguments import Parser, UserError
 COMMANDS = (
     ("demo", "infuse.cli.demo", "rewrite, train and run a Llama with and without Infuse, on a CPU or a GPU"),
     ("explain", "infuse.cli.explain", "show what is rewritten in a model, and what not and why"),
+    ("lock", "infuse.cli.lock", "compare what is rewritten in a model with a lock file"),
     ("doctor", "infuse.cli.doctor", "check the installation: torch, compilers, GPU, kernels, settings"),
     ("build", "infuse.build", "compile the CUDA kernels with nvcc"),
     ("bench", "infuse.cli.bench", "run the benchmarks of a checkout"),

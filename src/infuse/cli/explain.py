@@ -39,7 +39,7 @@ def main(argv: Sequence[str]) -> int:
             raise UserError(f"{option}: got {path}, expected a file in a folder that exists")
     check_settings()
     model, args = load(arguments.model, arguments.device)
-    report = _explain(arguments.model, model, args, arguments.training)
+    report = explained(arguments.model, model, args, arguments.training)
     if STANDARD_OUTPUT not in forms.values():
         report.print()
     for option, path in forms.items():
@@ -111,7 +111,8 @@ def _from_file(path: Path, name: str) -> Target:
     return result[0], tuple(result[1])
 
 
-def _explain(name: str, model: Any, args: tuple[Any, ...], training: bool) -> Report:
+def explained(name: str, model: Any, args: tuple[Any, ...], training: bool) -> Report:
+    """The report; what the user's model raises becomes one line."""
     from infuse.inspection import explain
     from infuse.report import StrictError
 
