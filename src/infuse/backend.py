@@ -7,10 +7,12 @@ backend="inductor".
 
 from __future__ import annotations
 
+import contextlib
 import functools
+import gc
 import importlib
 import logging
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -62,7 +64,8 @@ class InfusePass(CustomGraphPass):
 
     def rewrite(self, graph: torch.fx.Graph, run: str = "") -> list[SiteRecord]:
         """The rewrite alone, without the user's own pass and without a trace in the process's history."""
-        return rewrite(graph, self.settings, self._place, is_training(graph), self.inputs, run)
+        with _collector_paused():
+            return rewrite(graph, self.settings, self._place, is_training(graph), self.inputs, run)
 
     def _place(self, kind: str, args: tuple[object, ...], training: bool) -> Any:
         return place(kind, args, training, settings=self.settings, max_autotune=self.max_autotune)
@@ -105,6 +108,18 @@ def _log(records: Sequence[SiteRecord]) -> None:
             _say_once(logging.INFO, f"{record.kind} at {record.place} stays as it is: {record.outcome[1]}")
         elif record.missing:
             _say_once(logging.WARNING, f"{record.kind} runs without its kernel: {record.missing}")
+
+
+@contextlib.contextmanager
+def _collector_paused() -> Iterator[None]:
+    """No garbage collection: one over all that torch holds takes 0.4 s, as long as rewriting 64 layers."""
+    enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if enabled:
+            gc.enable()
 
 
 def is_training(graph: torch.fx.Graph) -> bool:
