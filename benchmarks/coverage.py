@@ -34,6 +34,7 @@ from zoo.entry import Entry
 def parser() -> argparse.ArgumentParser:
     result = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     result.add_argument("--models", default="*", metavar="GLOB", help="only models whose name matches")
+    result.add_argument("--files", default="*", metavar="GLOB", help="only models of these files of the zoo")
     result.add_argument("--quick", action="store_true", help="inference in fp32 only; recorded only with --output")
     result.add_argument("--all", action="store_true", help="dynamic shapes too")
     result.add_argument("--only", default="", metavar="TEXT", help="only configurations with this text in their name")
@@ -121,7 +122,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     begin = time.perf_counter()
     arguments = parser().parse_args(argv)
     _quiet()
-    zoo = (entry for entry in entries() if fnmatch.fnmatch(entry.name, arguments.models))
+    zoo = (entry for entry in entries(arguments.files) if fnmatch.fnmatch(entry.name, arguments.models))
     if arguments.list:
         for entry in zoo:
             print(entry.name)
@@ -140,7 +141,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _quiet() -> None:
     """Hides what libraries say about tiny configurations."""
     warnings.simplefilter("ignore")
-    for name in ("transformers", "torchao", "torch.utils._pytree", "torch._dynamo", "torch.fx"):
+    for name in ("transformers", "torchao", "torch.utils._pytree", "torch._dynamo", "torch.fx", "torch._subclasses"):
         logging.getLogger(name).setLevel(logging.ERROR)
 
 

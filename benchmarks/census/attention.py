@@ -37,8 +37,8 @@ def calls(ops: list[Op]) -> Iterator[Op]:
 def open_coded(ops: list[Op], strict: bool = True) -> Iterator[Op]:
     """Softmaxes that belong to an attention.
 
-    strict: not those whose scores are a plain linear layer of learned weights (a router, linear attention) while the
-    values are not learned too (as those of a memory are).
+    strict: not those whose keys are weights while their values are not (a router, linear attention), or the other way
+    about (heads that are mixed).
     """
     for op in ops:
         softmax_input = _softmax_input(op)
@@ -48,8 +48,14 @@ def open_coded(ops: list[Op], strict: bool = True) -> Iterator[Op]:
         scores = list(_score_matmuls(softmax_input))
         if not products or not scores:
             continue
-        if not strict or not all(_is_linear(m) for m in scores) or any(_has_learned_values(*p) for p in products):
+        if not strict or _is_attention(scores, products):
             yield op
+
+
+def _is_attention(scores: list[Op], products: list[tuple[Op, Value]]) -> bool:
+    """Whether keys and values are both learned, as in a memory, or neither is."""
+    learned_keys = all(_is_linear(matmul) for matmul in scores)
+    return any(_has_learned_values(*product) == learned_keys for product in products)
 
 
 def _softmax_input(op: Op) -> Value | None:
@@ -118,5 +124,9 @@ def _is_linear(matmul: Op) -> bool:
 
 
 def _has_learned_values(product: Op, probabilities: Value) -> bool:
+    """Whether the other factor is a weight, or a linear layer's result for a weight."""
     left, right = operands(product)
-    return origin(right if left is probabilities else left).is_parameter
+    values = origin(right if left is probabilities else left)
+    if values.maker is not None and values.maker.name in MATMULS:
+        values = origin(operands(values.maker)[0])
+    return values.is_parameter

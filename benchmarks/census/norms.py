@@ -89,7 +89,7 @@ def _applied(statistic: Op, source: Value) -> Iterator[tuple[Op, str]]:
 
 def _kind(statistic: Op, numerator: Value, base: Value) -> str:
     """ "layer_norm" if what is normalised is centred, "rms_norm" if it is the source itself, "" if it is neither."""
-    top = origin(numerator)
+    top = _unweighted(origin(numerator))
     if top is base:
         centred = _is_centred(top) is not None
         return "layer_norm" if centred else "" if statistic.name.startswith(("var", "std")) else "rms_norm"
@@ -97,6 +97,15 @@ def _kind(statistic: Op, numerator: Value, base: Value) -> str:
     if inside is not None and (inside is base or inside is _is_centred(base)):
         return "layer_norm"
     return ""
+
+
+def _unweighted(value: Value) -> Value:
+    """x of w * x, if that is what a value is: a weight may come before the division."""
+    maker = value.maker
+    if maker is not None and maker.name == "mul" and len(maker.inputs) == 2:
+        plain = [factor for factor in maker.inputs if not origin(factor).is_parameter]
+        return origin(plain[0]) if len(plain) == 1 else value
+    return value
 
 
 def _is_centred(value: Value) -> Value | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fnmatch
 import importlib
 from collections.abc import Iterator
 
@@ -10,10 +11,17 @@ from zoo.entry import Entry
 FILES = (
     "torchtune_models",
     "huggingface_decoders",
+    "huggingface_encoders",
+    "huggingface_vision",
+    "attention_spellings",
+    "attention_layouts",
+    "other_spellings",
+    "blocks",
 )
 
 
-def entries() -> Iterator[Entry]:
-    """All models of the zoo. A file whose library is missing raises ModuleNotFoundError when it is reached."""
+def entries(files: str = "*") -> Iterator[Entry]:
+    """The models of the files whose name matches a glob, all by default."""
     for file in FILES:
-        yield from importlib.import_module(f"zoo.{file}").entries()
+        if fnmatch.fnmatch(file, files):
+            yield from importlib.import_module(f"zoo.{file}").entries()

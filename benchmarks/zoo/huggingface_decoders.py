@@ -16,13 +16,11 @@ _DENSE: dict[str, tuple[str, dict[str, Any]]] = {
     "qwen2": ("Qwen2Config", {}),
     "qwen3": ("Qwen3Config", {}),
     "gemma": ("GemmaConfig", {"num_key_value_heads": 1}),
-    "gemma2": ("Gemma2Config", {"sliding_window": 4, "query_pre_attn_scalar": 16}),
     "gemma3": ("Gemma3TextConfig", {"sliding_window": 4, "query_pre_attn_scalar": 16}),
     "phi3": ("Phi3Config", {}),
     "gpt2": ("GPT2Config", {}),
     "gpt_neox": ("GPTNeoXConfig", {}),
     "opt": ("OPTConfig", {"word_embed_proj_dim": 64}),
-    "bloom": ("BloomConfig", {}),
     "falcon": ("FalconConfig", {}),
     "phi": ("PhiConfig", {"num_key_value_heads": 4}),
     "cohere": ("CohereConfig", {}),
@@ -49,7 +47,6 @@ _DENSE: dict[str, tuple[str, dict[str, Any]]] = {
     "gpt_bigcode": ("GPTBigCodeConfig", {}),
     "diffllama": ("DiffLlamaConfig", {}),
     "biogpt": ("BioGptConfig", {}),
-    "vaultgemma": ("VaultGemmaConfig", {"sliding_window": 4, "query_pre_attn_scalar": 16}),
     "minicpm3": (
         "MiniCPM3Config",
         {"q_lora_rank": 24, "kv_lora_rank": 16, "qk_rope_head_dim": 8, "qk_nope_head_dim": 16, "v_head_dim": 12}
@@ -59,6 +56,9 @@ _DENSE: dict[str, tuple[str, dict[str, Any]]] = {
 }
 # These know one implementation only.
 _EAGER: dict[str, tuple[str, dict[str, Any]]] = {
+    "vaultgemma": ("VaultGemmaConfig", {"sliding_window": 4, "query_pre_attn_scalar": 16}),
+    "bloom": ("BloomConfig", {}),
+    "gemma2": ("Gemma2Config", {"sliding_window": 4, "query_pre_attn_scalar": 16}),
     "gptj": ("GPTJConfig", {"rotary_dim": 8}),
     "codegen": ("CodeGenConfig", {"rotary_dim": 8}),
     "mpt": ("MptConfig", {}),
@@ -105,7 +105,10 @@ _STATE_SPACE: dict[str, tuple[str, dict[str, Any]]] = {
         "BambaConfig",
         {"attn_layer_indices": [1], "mamba_n_heads": 8, "mamba_d_head": 16, "mamba_chunk_size": 4},
     ),
-    "falcon_h1": ("FalconH1Config", {"mamba_n_heads": 8, "mamba_d_head": 16, "mamba_chunk_size": 4}),
+    "falcon_h1": (
+        "FalconH1Config",
+        {"mamba_d_ssm": 128, "mamba_n_heads": 8, "mamba_d_head": 16, "mamba_chunk_size": 4, "mamba_d_state": 16},
+    ),
     "recurrent_gemma": ("RecurrentGemmaConfig", {"block_types": ["recurrent", "attention"]}),
     "lfm2": ("Lfm2Config", {}),
     "rwkv": ("RwkvConfig", {}),
