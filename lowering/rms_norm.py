@@ -38,7 +38,9 @@ def run_kernel(
 _CHOICE = inductor.kernel_choice(f"infuse_rms_norm_{build.source_id()}", run_kernel)
 
 
-def decline(x: Any, weight: Any, eps: object, weight_offset: object, cast_before_weight: bool) -> str:
+def decline(
+    x: Any, weight: Any, eps: object, weight_offset: object, cast_before_weight: bool, eps_as_minimum: bool
+) -> str:
     """Why no kernel may run here, "" when one may."""
     if inductor.settings_in_effect().kernels == "never":
         return "kernels are switched off"
@@ -49,12 +51,19 @@ def decline(x: Any, weight: Any, eps: object, weight_offset: object, cast_before
     with inductor.fake_mode():
         x_fake = inductor.example(x)
         weight_fake = None if weight is None else inductor.example(weight)
-        return op.can_run(x_fake, weight_fake, weight_offset, cast_before_weight)
+        return op.can_run(x_fake, weight_fake, weight_offset, cast_before_weight, eps_as_minimum)
 
 
-def lower(x: Any, weight: Any, eps: Any, weight_offset: Any = 0.0, cast_before_weight: bool = False) -> Any:
+def lower(
+    x: Any,
+    weight: Any,
+    eps: Any,
+    weight_offset: Any = 0.0,
+    cast_before_weight: bool = False,
+    eps_as_minimum: bool = False,
+) -> Any:
     """The IR node of y."""
-    args = (x, weight, eps, weight_offset, cast_before_weight)
+    args = (x, weight, eps, weight_offset, cast_before_weight, eps_as_minimum)
     problem = heuristics.Problem(*inductor.rows_and_row_size(x), itemsize=x.get_dtype().itemsize)
     described = f"{problem.rows}x{problem.row_size} {x.get_dtype()}"
     layout = inductor.output_layout(op.rms_norm_fake, args)
@@ -71,7 +80,7 @@ def lower(x: Any, weight: Any, eps: Any, weight_offset: Any = 0.0, cast_before_w
         return inductor.call_kernel(kernel(configs[label]), tensors, layout)
 
     configs = {f"kernel_{config}": config for config in (-1,)}
-    if reason := decline(x, weight, eps, weight_offset, cast_before_weight):
+    if reason := decline(*args):
         return take(FORMULA, reason)
     if inductor.settings_in_effect().kernels == "always":
         return take("kernel_-1", "kernels are always taken")

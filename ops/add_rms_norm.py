@@ -24,6 +24,7 @@ from infuse.ops.registration import (
     register_sharding,
 )
 from infuse.ops.rms_norm import (
+    FLAGS,
     check_arguments,
     output_dtype,
     rms_norm_bwd_ref,
@@ -32,9 +33,7 @@ from infuse.ops.rms_norm import (
     statistics_dtype,
 )
 
-ARGUMENTS = (
-    "Tensor x, Tensor residual, Tensor? weight, float eps, float weight_offset=0.0, bool cast_before_weight=False"
-)
+ARGUMENTS = f"Tensor x, Tensor residual, Tensor? weight, float eps, {FLAGS}"
 
 
 def _check(
@@ -52,11 +51,12 @@ def add_rms_norm_ref(
     eps: float,
     weight_offset: float = 0.0,
     cast_before_weight: bool = False,
+    eps_as_minimum: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """The formula in plain torch. Returns y and the sum."""
     _check("add_rms_norm", x, residual, weight, weight_offset, cast_before_weight)
     total = x + residual
-    return rms_norm_ref(total, weight, eps, weight_offset, cast_before_weight), total
+    return rms_norm_ref(total, weight, eps, weight_offset, cast_before_weight, eps_as_minimum), total
 
 
 def add_rms_norm_parts(
@@ -66,20 +66,28 @@ def add_rms_norm_parts(
     eps: float,
     weight_offset: float = 0.0,
     cast_before_weight: bool = False,
+    eps_as_minimum: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """The sum in plain torch and its norm as infuse::rms_norm, whose kernel can then compete. Returns y and the sum."""
     _check("add_rms_norm", x, residual, weight, weight_offset, cast_before_weight)
     total = x + residual
-    return torch.ops.infuse.rms_norm(total, weight, eps, weight_offset, cast_before_weight), total
+    flags = (weight_offset, cast_before_weight, eps_as_minimum)
+    return torch.ops.infuse.rms_norm(total, weight, eps, *flags), total
 
 
 def add_rms_norm_fwd_ref(
-    x: Tensor, residual: Tensor, weight: Tensor | None, eps: float, weight_offset: float, cast_before_weight: bool
+    x: Tensor,
+    residual: Tensor,
+    weight: Tensor | None,
+    eps: float,
+    weight_offset: float,
+    cast_before_weight: bool,
+    eps_as_minimum: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """y, the sum and rstd [...]."""
     _check("add_rms_norm_fwd", x, residual, weight, weight_offset, cast_before_weight)
     total = (x + residual).contiguous()
-    y, rstd = rms_norm_fwd_ref(total, weight, eps, weight_offset, cast_before_weight)
+    y, rstd = rms_norm_fwd_ref(total, weight, eps, weight_offset, cast_before_weight, eps_as_minimum)
     return y, total, rstd
 
 
@@ -91,10 +99,11 @@ def add_rms_norm_bwd_ref(
     rstd: Tensor,
     weight_offset: float,
     cast_before_weight: bool,
+    minimum: float | None = None,
 ) -> tuple[Tensor, Tensor]:
     """The gradient of x, which is that of residual too, and dweight; dsum is what reaches the sum directly."""
     checks.same_shape("add_rms_norm_bwd", total=total, dsum=dsum)
-    dx, dweight = rms_norm_bwd_ref(dy, total, weight, rstd, weight_offset, cast_before_weight)
+    dx, dweight = rms_norm_bwd_ref(dy, total, weight, rstd, weight_offset, cast_before_weight, minimum)
     return (dx + dsum).contiguous(), dweight
 
 
@@ -105,13 +114,20 @@ def add_rms_norm_fake(
     eps: float,
     weight_offset: float = 0.0,
     cast_before_weight: bool = False,
+    eps_as_minimum: bool = False,
 ) -> tuple[Tensor, Tensor]:
     _check("add_rms_norm", x, residual, weight, weight_offset, cast_before_weight)
     return x.new_empty(x.shape, dtype=output_dtype(x, weight, cast_before_weight)), x.new_empty(x.shape)
 
 
 def add_rms_norm_fwd_fake(
-    x: Tensor, residual: Tensor, weight: Tensor | None, eps: float, weight_offset: float, cast_before_weight: bool
+    x: Tensor,
+    residual: Tensor,
+    weight: Tensor | None,
+    eps: float,
+    weight_offset: float,
+    cast_before_weight: bool,
+    eps_as_minimum: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor]:
     y, total = add_rms_norm_fake(x, residual, weight, eps, weight_offset, cast_before_weight)
     return y, total, x.new_empty(x.shape[:-1], dtype=statistics_dtype(x))
@@ -125,16 +141,15 @@ def add_rms_norm_bwd_fake(
     rstd: Tensor,
     weight_offset: float,
     cast_before_weight: bool,
+    minimum: float | None = None,
 ) -> tuple[Tensor, Tensor]:
     checks.same_shape("add_rms_norm_bwd", total=total, dsum=dsum)
     return total.new_empty(total.shape), total.new_empty(0) if weight is None else weight.new_empty(weight.shape)
 
 
-def _norm_and_sum(
-    total: Tensor, weight: Tensor | None, eps: float, weight_offset: float, cast_before_weight: bool
-) -> tuple[Tensor, Tensor]:
+def _norm_and_sum(total: Tensor, *arguments: Any) -> tuple[Tensor, Tensor]:
     # view_as: an input cannot be differentiated as an output of itself
-    return rms_norm_ref(total, weight, eps, weight_offset, cast_before_weight), total.view_as(total)
+    return rms_norm_ref(total, *arguments), total.view_as(total)
 
 
 class _AddRMSNorm(torch.autograd.Function):
@@ -147,23 +162,23 @@ class _AddRMSNorm(torch.autograd.Function):
         eps: float,
         weight_offset: float,
         cast_before_weight: bool,
+        eps_as_minimum: bool,
     ) -> tuple[Tensor, Tensor]:
-        y, total, rstd = torch.ops.infuse.add_rms_norm_fwd(x, residual, weight, eps, weight_offset, cast_before_weight)
+        ctx.eps, ctx.flags = eps, (weight_offset, cast_before_weight, eps_as_minimum)
+        y, total, rstd = torch.ops.infuse.add_rms_norm_fwd(x, residual, weight, eps, *ctx.flags)
         ctx.save_for_backward(total, weight, rstd)
-        ctx.eps, ctx.weight_offset, ctx.cast_before_weight = eps, weight_offset, cast_before_weight
         return y, total
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor, dsum: Tensor) -> tuple[Tensor | None, ...]:
         total, weight, rstd = ctx.saved_tensors
         if torch.is_grad_enabled():
-            flags = (ctx.eps, ctx.weight_offset, ctx.cast_before_weight)
-            dx, dweight, *_ = differentiate(_norm_and_sum, (total, weight, *flags), (dy, dsum))
-            return dx, dx, dweight, None, None, None
-        dx, dweight = torch.ops.infuse.add_rms_norm_bwd(
-            dy, dsum, total, weight, rstd, ctx.weight_offset, ctx.cast_before_weight
-        )
-        return dx, dx, None if weight is None else dweight, None, None, None
+            dx, dweight, *_ = differentiate(_norm_and_sum, (total, weight, ctx.eps, *ctx.flags), (dy, dsum))
+            return dx, dx, dweight, None, None, None, None
+        *flags, eps_as_minimum = ctx.flags
+        minimum = ctx.eps if eps_as_minimum else None
+        dx, dweight = torch.ops.infuse.add_rms_norm_bwd(dy, dsum, total, weight, rstd, *flags, minimum)
+        return dx, dx, None if weight is None else dweight, None, None, None, None
 
 
 def _implementation(
@@ -173,8 +188,9 @@ def _implementation(
     eps: float,
     weight_offset: float = 0.0,
     cast_before_weight: bool = False,
+    eps_as_minimum: bool = False,
 ) -> tuple[Tensor, Tensor]:
-    y, total = add_rms_norm_ref(x, residual, weight, eps, weight_offset, cast_before_weight)
+    y, total = add_rms_norm_ref(x, residual, weight, eps, weight_offset, cast_before_weight, eps_as_minimum)
     return y.contiguous(), total.contiguous()
 
 
@@ -221,14 +237,16 @@ define(f"add_rms_norm.parts({ARGUMENTS}) -> (Tensor, Tensor)")
 implement("add_rms_norm.parts", add_rms_norm_parts, "CompositeImplicitAutograd")
 register(
     "add_rms_norm_fwd",
-    "Tensor x, Tensor residual, Tensor? weight, float eps, float weight_offset, bool cast_before_weight",
+    "Tensor x, Tensor residual, Tensor? weight, float eps, float weight_offset, bool cast_before_weight,"
+    " bool eps_as_minimum=False",
     "(Tensor, Tensor, Tensor)",
     implementation=add_rms_norm_fwd_ref,
     fake=add_rms_norm_fwd_fake,
 )
 register(
     "add_rms_norm_bwd",
-    "Tensor dy, Tensor dsum, Tensor total, Tensor? weight, Tensor rstd, float weight_offset, bool cast_before_weight",
+    "Tensor dy, Tensor dsum, Tensor total, Tensor? weight, Tensor rstd, float weight_offset, bool cast_before_weight,"
+    " float? minimum=None",
     "(Tensor, Tensor)",
     implementation=add_rms_norm_bwd_ref,
     fake=add_rms_norm_bwd_fake,
@@ -246,11 +264,13 @@ def add_rms_norm(
     *,
     weight_offset: float = 0.0,
     cast_before_weight: bool = False,
+    eps_as_minimum: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """(rms_norm(x + residual), x + residual) for x and residual [..., D].
 
     Raises TypeError for dtypes that are no floats or differ, ValueError for shapes that do not fit.
     """
     _check("add_rms_norm", x, residual, weight, weight_offset, cast_before_weight)
-    y, total = torch.ops.infuse.add_rms_norm(x, residual, weight, eps, weight_offset, cast_before_weight)
+    flags = (weight_offset, cast_before_weight, eps_as_minimum)
+    y, total = torch.ops.infuse.add_rms_norm(x, residual, weight, eps, *flags)
     return y, total

@@ -1,6 +1,7 @@
 """RMSNorm over the last dimension (Zhang and Sennrich 2019, https://arxiv.org/abs/1910.07467).
 
     n = x / sqrt(mean(x^2) + eps)        statistics in float32 (float64 for a float64 x)
+    n = x / sqrt(max(mean(x^2), eps))    with eps_as_minimum
     y = (n * (weight_offset + weight)).to(x.dtype)
     y = weight * n.to(x.dtype)           with cast_before_weight, as Hugging Face's Llama rounds
 
@@ -26,7 +27,8 @@ from infuse.ops.registration import (
     register_sharding,
 )
 
-ARGUMENTS = "Tensor x, Tensor? weight, float eps, float weight_offset=0.0, bool cast_before_weight=False"
+FLAGS = "float weight_offset=0.0, bool cast_before_weight=False, bool eps_as_minimum=False"
+ARGUMENTS = f"Tensor x, Tensor? weight, float eps, {FLAGS}"
 
 
 def statistics_dtype(x: Tensor) -> torch.dtype:
@@ -53,10 +55,11 @@ def check_arguments(op: str, x: Tensor, weight: Tensor | None, weight_offset: fl
         raise ValueError(f"infuse::{op}: weight_offset: got {weight_offset}, expected 0 with cast_before_weight")
 
 
-def normalise(x: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+def normalise(x: Tensor, eps: float, eps_as_minimum: bool = False) -> tuple[Tensor, Tensor]:
     """n [..., D] and rstd [..., 1], both in the dtype of the statistics."""
     h = x.to(statistics_dtype(x))
-    rstd = torch.rsqrt(h.pow(2).mean(-1, keepdim=True) + eps)
+    mean = h.pow(2).mean(-1, keepdim=True)
+    rstd = torch.rsqrt(mean.clamp(min=eps) if eps_as_minimum else mean + eps)
     return h * rstd, rstd
 
 
@@ -73,26 +76,45 @@ def apply_weight(
 
 
 def rms_norm_ref(
-    x: Tensor, weight: Tensor | None, eps: float, weight_offset: float = 0.0, cast_before_weight: bool = False
+    x: Tensor,
+    weight: Tensor | None,
+    eps: float,
+    weight_offset: float = 0.0,
+    cast_before_weight: bool = False,
+    eps_as_minimum: bool = False,
 ) -> Tensor:
     """The formula in plain torch: test oracle, decomposition and fallback. Returns y."""
     check_arguments("rms_norm", x, weight, weight_offset, cast_before_weight)
-    return apply_weight(normalise(x, eps)[0], x.dtype, weight, weight_offset, cast_before_weight)
+    return apply_weight(normalise(x, eps, eps_as_minimum)[0], x.dtype, weight, weight_offset, cast_before_weight)
 
 
 def rms_norm_fwd_ref(
-    x: Tensor, weight: Tensor | None, eps: float, weight_offset: float, cast_before_weight: bool
+    x: Tensor,
+    weight: Tensor | None,
+    eps: float,
+    weight_offset: float,
+    cast_before_weight: bool,
+    eps_as_minimum: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """y and the rstd that the backward needs."""
     check_arguments("rms_norm_fwd", x, weight, weight_offset, cast_before_weight)
-    n, rstd = normalise(x, eps)
+    n, rstd = normalise(x, eps, eps_as_minimum)
     return apply_weight(n, x.dtype, weight, weight_offset, cast_before_weight).contiguous(), rstd.squeeze(-1)
 
 
 def rms_norm_bwd_ref(
-    dy: Tensor, x: Tensor, weight: Tensor | None, rstd: Tensor, weight_offset: float, cast_before_weight: bool
+    dy: Tensor,
+    x: Tensor,
+    weight: Tensor | None,
+    rstd: Tensor,
+    weight_offset: float,
+    cast_before_weight: bool,
+    minimum: float | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """dx [..., D] in x's dtype and dweight [D] in weight's (empty [0] without a weight)."""
+    """dx [..., D] in x's dtype and dweight [D] in weight's (empty [0] without a weight).
+
+    minimum: what bounded the mean of squares, if anything did; where it was in force rstd depends on nothing.
+    """
     checks.same_shape("rms_norm_bwd", x=x, dy=dy)
     stats = statistics_dtype(x)
     g, rstd = dy.to(stats), rstd.unsqueeze(-1)
@@ -105,26 +127,45 @@ def rms_norm_bwd_ref(
         g = g * (weight.to(stats) + weight_offset)
         if cast_before_weight:
             g = g.to(x.dtype).to(stats)
-    dx = rstd * (g - n * (g * n).mean(-1, keepdim=True))
+    along = n * (g * n).mean(-1, keepdim=True)
+    if minimum is not None:
+        along = torch.where(x.to(stats).pow(2).mean(-1, keepdim=True) >= minimum, along, 0.0)
+    dx = rstd * (g - along)
     return dx.to(x.dtype).contiguous(), dweight.contiguous()
 
 
 def rms_norm_fake(
-    x: Tensor, weight: Tensor | None, eps: float, weight_offset: float = 0.0, cast_before_weight: bool = False
+    x: Tensor,
+    weight: Tensor | None,
+    eps: float,
+    weight_offset: float = 0.0,
+    cast_before_weight: bool = False,
+    eps_as_minimum: bool = False,
 ) -> Tensor:
     check_arguments("rms_norm", x, weight, weight_offset, cast_before_weight)
     return x.new_empty(x.shape, dtype=output_dtype(x, weight, cast_before_weight))
 
 
 def rms_norm_fwd_fake(
-    x: Tensor, weight: Tensor | None, eps: float, weight_offset: float, cast_before_weight: bool
+    x: Tensor,
+    weight: Tensor | None,
+    eps: float,
+    weight_offset: float,
+    cast_before_weight: bool,
+    eps_as_minimum: bool = False,
 ) -> tuple[Tensor, Tensor]:
     y = rms_norm_fake(x, weight, eps, weight_offset, cast_before_weight)
     return y, x.new_empty(x.shape[:-1], dtype=statistics_dtype(x))
 
 
 def rms_norm_bwd_fake(
-    dy: Tensor, x: Tensor, weight: Tensor | None, rstd: Tensor, weight_offset: float, cast_before_weight: bool
+    dy: Tensor,
+    x: Tensor,
+    weight: Tensor | None,
+    rstd: Tensor,
+    weight_offset: float,
+    cast_before_weight: bool,
+    minimum: float | None = None,
 ) -> tuple[Tensor, Tensor]:
     checks.same_shape("rms_norm_bwd", x=x, dy=dy)
     return x.new_empty(x.shape), x.new_empty(0) if weight is None else weight.new_empty(weight.shape)
@@ -133,24 +174,36 @@ def rms_norm_bwd_fake(
 class _RMSNorm(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, weight: Tensor | None, eps: float, weight_offset: float, cast_before_weight: bool
+        ctx: Any,
+        x: Tensor,
+        weight: Tensor | None,
+        eps: float,
+        weight_offset: float,
+        cast_before_weight: bool,
+        eps_as_minimum: bool,
     ) -> Tensor:
-        y, rstd = torch.ops.infuse.rms_norm_fwd(x, weight, eps, weight_offset, cast_before_weight)
+        ctx.eps, ctx.flags = eps, (weight_offset, cast_before_weight, eps_as_minimum)
+        y, rstd = torch.ops.infuse.rms_norm_fwd(x, weight, eps, *ctx.flags)
         ctx.save_for_backward(x, weight, rstd)
-        ctx.eps, ctx.weight_offset, ctx.cast_before_weight = eps, weight_offset, cast_before_weight
         return y  # type: ignore[no-any-return]
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         x, weight, rstd = ctx.saved_tensors
         if torch.is_grad_enabled():
-            return differentiate(rms_norm_ref, (x, weight, ctx.eps, ctx.weight_offset, ctx.cast_before_weight), (dy,))
-        dx, dweight = torch.ops.infuse.rms_norm_bwd(dy, x, weight, rstd, ctx.weight_offset, ctx.cast_before_weight)
-        return dx, None if weight is None else dweight, None, None, None
+            return differentiate(rms_norm_ref, (x, weight, ctx.eps, *ctx.flags), (dy,))
+        *flags, eps_as_minimum = ctx.flags
+        minimum = ctx.eps if eps_as_minimum else None
+        dx, dweight = torch.ops.infuse.rms_norm_bwd(dy, x, weight, rstd, *flags, minimum)
+        return dx, None if weight is None else dweight, None, None, None, None
 
 
-def can_run(x: Tensor, weight: Tensor | None, weight_offset: float, cast_before_weight: bool) -> str:
+def can_run(
+    x: Tensor, weight: Tensor | None, weight_offset: float, cast_before_weight: bool, eps_as_minimum: bool = False
+) -> str:
     """Why the CUDA kernel cannot take these arguments, "" when it can. Reads shapes, strides and dtypes only."""
+    if eps_as_minimum:
+        return "no kernel for eps as a minimum"
     if x.dtype not in (torch.bfloat16, torch.float16, torch.float32):
         return f"no kernel for x in {x.dtype}"
     if weight is not None and weight.dtype not in (x.dtype, torch.float32):
@@ -165,17 +218,27 @@ def can_run(x: Tensor, weight: Tensor | None, weight_offset: float, cast_before_
 
 
 def _implementation(
-    x: Tensor, weight: Tensor | None, eps: float, weight_offset: float = 0.0, cast_before_weight: bool = False
+    x: Tensor,
+    weight: Tensor | None,
+    eps: float,
+    weight_offset: float = 0.0,
+    cast_before_weight: bool = False,
+    eps_as_minimum: bool = False,
 ) -> Tensor:
-    return rms_norm_ref(x, weight, eps, weight_offset, cast_before_weight).contiguous()
+    return rms_norm_ref(x, weight, eps, weight_offset, cast_before_weight, eps_as_minimum).contiguous()
 
 
 def _cuda(
-    x: Tensor, weight: Tensor | None, eps: float, weight_offset: float = 0.0, cast_before_weight: bool = False
+    x: Tensor,
+    weight: Tensor | None,
+    eps: float,
+    weight_offset: float = 0.0,
+    cast_before_weight: bool = False,
+    eps_as_minimum: bool = False,
 ) -> Tensor:
     check_arguments("rms_norm", x, weight, weight_offset, cast_before_weight)
-    if library.missing(x.device) or can_run(x, weight, weight_offset, cast_before_weight):
-        return _implementation(x, weight, eps, weight_offset, cast_before_weight)
+    if library.missing(x.device) or can_run(x, weight, weight_offset, cast_before_weight, eps_as_minimum):
+        return _implementation(x, weight, eps, weight_offset, cast_before_weight, eps_as_minimum)
     y = torch.empty(x.shape, dtype=output_dtype(x, weight, cast_before_weight), device=x.device)
     torch.ops.infuse.rms_norm_out(x, weight, eps, weight_offset, cast_before_weight, -1, y)
     return y
@@ -218,14 +281,15 @@ register_differentiable(
 )
 register(
     "rms_norm_fwd",
-    "Tensor x, Tensor? weight, float eps, float weight_offset, bool cast_before_weight",
+    "Tensor x, Tensor? weight, float eps, float weight_offset, bool cast_before_weight, bool eps_as_minimum=False",
     "(Tensor, Tensor)",
     implementation=rms_norm_fwd_ref,
     fake=rms_norm_fwd_fake,
 )
 register(
     "rms_norm_bwd",
-    "Tensor dy, Tensor x, Tensor? weight, Tensor rstd, float weight_offset, bool cast_before_weight",
+    "Tensor dy, Tensor x, Tensor? weight, Tensor rstd, float weight_offset, bool cast_before_weight,"
+    " float? minimum=None",
     "(Tensor, Tensor)",
     implementation=rms_norm_bwd_ref,
     fake=rms_norm_bwd_fake,
@@ -248,10 +312,12 @@ def rms_norm(
     *,
     weight_offset: float = 0.0,
     cast_before_weight: bool = False,
+    eps_as_minimum: bool = False,
 ) -> Tensor:
     """RMSNorm of x [..., D] over its last dimension; see the module's text for formula, dtypes and rounding.
 
     Raises TypeError for a dtype that is not a float, ValueError for a weight that is not [D].
     """
     check_arguments("rms_norm", x, weight, weight_offset, cast_before_weight)
-    return torch.ops.infuse.rms_norm(x, weight, eps, weight_offset, cast_before_weight)  # type: ignore[no-any-return]
+    flags = (weight_offset, cast_before_weight, eps_as_minimum)
+    return torch.ops.infuse.rms_norm(x, weight, eps, *flags)  # type: ignore[no-any-return]

@@ -55,6 +55,10 @@ class CanonicalGraph:
         """The name in the table, known without metadata; "" for a node that is not in it."""
         return self._words[node][0].name if node in self._words else ""
 
+    def argument(self, node: Node, name: str) -> Any:
+        """An argument as it is written, known without metadata; None where there is none."""
+        return self._words[node][1].get(name) if node in self._words else None
+
     def value(self, node: object) -> Any:
         """The example value of a node: fake tensor, number, tuple, or None. Raises MissingMetadata when it has none."""
         return metadata.value(node) if isinstance(node, Node) else None

@@ -6,6 +6,7 @@ author casts and multiplies is part of the meaning and becomes the operator's `c
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -13,7 +14,8 @@ import torch
 from torch.fx import Node
 
 from infuse.patterns.canonical import CanonicalGraph
-from infuse.patterns.sites import Make, Site
+from infuse.patterns.norm_moments import plus_number
+from infuse.patterns.sites import Make, Refusal, Site
 from infuse.patterns.sizes import same_size
 
 HALF = (torch.float16, torch.bfloat16)
@@ -25,14 +27,15 @@ class Norm:
 
     root: the last node read. x: the operator's input. x_dtype: its dtype; wider than x's own where the operator gets a
     wider copy. n_dtype: the dtype in which the normalised value is multiplied. cast: whether the value was rounded to
-    x_dtype before the weight. closed: nothing more may be absorbed. rounding: as in `Site`.
+    x_dtype before the weight. closed: nothing more may be absorbed. rounding: as in `Site`. eps_as_minimum: of an
+    RMSNorm, whether eps bounds the mean of squares.
     """
 
     kind: str
     root: Node
     x: Node
     x_dtype: torch.dtype | None
-    eps: float | Node
+    eps: float | Node | Make
     n_dtype: torch.dtype
     trail: tuple[Node, ...]
     words: tuple[str, ...]
@@ -42,6 +45,7 @@ class Norm:
     cast: bool = False
     closed: bool = False
     rounding: str = ""
+    eps_as_minimum: bool = False
 
     @property
     def may_have_bias(self) -> bool:
@@ -52,18 +56,49 @@ class Norm:
         return self.weight is not None or self.bias is not None
 
 
-def inputs(view: CanonicalGraph, norm: Norm) -> list[Norm]:
+def finish(view: CanonicalGraph, start: Norm) -> Site:
+    """The site that starts with a normalised value."""
+    # With the leading cast absorbed the result has to come back to x's dtype; if not, the cast one is the input.
+    for norm in _inputs(view, start):
+        end = _outwards(view, norm)
+        if _is_whole(view, end):
+            return _site(view, end)
+    return _site(view, start)
+
+
+def narrow_statistics(view: CanonicalGraph, kind: str, anchor: Node, nodes: Sequence[Node]) -> Refusal | None:
+    """A refusal unless the anchor and the nodes around it are all in float32 or all in float64."""
+    dtypes = {view.dtype(node) for node in (*nodes, anchor)}
+    if dtypes in ({torch.float32}, {torch.float64}):
+        return None
+    names = ", ".join(sorted(short(dtype) for dtype in dtypes))
+    return Refusal(
+        kind,
+        anchor,
+        f"the statistics are not computed in float32 throughout: got {names}",
+        "compute them in float32, from x.float()",
+    )
+
+
+def weighted(view: CanonicalGraph, norm: Norm, weight: Node) -> Norm:
+    """The norm of an author who multiplies x by the weight first."""
+    source, offset, trail = without_offset(view, weight, norm.n_dtype)
+    words = (*norm.words, f"w = {offset:g} + weight first" if offset else "w first")
+    return replace(norm, weight=source, offset=offset, words=words, trail=(*norm.trail, *trail))
+
+
+def _inputs(view: CanonicalGraph, norm: Norm) -> list[Norm]:
     """The norm on the narrow x behind the leading cast, if there is one, and on x as it stands."""
     trail: list[Node] = []
     base = view.narrowed(norm.x, trail)
-    if view.dtype(base) in HALF and norm.x_dtype == view.dtype(norm.x) == torch.float32:
+    if view.dtype(base) in HALF and norm.x_dtype == torch.float32:
         words = (f"x cast from {short(view.dtype(base))}", *norm.words)
         narrow = replace(norm, x=base, x_dtype=view.dtype(base), trail=(*trail, *norm.trail), words=words)
         return [narrow, norm]
     return [norm]
 
 
-def outwards(view: CanonicalGraph, norm: Norm) -> Norm:
+def _outwards(view: CanonicalGraph, norm: Norm) -> Norm:
     """The norm with what follows it absorbed, as far as it can be expressed."""
     while not norm.closed:
         skipped: list[Node] = []
@@ -167,24 +202,12 @@ def without_offset(view: CanonicalGraph, weight: Node, n_dtype: torch.dtype) -> 
     return (narrow, 0.0, tuple(wide)) if view.dtype(weight) == n_dtype else (weight, 0.0, ())
 
 
-def plus_number(view: CanonicalGraph, node: object) -> tuple[Node, float | Node] | None:
-    """(value, number) for a node that adds a number to a tensor."""
-    operands = view.operands(node, "add")
-    if operands is None:
-        return None
-    for value, other in (operands, operands[::-1]):
-        number = view.number(other)
-        if number is not None and view.tensor(value) is not None:
-            return value, number
-    return None
-
-
 def fits(dtype: torch.dtype | None, wide: torch.dtype) -> bool:
     """Whether a dtype widens to another without loss."""
     return dtype is not None and torch.promote_types(dtype, wide) == wide
 
 
-def is_whole(view: CanonicalGraph, norm: Norm) -> bool:
+def _is_whole(view: CanonicalGraph, norm: Norm) -> bool:
     """Whether what was absorbed has the operator's result dtype."""
     expected, out = norm.x_dtype, view.dtype(norm.root)
     if expected is None or out is None:
@@ -195,12 +218,13 @@ def is_whole(view: CanonicalGraph, norm: Norm) -> bool:
     return expected == out
 
 
-def site(view: CanonicalGraph, norm: Norm) -> Site:
-    """The finished norm: x, weight, bias (of a LayerNorm), eps, weight_offset, cast_before_weight."""
+def _site(view: CanonicalGraph, norm: Norm) -> Site:
+    """The finished norm, with the arguments of its operator."""
     widened = norm.x_dtype != view.dtype(norm.x)
     x = Make(torch.ops.aten.to.dtype, (norm.x, norm.x_dtype)) if widened else norm.x
     vectors = (norm.weight, norm.bias) if norm.may_have_bias else (norm.weight,)
-    args = (x, *vectors, norm.eps, norm.offset, norm.cast and norm.has_affine)
+    floor = () if norm.may_have_bias else (norm.eps_as_minimum,)
+    args = (x, *vectors, norm.eps, norm.offset, norm.cast and norm.has_affine, *floor)
     interior = tuple(dict.fromkeys(norm.trail))
     return Site(norm.kind, (norm.root,), norm.root, args, interior, ", ".join(norm.words), norm.rounding)
 

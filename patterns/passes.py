@@ -28,6 +28,7 @@ from infuse.ops import swiglu as _op_swiglu  # noqa: F401
 from infuse.patterns import add_norm, attention, attention_scores, layer_norm, metadata, rms_norm, swiglu
 from infuse.patterns.canonical import CanonicalGraph
 from infuse.patterns.emit import Emitter
+from infuse.patterns.norm_root import may_be_root
 from infuse.patterns.safety import Effects
 from infuse.patterns.sites import Finding, Refusal, Site
 from infuse.report import Placement, SiteRecord, raise_if_strict
@@ -39,18 +40,22 @@ Place = Callable[[str, tuple[object, ...], bool], Placement]
 
 @dataclass(frozen=True, slots=True)
 class Family:
-    """A kind of site and how to recognise it: `match` is asked about each node whose word is one of `anchors`."""
+    """A kind of site and how to recognise it: `match` is asked about each node whose word is one of `anchors`.
+
+    concerns: tells apart the anchors that are common words, by their arguments as they are written.
+    """
 
     kind: str
     anchors: tuple[str, ...]
     match: Callable[[CanonicalGraph, Node], Finding | None]
+    concerns: Callable[[CanonicalGraph, Node], bool] = lambda view, node: True
 
 
 FAMILIES: tuple[Family, ...] = (
     Family(attention.KIND, ("sdpa",), attention.match_call),
     Family(attention.KIND, ("softmax",), attention_scores.match),
-    Family(rms_norm.KIND, rms_norm.ANCHORS, rms_norm.match),
-    Family(layer_norm.KIND, layer_norm.ANCHORS, layer_norm.match),
+    Family(rms_norm.KIND, rms_norm.ANCHORS, rms_norm.match, may_be_root),
+    Family(layer_norm.KIND, layer_norm.ANCHORS, layer_norm.match, may_be_root),
     Family(swiglu.KIND, swiglu.ANCHORS, swiglu.match),
 )
 _NEEDS = {joint: (norm,) for norm, joint in add_norm.KINDS.items()}
@@ -88,7 +93,7 @@ def find(view: CanonicalGraph, kinds: Sequence[str]) -> Iterator[Finding]:
     for node in view.nodes:
         name = view.word(node) or view.in_place.get(node, "")
         for family in families:
-            if name in family.anchors:
+            if name in family.anchors and family.concerns(view, node):
                 finding = _ask(family, view, node)
                 if finding is not None:
                     yield finding

@@ -20,7 +20,15 @@ import torch.nn.functional as F
 Target = Callable[..., Any]
 
 # Other names of a parameter; they count only where the word has the parameter on the right.
-ALIASES = {"self": "input", "a": "input", "axis": "dim", "keepdims": "keepdim", "train": "training", "p": "p"}
+ALIASES = {
+    "self": "input",
+    "a": "input",
+    "axis": "dim",
+    "keepdims": "keepdim",
+    "train": "training",
+    "p": "ord",
+    "data": "fill_value",
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -110,7 +118,9 @@ def _pointwise(table: _Table) -> None:
     row("relu", "input", torch.relu, methods="relu", aten="relu")
     row("glu", "input dim", F.glu, aten="glu")
     row("clamp", "input min max", torch.clamp, torch.clip, methods="clamp clip", aten="clamp")
+    row("clamp", "input min", torch.clamp_min, methods="clamp_min", aten="clamp_min")
     row("maximum", binary, torch.maximum, methods="maximum", aten="maximum")
+    row("max", binary, torch.max, methods="max", aten="max.other")
     row("masked_fill", "input mask value", torch.masked_fill, methods="masked_fill")
     row("masked_fill", "input mask value", aten="masked_fill.Scalar masked_fill.Tensor")
     row(
@@ -125,6 +135,7 @@ def _others(table: _Table) -> None:
     row = table.row
     row("cat", "tensors dim", torch.cat, torch.concat, aten="cat")
     row("stack", "tensors dim", torch.stack, aten="stack")
+    row("tensor", "fill_value dtype device requires_grad pin_memory", torch.tensor)
     for name in ("exp", "log", "cos", "sin", "abs"):
         row(name, "input", getattr(torch, name), methods=name, aten=name)
 
@@ -133,6 +144,15 @@ def _reductions(table: _Table) -> None:
     row = table.row
     row("mean", "input dim! keepdim dtype", torch.mean, methods="mean", aten="mean.dim mean")
     row("sum", "input dim! keepdim dtype", torch.sum, methods="sum", aten="sum.dim_IntList sum")
+    for name in ("var", "std"):
+        row(name, "input dim! unbiased keepdim correction", getattr(torch, name), methods=name)
+        row(name, "input dim! unbiased keepdim correction", aten=f"{name} {name}.dim {name}.correction")
+        pair = f"{name}_mean"
+        row(pair, "input dim! unbiased keepdim correction", getattr(torch, pair))
+        row(pair, "input dim! unbiased keepdim correction", aten=f"{pair} {pair}.dim {pair}.correction")
+    row("vector_norm", "input ord dim! keepdim dtype", torch.norm, torch.linalg.norm, torch.linalg.vector_norm)
+    row("vector_norm", "input ord dim! keepdim dtype", methods="norm", aten="linalg_vector_norm norm.ScalarOpt_dim")
+    row("normalize", "input ord dim! eps", F.normalize)
     row("softmax", "input dim! dtype", torch.softmax, torch.special.softmax, methods="softmax", aten="softmax.int")
     row("softmax", "input dim! _stacklevel dtype", F.softmax)
     row("matmul", "input other", torch.matmul, operator.matmul, methods="matmul __matmul__", aten="matmul")

@@ -17,6 +17,7 @@ from tests.tolerances import assert_close_to_fp64, error
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 FLAGS = {"plain": (0.0, False), "offset": (1.0, False), "cast first": (0.0, True)}
+MINIMUM = (0.0, False, True)
 OPS = torch.ops.infuse
 
 
@@ -191,3 +192,30 @@ def test_the_kernel_takes_what_it_says() -> None:
     assert "float16" in op.can_run(x, weight.half(), 0.0, False)
     assert "stride" in op.can_run(torch.empty(8, 2, dtype=torch.bfloat16).t(), weight, 0.0, False)
     assert "dimensions" in op.can_run(torch.empty(1, 1, 1, 1, 8), None, 0.0, False)
+
+
+def bounded_below(x: Tensor, weight: Tensor, minimum: float) -> Tensor:
+    return x / x.pow(2).mean(-1, keepdim=True).clamp(min=minimum).sqrt() * weight
+
+
+def test_eps_as_minimum_bounds_the_mean_of_squares() -> None:
+    x, residual, weight = norm_inputs(problems.Norm((5,), 16), torch.float64, grad=True)
+    x = (x.detach() * torch.tensor([0.0, 0.1, 1.0, 1.0, 9.0]).unsqueeze(-1)).requires_grad_()
+    expected = bounded_below(x, weight, 0.3)
+    torch.testing.assert_close(infuse.rms_norm(x, weight, 0.3, eps_as_minimum=True), expected)
+    torch.testing.assert_close(OPS.rms_norm.inline(x, weight, 0.3, *MINIMUM), expected)
+    y, total = infuse.add_rms_norm(x, residual, weight, 0.3, eps_as_minimum=True)
+    torch.testing.assert_close(y, bounded_below(total, weight, 0.3))
+    dy = torch.randn_like(x)
+    got = torch.autograd.grad(OPS.rms_norm(x, weight, 0.3, *MINIMUM), (x, weight), dy)
+    torch.testing.assert_close(got, torch.autograd.grad(expected, (x, weight), dy))
+
+
+def test_gradients_with_eps_as_minimum_are_right_in_float64() -> None:
+    x, residual, weight = norm_inputs(problems.Norm((3, 2), 5), torch.float64, grad=True)
+    for inputs, op_under_test in (((x, weight), OPS.rms_norm), ((x, residual, weight), OPS.add_rms_norm)):
+        assert torch.autograd.gradcheck(lambda *a, op=op_under_test: op(*a, 0.8, *MINIMUM), inputs)
+        assert torch.autograd.gradgradcheck(lambda *a, op=op_under_test: op(*a, 0.8, *MINIMUM), inputs, fast_mode=True)
+    opcheck(OPS.rms_norm.default, (x, weight, 0.8, *MINIMUM))
+    opcheck(OPS.add_rms_norm.default, (x, residual, weight, 0.8, *MINIMUM))
+    assert "minimum" in op.can_run(x.float(), None, 0.0, False, True)

@@ -221,7 +221,7 @@ def test_graph_without_metadata_is_completed_from_its_inputs() -> None:
 def test_graph_without_metadata_and_inputs_is_refused_and_never_silently_skipped() -> None:
     _, records, _ = retraced(with_inputs=False)
     assert [record.status for record in records] == ["refused"] * len(records)
-    assert {record.kind for record in records} == {"rms_norm", "attention", "swiglu"}
+    assert {record.kind for record in records} == {"rms_norm", "layer_norm", "attention", "swiglu"}
     assert all("shapes and dtypes" in record.reason and record.remedy for record in records)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 
 import pytest
@@ -124,7 +125,136 @@ def eps_in_float64(x: Tensor, w: Tensor) -> Tensor:
     return x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + 1e-6) * w
 
 
+def root_and_quotient(x: Tensor, w: Tensor) -> Tensor:
+    h = x.float()
+    return (h / torch.sqrt(h.pow(2).mean(-1, keepdim=True) + 1e-6)).to(x.dtype) * w
+
+
+def reciprocal_of_the_root(x: Tensor, w: Tensor) -> Tensor:
+    h = x.float()
+    return (h * (1.0 / torch.sqrt(h.pow(2).mean(-1, keepdim=True) + 1e-6))).to(x.dtype) * w
+
+
+def reciprocal_method(x: Tensor, w: Tensor) -> Tensor:
+    h = x.float()
+    return w * (h * (h.square().mean(-1, keepdim=True) + 1e-6).sqrt().reciprocal()).to(x.dtype)
+
+
+def power_of_minus_one_half(x: Tensor, w: Tensor) -> Tensor:
+    h = x.float()
+    return w * (h * (h.pow(2).mean(-1, keepdim=True) + 1e-6).pow(-0.5)).to(x.dtype)
+
+
+def power_of_one_half(x: Tensor, w: Tensor) -> Tensor:
+    h = x.float()
+    return w * (h / (h.pow(2).mean(-1, keepdim=True) + 1e-6) ** 0.5).to(x.dtype)
+
+
+def sum_and_size(x: Tensor, w: Tensor) -> Tensor:
+    h = x.float()
+    return w * (h * torch.rsqrt(h.pow(2).sum(-1, keepdim=True) / x.shape[-1] + 1e-6)).to(x.dtype)
+
+
+def eps_added_in_place_of_order(x: Tensor, w: Tensor) -> Tensor:
+    h = x.float()
+    return w * (h * torch.rsqrt(1e-6 + h.pow(2).mean(-1, keepdim=True))).to(x.dtype)
+
+
+def eps_as_a_constant_tensor(x: Tensor, w: Tensor) -> Tensor:
+    h = x.float()
+    return w * (h * torch.rsqrt(h.pow(2).mean(-1, keepdim=True) + torch.tensor(1e-6))).to(x.dtype)
+
+
+def clamped(x: Tensor, w: Tensor) -> Tensor:
+    h = x.float()
+    return w * (h * torch.rsqrt(h.pow(2).mean(-1, keepdim=True).clamp(min=1e-6))).to(x.dtype)
+
+
+def clamped_at_most(x: Tensor, w: Tensor) -> Tensor:
+    h = x.float()
+    return (h * h.pow(2).mean(-1, keepdim=True).clamp_min(0.5).rsqrt()).to(x.dtype) * w
+
+
+def maximum(x: Tensor, w: Tensor) -> Tensor:
+    h = x.float()
+    return w * (h * torch.rsqrt(torch.maximum(h.pow(2).mean(-1, keepdim=True), torch.tensor(0.7)))).to(x.dtype)
+
+
+def clamped_root(x: Tensor, w: Tensor) -> Tensor:
+    h = x.float()
+    return (h / h.pow(2).mean(-1, keepdim=True).sqrt().clamp(min=0.8)).to(x.dtype) * w
+
+
+def weight_multiplied_first(x: Tensor, w: Tensor) -> Tensor:
+    h = x.float()
+    return (w * h / torch.sqrt(h.pow(2).mean(-1, keepdim=True) + 1e-6)).to(x.dtype)
+
+
+def weight_multiplied_last_of_three(x: Tensor, w: Tensor) -> Tensor:
+    h = x.float()
+    return (h * w.float() * torch.rsqrt(h.pow(2).mean(-1, keepdim=True) + 1e-6)).to(x.dtype)
+
+
+def squared_l2_norm(x: Tensor, w: Tensor) -> Tensor:
+    h = x.float()
+    return w * (h * torch.rsqrt(h.norm(2, -1, keepdim=True) ** 2 / D + 1e-6)).to(x.dtype)
+
+
+def l2_norm_over_root_of_size(x: Tensor, w: Tensor) -> Tensor:
+    h = x.float()
+    return w * (h / (torch.norm(h, dim=-1, keepdim=True) * D**-0.5)).to(x.dtype)
+
+
+def l2_norm_clamped(x: Tensor, w: Tensor) -> Tensor:
+    h = x.float()
+    norm = torch.norm(h, p=2, dim=-1, keepdim=True) / 4.0
+    return (h / norm.clamp(min=0.9) * w).to(x.dtype)
+
+
+def l2_norm_clamped_first(x: Tensor, w: Tensor) -> Tensor:
+    h = x.float()
+    norm = torch.linalg.vector_norm(h, dim=-1, keepdim=True).clamp(min=4.0)
+    return (w * (h / norm * 4.0)).to(x.dtype)
+
+
+def normalize_times_root_of_size(x: Tensor, w: Tensor) -> Tensor:
+    return (F.normalize(x.float(), dim=-1) * 4.0 * w).to(x.dtype)
+
+
+def weight_before_root_of_size(x: Tensor, w: Tensor) -> Tensor:
+    return (F.normalize(x.float(), p=2.0, dim=-1, eps=3.0) * (w + 1) * math.sqrt(D)).to(x.dtype)
+
+
+def olmo_without_weight_in_its_own_dtype(x: Tensor, w: Tensor) -> Tensor:
+    return F.rms_norm(x.float(), x.shape[-1:], None, 1e-5).type_as(x) * w
+
+
+# Those whose size n has to be a number: n ** 0.5 of a symbolic one is not known.
+STATIC = (
+    squared_l2_norm,
+    l2_norm_over_root_of_size,
+    l2_norm_clamped,
+    l2_norm_clamped_first,
+    normalize_times_root_of_size,
+    weight_before_root_of_size,
+)
 SPELLINGS = (
+    root_and_quotient,
+    reciprocal_of_the_root,
+    reciprocal_method,
+    power_of_minus_one_half,
+    power_of_one_half,
+    sum_and_size,
+    eps_added_in_place_of_order,
+    eps_as_a_constant_tensor,
+    clamped,
+    clamped_at_most,
+    maximum,
+    clamped_root,
+    weight_multiplied_first,
+    weight_multiplied_last_of_three,
+    olmo_without_weight_in_its_own_dtype,
+    *STATIC,
     hugging_face,
     hugging_face_weight_on_the_right,
     cast_last,
@@ -160,7 +290,9 @@ def tensors(dtype: torch.dtype = torch.float32, training: bool = False, weight: 
 @pytest.mark.parametrize(("dtype", "training", "dynamic"), MODES)
 @pytest.mark.parametrize("function", SPELLINGS)
 def test_spelling_becomes_one_operator(function: Function, dtype: torch.dtype, training: bool, dynamic: bool) -> None:
-    captured = capture(function, *tensors(dtype, training), training=training, dynamic=dynamic)
+    captured = capture(
+        function, *tensors(dtype, training), training=training, dynamic=dynamic and function not in STATIC
+    )
     assert captured.counts == {"rms_norm": 1}
     assert captured.refusals == []
     assert not captured.targets() & {"rsqrt", "mean", "pow", "rms_norm"}
@@ -230,6 +362,81 @@ def test_eps_of_half_precision_is_that_of_float32() -> None:
     x, w = tensors(torch.bfloat16)
     (node,) = capture(called_without_eps, x, w).operators()
     assert node.args[2] == torch.finfo(torch.float32).eps
+
+
+def test_lower_bounds_become_an_argument() -> None:
+    def eps(function: Function) -> float:
+        (node,) = capture(function, *tensors()).operators()
+        assert node.args[5] is True
+        return node.args[2]  # type: ignore[return-value]
+
+    assert eps(clamped) == 1e-6
+    assert eps(clamped_at_most) == 0.5
+    assert eps(maximum) == pytest.approx(0.7)
+    assert eps(clamped_root) == pytest.approx(0.64)
+    assert eps(l2_norm_clamped) == pytest.approx(0.81)
+    assert eps(l2_norm_clamped_first) == pytest.approx(1.0)
+    assert eps(weight_before_root_of_size) == pytest.approx(9 / D)
+    (node,) = capture(hugging_face, *tensors()).operators()
+    assert node.args[5] is False
+
+
+def test_rows_below_the_lower_bound_keep_their_gradient() -> None:
+    for function in (clamped_at_most, maximum, clamped_root, l2_norm_clamped, weight_before_root_of_size):
+        x, w = tensors(training=True)
+        small = (x.detach() * torch.tensor([0.1, 1.0, 3.0])[:, None]).requires_grad_()
+        captured = capture(function, small, w, training=True)
+        assert captured.counts == {"rms_norm": 1}
+        assert_same_results(captured, training=True)
+
+
+def test_symbolic_lower_bound_is_passed_on() -> None:
+    class Norm(nn.Module):
+        eps = 1e-3
+
+        def forward(self, x: Tensor) -> Tensor:
+            return x / x.pow(2).mean(-1, keepdim=True).sqrt().clamp(min=self.eps)
+
+    captured = capture(Norm(), tensors()[0], dynamic=True)
+    assert captured.counts == {"rms_norm": 1}
+    assert_same_results(captured)
+
+
+def test_heads_with_a_weight_each_are_normalised_without_it() -> None:
+    def cohere(x: Tensor, w: Tensor) -> Tensor:
+        h = x.view(2, 3, 2, D // 2)
+        h = h.to(torch.float32)
+        h = h * torch.rsqrt(h.pow(2).mean(-1, keepdim=True) + 1e-5)
+        return (w.view(2, D // 2).to(torch.float32) * h).to(x.dtype)
+
+    captured = capture(cohere, *tensors(torch.bfloat16, training=True), training=True)
+    assert captured.counts == {"rms_norm": 1}
+    assert captured.operators()[0].args[1] is None
+    assert_same_results(captured, training=True)
+
+
+@pytest.mark.parametrize("layout", ["packed", "heads"])
+@pytest.mark.parametrize("function", [hugging_face, torchtune, called_by_name, root_and_quotient])
+def test_slice_of_a_packed_projection(function: Function, layout: str) -> None:
+    def sliced(x: Tensor, w: Tensor) -> tuple[Tensor, Tensor]:
+        if layout == "packed":
+            q, k, _ = x.view(2, 3, 3 * D).split([D, D, D], dim=-1)
+            return function(q, w), function(k, w)
+        q, k = x.view(2, 3, 3, D)[:, :, :2].unbind(2)
+        return function(q.transpose(0, 1), w), function(k, w)
+
+    captured = capture(sliced, torch.randn(2, 3, 3 * D).bfloat16(), tensors(torch.bfloat16)[1])
+    assert captured.counts == {"rms_norm": 2}
+    assert_same_results(captured)
+
+
+def test_scale_on_top_stays_outside() -> None:
+    def scaled(x: Tensor, w: Tensor) -> Tensor:
+        return hugging_face(x, w) * w[0] * 0.5
+
+    captured = capture(scaled, *tensors(torch.bfloat16))
+    assert captured.counts == {"rms_norm": 1}
+    assert_same_results(captured)
 
 
 def test_symbolic_eps_is_passed_on() -> None:
@@ -339,13 +546,64 @@ def normalize(x: Tensor, w: Tensor) -> Tensor:
     return F.normalize(x, dim=-1) * w
 
 
-def layer_norm_by_hand(x: Tensor, w: Tensor) -> Tensor:
-    d = x - x.mean(-1, keepdim=True)
-    return d * torch.rsqrt(d.pow(2).mean(-1, keepdim=True) + 1e-6) * w
+def normalize_times_another_number(x: Tensor, w: Tensor) -> Tensor:
+    return F.normalize(x, dim=-1) * 4.1 * w
 
 
-def layer_norm_by_variance(x: Tensor, w: Tensor) -> Tensor:
-    return (x - x.mean(-1, keepdim=True)) * torch.rsqrt(x.var(-1, keepdim=True) + 1e-6) * w
+def normalize_over_another_dimension(x: Tensor, w: Tensor) -> Tensor:
+    return F.normalize(x, dim=1) * math.sqrt(3) * w
+
+
+def normalize_with_another_norm(x: Tensor, w: Tensor) -> Tensor:
+    return F.normalize(x, p=1.0, dim=-1) * 4.0
+
+
+def l1_norm(x: Tensor, w: Tensor) -> Tensor:
+    return x / (x.norm(1, dim=-1, keepdim=True) / 4.0)
+
+
+def clamped_from_above(x: Tensor, w: Tensor) -> Tensor:
+    return x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True).clamp(max=2.0))
+
+
+def clamped_on_both_sides(x: Tensor, w: Tensor) -> Tensor:
+    return x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True).clamp(1e-6, 1.0))
+
+
+def sum_over_another_size(x: Tensor, w: Tensor) -> Tensor:
+    return x * torch.rsqrt(x.pow(2).sum(-1, keepdim=True) / 15 + 1e-6)
+
+
+def product_with_the_root(x: Tensor, w: Tensor) -> Tensor:
+    return x * torch.sqrt(x.pow(2).mean(-1, keepdim=True) + 1e-6)
+
+
+def root_over_x(x: Tensor, w: Tensor) -> Tensor:
+    return torch.sqrt(x.pow(2).mean(-1, keepdim=True) + 1e-6) / x
+
+
+def number_over_the_root(x: Tensor, w: Tensor) -> Tensor:
+    return x * (2.0 / torch.sqrt(x.pow(2).mean(-1, keepdim=True) + 1e-6))
+
+
+def power_of_minus_one(x: Tensor, w: Tensor) -> Tensor:
+    return x * (x.pow(2).mean(-1, keepdim=True) + 1e-6).pow(-1.0)
+
+
+def quotient_by_the_inverse(x: Tensor, w: Tensor) -> Tensor:
+    return x / torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + 1e-6)
+
+
+def clamped_inverse(x: Tensor, w: Tensor) -> Tensor:
+    return x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + 1e-6).clamp(min=0.9)
+
+
+def largest_of_squares(x: Tensor, w: Tensor) -> Tensor:
+    return x * torch.rsqrt(x.pow(2).max(-1, True)[0] + 1e-6)
+
+
+def loss_with_a_root(x: Tensor, w: Tensor) -> Tensor:
+    return torch.sqrt((x - w).pow(2).mean(-1) + 1e-6) + 1e-3
 
 
 def another_tensor_is_normalised(x: Tensor, w: Tensor) -> Tensor:
@@ -369,8 +627,21 @@ def rsqrt_of_something_else(x: Tensor, w: Tensor) -> Tensor:
     [
         l2_norm,
         normalize,
-        layer_norm_by_hand,
-        layer_norm_by_variance,
+        normalize_times_another_number,
+        normalize_over_another_dimension,
+        normalize_with_another_norm,
+        l1_norm,
+        clamped_from_above,
+        clamped_on_both_sides,
+        sum_over_another_size,
+        product_with_the_root,
+        root_over_x,
+        number_over_the_root,
+        power_of_minus_one,
+        quotient_by_the_inverse,
+        clamped_inverse,
+        largest_of_squares,
+        loss_with_a_root,
         another_tensor_is_normalised,
         cube,
         product_of_two_tensors,
@@ -429,6 +700,19 @@ def eps_outside_the_root(x: Tensor, w: Tensor) -> Tensor:
     return x * (torch.rsqrt(x.pow(2).mean(-1, keepdim=True)) + 1e-6) * w
 
 
+def zhang(x: Tensor, w: Tensor) -> Tensor:
+    rms = x.norm(2, dim=-1, keepdim=True) * D ** (-1.0 / 2)
+    return w * (x / (rms + 1e-8))
+
+
+def eps_outside_the_square_root(x: Tensor, w: Tensor) -> Tensor:
+    return w * x / (x.pow(2).mean(-1, keepdim=True).sqrt() + 1e-8)
+
+
+def two_bounds(x: Tensor, w: Tensor) -> Tensor:
+    return x / (x.pow(2).mean(-1, keepdim=True) + 1e-6).sqrt().clamp(min=0.1)
+
+
 def eps_is_a_tensor(x: Tensor, w: Tensor) -> Tensor:
     return x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + w[0])
 
@@ -449,6 +733,9 @@ def two_normalised_dimensions(x: Tensor, w: Tensor) -> Tensor:
         (mean_over_everything, "dimension 0 and 1 and 2"),
         (eps_inside_the_mean, "inside the mean"),
         (eps_outside_the_root, "outside the root"),
+        (zhang, "outside the root"),
+        (eps_outside_the_square_root, "outside the root"),
+        (two_bounds, "twice"),
         (eps_is_a_tensor, "eps is a tensor"),
         (two_normalised_dimensions, "2 dimensions"),
     ],
