@@ -92,25 +92,27 @@ def find(view: CanonicalGraph, kinds: Sequence[str]) -> Iterator[Finding]:
     families = [family for family in FAMILIES if family.kind in wanted]
     for node in view.nodes:
         name = view.word(node) or view.in_place.get(node, "")
-        for family in families:
-            if name in family.anchors and family.concerns(view, node):
-                finding = _ask(family, view, node)
-                if finding is not None:
-                    yield finding
+        interested = [family for family in families if name in family.anchors and family.concerns(view, node)]
+        if interested:
+            yield from _ask(interested, view, node)
 
 
-def _ask(family: Family, view: CanonicalGraph, node: Node) -> Finding | None:
-    try:
-        if node not in view.in_place:
-            view.value(node)
-        return family.match(view, node)
-    except metadata.MissingMetadata as missing:
-        return Refusal(
-            family.kind,
-            node,
-            f"nothing is known about shapes and dtypes here: {missing}",
-            "leave freezing off (torch 2.11 loses the metadata), or compile with backend='infuse'",
-        )
+def _ask(families: Sequence[Family], view: CanonicalGraph, node: Node) -> Iterator[Finding]:
+    for family in families:
+        try:
+            if node not in view.in_place:
+                view.value(node)
+            finding = family.match(view, node)
+        except metadata.MissingMetadata as missing:
+            yield Refusal(
+                family.kind,
+                node,
+                f"nothing is known about shapes and dtypes here: {missing}",
+                "leave freezing off (torch 2.11 loses the metadata), or compile with backend='infuse'",
+            )
+            return  # The other families know as little.
+        if finding is not None:
+            yield finding
 
 
 def _judge(finding: Finding, effects: Effects, settings: Settings) -> Finding:

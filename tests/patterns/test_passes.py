@@ -135,7 +135,7 @@ def test_place_is_asked_with_the_arguments_example_values() -> None:
     assert isinstance(x, Tensor)
     assert isinstance(weight, Tensor)
     assert (x.dtype, tuple(x.shape), weight.dtype) == (torch.bfloat16, (2, 5, DIM), torch.float32)
-    assert numbers == [1e-6, 0.0, True]
+    assert numbers == [1e-6, 0.0, True, False]
 
 
 def test_new_nodes_have_the_roots_metadata_and_their_own_value() -> None:
@@ -221,7 +221,7 @@ def test_graph_without_metadata_is_completed_from_its_inputs() -> None:
 def test_graph_without_metadata_and_inputs_is_refused_and_never_silently_skipped() -> None:
     _, records, _ = retraced(with_inputs=False)
     assert [record.status for record in records] == ["refused"] * len(records)
-    assert {record.kind for record in records} == {"rms_norm", "layer_norm", "attention", "swiglu"}
+    assert {record.kind for record in records} == {"rms_norm", "attention", "swiglu"}
     assert all("shapes and dtypes" in record.reason and record.remedy for record in records)
 
 
@@ -315,7 +315,7 @@ def test_graph_of_a_norm() -> None:
 graph():
     %l_x_ : torch.Tensor [num_users=1] = placeholder[target=L_x_]
     %l_w_ : torch.Tensor [num_users=1] = placeholder[target=L_w_]
-    %rms_norm_default : [num_users=1] = call_function[target=torch.ops.infuse.rms_norm.default](args = (%l_x_, %l_w_, 1e-06, 0.0, True), kwargs = {})
+    %rms_norm_default : [num_users=1] = call_function[target=torch.ops.infuse.rms_norm.default](args = (%l_x_, %l_w_, 1e-06, 0.0, True, False), kwargs = {})
     return (rms_norm_default,)""",  # noqa: E501
     )
 
@@ -332,7 +332,7 @@ graph():
     %l_x_ : torch.Tensor [num_users=1] = placeholder[target=L_x_]
     %l_residual_ : torch.Tensor [num_users=1] = placeholder[target=L_residual_]
     %l_w_ : torch.Tensor [num_users=1] = placeholder[target=L_w_]
-    %add_rms_norm_default : [num_users=2] = call_function[target=torch.ops.infuse.add_rms_norm.default](args = (%l_x_, %l_residual_, %l_w_, 1e-06, 0.0, False), kwargs = {})
+    %add_rms_norm_default : [num_users=2] = call_function[target=torch.ops.infuse.add_rms_norm.default](args = (%l_x_, %l_residual_, %l_w_, 1e-06, 0.0, False, False), kwargs = {})
     %getitem : [num_users=1] = call_function[target=operator.getitem](args = (%add_rms_norm_default, 0), kwargs = {})
     %getitem_1 : [num_users=1] = call_function[target=operator.getitem](args = (%add_rms_norm_default, 1), kwargs = {})
     %add_1 : [num_users=1] = call_function[target=operator.add](args = (%getitem_1, %getitem), kwargs = {})
