@@ -15,6 +15,7 @@ from infuse.ops.add_rms_norm import add_rms_norm
 from infuse.ops.attention import attention
 from infuse.ops.layer_norm import layer_norm
 from infuse.ops.rms_norm import rms_norm
+from infuse.ops.rope import rope
 from infuse.ops.swiglu import swiglu
 from infuse.report import Report, SiteRecord, StrictError
 from infuse.settings import Settings, override
@@ -47,6 +48,7 @@ __all__ = [
     "override",
     "reset_report",
     "rms_norm",
+    "rope",
     "swiglu",
     "testing",
 ]

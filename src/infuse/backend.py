@@ -25,7 +25,7 @@ from infuse.patterns.passes import rewrite
 from infuse.report import SiteRecord
 from infuse.settings import Settings, resolve, split_options
 
-for _op in ("rms_norm", "add_rms_norm", "layer_norm", "add_layer_norm", "swiglu", "attention"):
+for _op in ("rms_norm", "add_rms_norm", "layer_norm", "add_layer_norm", "swiglu", "rope", "attention"):
     importlib.import_module(f"infuse.lowering.{_op}")
 
 log = logging.getLogger("infuse")

@@ -9,7 +9,7 @@ import os
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
-PATTERNS = ("attention", "rms_norm", "add_rms_norm", "layer_norm", "add_layer_norm", "swiglu")
+PATTERNS = ("attention", "rms_norm", "add_rms_norm", "layer_norm", "add_layer_norm", "swiglu", "rope")
 _CHOICES: dict[str, tuple[str, ...]] = {"numerics": ("exact", "fused"), "kernels": ("auto", "always", "never")}
 _TRUE, _FALSE = ("1", "true", "yes", "on"), ("0", "false", "no", "off")
 OPTION_PREFIX = "infuse."
