@@ -27,7 +27,7 @@ _MAX_DEPTH = 24
 class Lanes:
     """Reads values with `lead` leading dimensions, [*lead, *trailing], as arrays [*trailing] of codes.
 
-    Code c > 0 is element c - starts[leaf] of a leaf, a node that is no mere rearrangement; -c is its negative. A
+    Code c > 0 is element c - span(leaf)[0] of a leaf, a node that is no mere rearrangement; -c is its negative. A
     complex value has one trailing dimension more, of real and imaginary part.
     visited: the nodes that were looked through, deepest first, and the codes they hold.
     """
@@ -37,12 +37,12 @@ class Lanes:
         self.lead = lead
         self.leaves: list[Node] = []
         self.starts: list[int] = [1]
-        self.visited: dict[tuple[Node, bool], Codes] = {}
+        self.visited: dict[tuple[Node, torch.dtype | None], Codes] = {}
 
-    def read(self, node: object, *, narrowing: bool = False, depth: int = 0) -> Codes | None:
+    def read(self, node: object, *, narrowing: torch.dtype | None = None, depth: int = 0) -> Codes | None:
         """The codes of a value; None if its trailing sizes are symbolic or too large.
 
-        Casts that lose nothing are looked through, with `narrowing` all casts between floats.
+        Casts that lose nothing are looked through, and those to the dtype `narrowing`.
         """
         if not isinstance(node, Node) or self.view.tensor(node) is None:
             return None
@@ -57,10 +57,10 @@ class Lanes:
         return self.visited[key]
 
     def _leaf(self, node: Node) -> Codes | None:
-        trailing = list(self.view.shape(node)[self.lead :])
-        if len(self.view.shape(node)) < self.lead or not all(type(size) is int for size in trailing):
+        trailing = [size for size in self.view.shape(node)[self.lead :] if isinstance(size, int)]
+        if self.lead + len(trailing) != len(self.view.shape(node)):
             return None
-        if self._is_complex(node):
+        if self.is_complex(node):
             trailing.append(2)
         size = int(np.prod(trailing, dtype=np.int64))
         if size == 0 or size > _MAX_ELEMENTS:
@@ -68,10 +68,15 @@ class Lanes:
         if node not in self.leaves:
             self.leaves.append(node)
             self.starts.append(self.starts[-1] + size)
-        start = self.starts[self.leaves.index(node)]
-        return np.arange(start, start + size, dtype=np.int64).reshape(trailing)
+        return np.arange(*self.span(node), dtype=np.int64).reshape(trailing)
 
-    def _is_complex(self, node: Node) -> bool:
+    def span(self, leaf: Node) -> tuple[int, int]:
+        """The first code of a leaf, and the first behind it."""
+        number = self.leaves.index(leaf)
+        return self.starts[number], self.starts[number + 1]
+
+    def is_complex(self, node: object) -> bool:
+        """Whether a tensor is of complex numbers."""
         dtype = self.view.dtype(node)
         return dtype is not None and dtype.is_complex
 
@@ -79,7 +84,7 @@ class Lanes:
         """The number of the leaf that each element comes from."""
         return np.searchsorted(np.array(self.starts), np.abs(codes), side="right") - 1
 
-    def _rearranged(self, node: Node, narrowing: bool, depth: int) -> Codes | None:
+    def _rearranged(self, node: Node, narrowing: torch.dtype | None, depth: int) -> Codes | None:
         """The codes of a node that rearranges its inputs; None for any other."""
         call = self.view.call(node)
         if call is None:
@@ -97,7 +102,7 @@ class Lanes:
         codes = self.read(call["input"], narrowing=narrowing, depth=depth + 1)
         return None if codes is None else step(codes)
 
-    def _step(self, node: Node, call: Call, narrowing: bool) -> Any:
+    def _step(self, node: Node, call: Call, narrowing: torch.dtype | None) -> Any:
         """What a node with one input does to its input's codes; None if it does something else."""
         view, lead = self.view, self.lead
         source = call["input"]
@@ -106,16 +111,16 @@ class Lanes:
             return lambda codes: codes
         if call.name == "cast":
             floats = all(dtype is not None and dtype.is_floating_point for dtype in map(view.dtype, (node, source)))
-            return (lambda codes: codes) if floats and (narrowing or view.widens(node)) else None
+            return (lambda codes: codes) if floats and (view.dtype(node) == narrowing or view.widens(node)) else None
         if call.name in ("real", "imag"):
             position = 0 if call.name == "real" else 1
-            return (lambda codes: codes[..., position]) if self._is_complex(source) else None
+            return (lambda codes: codes[..., position]) if self.is_complex(source) else None
         if call.name == "neg" or (call.name == "mul" and call["other"] == -1):
             return lambda codes: -codes
         if call.name == "reshape" and self._keeps_lead(source, node):
-            sizes = (*trailing, 2) if self._is_complex(node) else trailing
+            sizes = (*trailing, 2) if self.is_complex(node) else trailing
             return (lambda codes: codes.reshape(sizes)) if all(type(size) is int for size in sizes) else None
-        if call.name == "permute" and call["dims"][:lead] == tuple(range(lead)) and not self._is_complex(node):
+        if call.name == "permute" and call["dims"][:lead] == tuple(range(lead)) and not self.is_complex(node):
             order = [dim - lead for dim in call["dims"][lead:]]
             return lambda codes: codes.transpose(order)
         index = self._index(call, len(view.shape(source))) if call.name in ("slice", "index", "select") else None
@@ -147,40 +152,40 @@ class Lanes:
 
     def _item(self, call: Call, rank: int) -> tuple[int, Any] | None:
         """(dimension, what is taken of it) of a slice with a start and an end or a length, or of a select."""
+        if call.name == "select":
+            return (call["dim"][0], call["index"]) if len(call["dim"]) == 1 else None
         dim = 0 if call["dim"] is None else call["dim"]
         start = call["start"] or 0
         if type(dim) is not int:
             return None
-        if call.name == "select":
-            return dim % rank, call["index"]
         if "length" in call.args:
             # A start counted from the end would meet an end of 0.
             return (dim % rank, slice(start, start + call["length"])) if type(start) is int and start >= 0 else None
         return dim % rank, slice(start, call["end"], call["step"])
 
-    def _part(self, call: Call, narrowing: bool, depth: int) -> Codes | None:
+    def _part(self, call: Call, narrowing: torch.dtype | None, depth: int) -> Codes | None:
         """One of the results of a chunk, split or unbind."""
         source, position = call["input"], call["index"]
         split = self.view.call(source, "split")
         if split is None or type(position) is not int:
             return None
         dims, results = split["dim"], self.view.value(source)
-        if dims is None or len(dims) != 1 or dims[0] < self.lead or self._is_complex(split["input"]):
+        if dims is None or len(dims) != 1 or dims[0] < self.lead or self.is_complex(split["input"]):
             return None
         codes = self.read(split["input"], narrowing=narrowing, depth=depth + 1)
         if codes is None:
             return None
         axis, position = dims[0] - self.lead, position % len(results)
         if results[position].dim() < len(self.view.shape(split["input"])):
-            return codes.take(position, axis=axis)
+            return codes.take([position], axis=axis).squeeze(axis)
         start = sum(result.shape[dims[0]] for result in results[:position])
         return codes.take(range(start, start + results[position].shape[dims[0]]), axis=axis)
 
-    def _joined(self, node: Node, call: Call, narrowing: bool, depth: int) -> Codes | None:
+    def _joined(self, node: Node, call: Call, narrowing: torch.dtype | None, depth: int) -> Codes | None:
         dim, rank = call["dim"], len(self.view.shape(node))
         axis = (0 if dim is None else dim) % rank - self.lead if dim is None or type(dim) is int else -1
         tensors = call["tensors"]
-        if axis < 0 or not isinstance(tensors, (tuple, list)) or self._is_complex(node):
+        if axis < 0 or not isinstance(tensors, (tuple, list)) or self.is_complex(node):
             return None
         parts: list[Codes] = []
         for tensor in tensors:
@@ -220,8 +225,10 @@ def same_tensor(view: CanonicalGraph, left: Any, right: Any, trail: list[Node], 
         return False
     trail += (left, right)
     same = view.dtype(left) == view.dtype(right) and same_shape(view.shape(left), view.shape(right))
-    return same and one.args.keys() == other.args.keys() and all(
-        same_tensor(view, value, other.args[name], trail, depth - 1) for name, value in one.args.items()
+    return (
+        same
+        and one.args.keys() == other.args.keys()
+        and all(same_tensor(view, value, other.args[name], trail, depth - 1) for name, value in one.args.items())
     )
 
 

@@ -24,8 +24,9 @@ from infuse.ops import add_rms_norm as _op_add_rms_norm  # noqa: F401
 from infuse.ops import attention as _op_attention  # noqa: F401
 from infuse.ops import layer_norm as _op_layer_norm  # noqa: F401
 from infuse.ops import rms_norm as _op_rms_norm  # noqa: F401
+from infuse.ops import rope as _op_rope  # noqa: F401
 from infuse.ops import swiglu as _op_swiglu  # noqa: F401
-from infuse.patterns import add_norm, attention, attention_scores, layer_norm, metadata, rms_norm, swiglu
+from infuse.patterns import add_norm, attention, attention_scores, layer_norm, metadata, rms_norm, rope, swiglu
 from infuse.patterns.canonical import CanonicalGraph
 from infuse.patterns.emit import Emitter
 from infuse.patterns.norm_root import may_be_root
@@ -57,6 +58,7 @@ FAMILIES: tuple[Family, ...] = (
     Family(rms_norm.KIND, rms_norm.ANCHORS, rms_norm.match, may_be_root),
     Family(layer_norm.KIND, layer_norm.ANCHORS, layer_norm.match, may_be_root),
     Family(swiglu.KIND, swiglu.ANCHORS, swiglu.match),
+    Family(rope.KIND, rope.ANCHORS, rope.match),
 )
 _NEEDS = {joint: (norm,) for norm, joint in add_norm.KINDS.items()}
 

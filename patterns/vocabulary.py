@@ -183,6 +183,15 @@ def _casts(table: _Table) -> None:
     row("detach", "input", torch.detach, methods="detach", aten="detach")
 
 
+def _complex(table: _Table) -> None:
+    row = table.row
+    row("complex", "real imag", torch.complex, aten="complex")
+    row("view_as_complex", "input", torch.view_as_complex, aten="view_as_complex")
+    row("view_as_real", "input", torch.view_as_real, aten="view_as_real")
+    row("real", "input", torch.real, attributes="real", aten="real")
+    row("imag", "input", torch.imag, attributes="imag", aten="imag")
+
+
 def _views(table: _Table) -> None:
     row = table.row
     pair = "input dim0! dim1!"
@@ -220,7 +229,7 @@ def _views(table: _Table) -> None:
 @functools.cache
 def _table() -> _Table:
     table = _Table()
-    for part in (_pointwise, _reductions, _casts, _views, _others):
+    for part in (_pointwise, _reductions, _casts, _complex, _views, _others):
         part(table)
     return table
 
