@@ -171,7 +171,7 @@ def test_explain_knows_both_llamas(capsys: pytest.CaptureFixture[str], name: str
     pytest.importorskip("torchtune")
     pytest.importorskip("transformers")
     assert main(["explain", name]) == 0
-    assert "rewritten: add_rms_norm 8, attention 4, rms_norm 1, swiglu 4; graphs: 1" in capsys.readouterr().out
+    assert "rewritten: add_rms_norm 8, attention 4, rms_norm 1, rope 8, swiglu 4; graphs: 1" in capsys.readouterr().out
 
 
 def test_doctor_finds_nothing_broken_here(capsys: pytest.CaptureFixture[str]) -> None:

@@ -46,7 +46,7 @@ def test_quick_demo_runs_and_leaves_its_files(tmp_path: Path) -> None:
     assert 600 <= width <= 2000 and 400 <= height <= 2000
 
     reports = json.loads((output / "report.json").read_text())
-    rewritten = {"add_rms_norm": 2, "attention": 1, "rms_norm": 1, "swiglu": 1}
+    rewritten = {"add_rms_norm": 2, "attention": 1, "rms_norm": 1, "rope": 2, "swiglu": 1}
     assert {name: report["rewritten"] for name, report in reports.items()} == {
         "torchtune-llama3": rewritten,
         "hf-llama": rewritten,

@@ -39,13 +39,14 @@ def explain_models(plan: Plan) -> dict[str, Report]:
 
 
 def promise_all_sites(title: str, report: Report, config: LlamaConfig) -> None:
-    """A layer has an attention, a SwiGLU and two norms, and one more norm ends the decoder."""
+    """A layer has an attention with rotated q and k, a SwiGLU and two norms, and one more norm ends the decoder."""
     got = report.rewritten
     norms = got.get("rms_norm", 0) + got.get("add_rms_norm", 0)
-    found = (got.get("attention", 0), got.get("swiglu", 0), norms)
-    expected = (config.num_layers, config.num_layers, 2 * config.num_layers + 1)
+    found = (got.get("attention", 0), got.get("swiglu", 0), got.get("rope", 0), norms)
+    expected = (config.num_layers, config.num_layers, 2 * config.num_layers, 2 * config.num_layers + 1)
     promise(
         found == expected and not report.refused and report.graphs == 1,
         f"{title}: rewrites: got {report.summary()}, expected "
-        f"attention {expected[0]}, swiglu {expected[1]}, norms {expected[2]}, nothing refused, one graph",
+        f"attention {expected[0]}, swiglu {expected[1]}, rope {expected[2]}, norms {expected[3]}, nothing refused, "
+        "one graph",
     )
