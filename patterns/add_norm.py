@@ -7,13 +7,14 @@ done.
 
 from __future__ import annotations
 
-from collections.abc import Container, Iterable
+import functools
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch.fx import Node
 
 from infuse.patterns.canonical import CanonicalGraph
-from infuse.patterns.safety import Effects
+from infuse.patterns.compose import Rule
 from infuse.patterns.sites import Make, Site, arguments_of
 from infuse.patterns.sizes import same_shape
 
@@ -21,32 +22,25 @@ from infuse.patterns.sizes import same_shape
 KINDS = {"rms_norm": "add_rms_norm", "layer_norm": "add_layer_norm"}
 
 
-def compose(view: CanonicalGraph, effects: Effects, sites: Iterable[Site], kinds: Container[str]) -> list[Site]:
-    """The sites, with each norm of a sum replaced by add + norm where that is legal; a sum is taken once.
-
-    kinds: the joint operators that are wanted.
-    """
-    taken: set[Node] = set()
-    composed: list[Site] = []
+def propose(norm_kind: str, view: CanonicalGraph, sites: Sequence[Site]) -> Iterator[Site]:
+    """Add + norm in place of each norm of a sum where the operator can stand."""
     for site in sites:
-        joint = _join(view, effects, site, taken) if KINDS.get(site.kind) in kinds else None
-        composed.append(joint or site)
+        joint = _join(view, site) if site.kind == norm_kind else None
         if joint is not None:
-            taken.add(joint.outputs[1])
-    return composed
+            yield joint
 
 
-def _join(view: CanonicalGraph, effects: Effects, norm: Site, taken: set[Node]) -> Site | None:
+def _join(view: CanonicalGraph, norm: Site) -> Site | None:
     trail: list[Node] = []
     total = view.strip(norm.args[0], trail=trail)
-    terms = None if total in taken else _terms(view, total)
+    terms = _terms(view, total)
     if terms is None:
         return None
     interior = tuple(dict.fromkeys((total, *trail, *norm.interior)))
     before = _place(view, norm, total, interior)
     if before is None:
         return None
-    site = Site(
+    return Site(
         KINDS[norm.kind],
         (norm.outputs[0], total),
         before,
@@ -54,8 +48,8 @@ def _join(view: CanonicalGraph, effects: Effects, norm: Site, taken: set[Node]) 
         interior,
         f"residual add, {norm.spelling}",
         norm.rounding,
+        (norm,),
     )
-    return site if effects.check(site) is None else None
 
 
 def _terms(view: CanonicalGraph, total: object) -> tuple[object, object] | None:
@@ -80,3 +74,6 @@ def _place(view: CanonicalGraph, norm: Site, total: Node, interior: tuple[Node, 
         return norm.before
     arguments = arguments_of(norm.args[1:])
     return total if all(view.index[node] < view.index[total] for node in arguments) else None
+
+
+RULES = tuple(Rule(joint, (norm,), functools.partial(propose, norm)) for norm, joint in KINDS.items())

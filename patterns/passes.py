@@ -28,6 +28,7 @@ from infuse.ops import rope as _op_rope  # noqa: F401
 from infuse.ops import swiglu as _op_swiglu  # noqa: F401
 from infuse.patterns import add_norm, attention, attention_scores, layer_norm, metadata, rms_norm, rope, swiglu
 from infuse.patterns.canonical import CanonicalGraph
+from infuse.patterns.compose import Rule, compose, needed
 from infuse.patterns.emit import Emitter
 from infuse.patterns.norm_root import may_be_root
 from infuse.patterns.safety import Effects
@@ -60,16 +61,23 @@ FAMILIES: tuple[Family, ...] = (
     Family(swiglu.KIND, swiglu.ANCHORS, swiglu.match),
     Family(rope.KIND, rope.ANCHORS, rope.match),
 )
-_NEEDS = {joint: (norm,) for norm, joint in add_norm.KINDS.items()}
+# In the order in which they run: a later rule sees what the earlier ones made.
+RULES: tuple[Rule, ...] = (*add_norm.RULES,)
 
 
 def rewrite(
-    graph: Graph, settings: Settings, place: Place, training: bool, inputs: Sequence[object] = (), run: str = ""
+    graph: Graph,
+    settings: Settings,
+    place: Place,
+    training: bool,
+    inputs: Sequence[object] = (),
+    run: str = "",
+    note: Callable[[str], None] | None = None,
 ) -> list[SiteRecord]:
     """Replaces the sites of a pre-grad graph in place, and says what became of each.
 
     inputs: the graph's example inputs; needed only if its nodes have no example values. run: what sets the ids of this
-    graph's sites apart from those of others that are compiled with it.
+    graph's sites apart from those of others that are compiled with it. note: takes remarks about the graph as a whole.
     Raises StrictError if `settings.strict` and a site was refused, or a kernel is missing.
     """
     view = CanonicalGraph(graph, inputs)
@@ -78,19 +86,25 @@ def rewrite(
         return []
     effects = Effects(view, torch.is_grad_enabled() or training)
     findings = [_judge(finding, effects, settings) for finding in findings]
+    writer = Writer(view, settings.patterns, place, training, run)
     sites = [finding for finding in findings if isinstance(finding, Site)]
-    findings = [finding for finding in findings if isinstance(finding, Refusal)]
-    findings += add_norm.compose(view, effects, sites, settings.patterns)
+    sites, remarks = compose(view, effects, sites, RULES, settings, writer.ask)
+    if note is not None:
+        for remark in remarks:
+            note(remark)
+    findings = [*sites, *(finding for finding in findings if isinstance(finding, Refusal))]
     wanted = [finding for finding in findings if finding.kind in settings.patterns]
-    records = _apply(view, sorted(wanted, key=lambda finding: view.index[_root(finding)]), place, training, run)
+    for finding in sorted(wanted, key=lambda finding: view.index[_root(finding)]):
+        writer.write(finding)
+    writer.finish()
     if settings.strict:
-        raise_if_strict(records)
-    return records
+        raise_if_strict(writer.records)
+    return writer.records
 
 
 def find(view: CanonicalGraph, kinds: Sequence[str]) -> Iterator[Finding]:
     """What the families answer about the graph, in one pass over its nodes."""
-    wanted = {*kinds, *(need for kind in kinds for need in _NEEDS.get(kind, ()))}
+    wanted = needed(RULES, kinds)
     families = [family for family in FAMILIES if family.kind in wanted]
     for node in view.nodes:
         name = view.word(node) or view.in_place.get(node, "")
@@ -132,28 +146,55 @@ def _judge(finding: Finding, effects: Effects, settings: Settings) -> Finding:
     return effects.check(finding) or finding
 
 
-def _apply(
-    view: CanonicalGraph, findings: Sequence[Finding], place: Place, training: bool, run: str
-) -> list[SiteRecord]:
-    mode = metadata.fake_mode(view.nodes)
-    records: list[SiteRecord] = []
-    emitter = Emitter(view, mode) if mode is not None else None
-    for finding in findings:
-        if isinstance(finding, Refusal) or emitter is None:
-            records.append(_record(finding, None))
-            continue
-        examples = emitter.examples(finding)
+class Writer:
+    """Puts sites into the graph, in the form that the lowering asks for, and records what became of each.
+
+    kinds: those that are wanted. Without fake tensors in the graph every site is refused.
+    """
+
+    def __init__(self, view: CanonicalGraph, kinds: Sequence[str], place: Place, training: bool, run: str) -> None:
+        mode = metadata.fake_mode(view.nodes)
+        self.emitter = Emitter(view, mode) if mode is not None else None
+        self.kinds = kinds
+        self.place = place
+        self.training = training
+        self.run = run
+        self.records: list[SiteRecord] = []
+
+    def ask(self, site: Site) -> Placement | None:
+        """What the lowering says to a site; None if it cannot be asked."""
+        examples = None if self.emitter is None else self.emitter.examples(site)
+        return None if examples is None or isinstance(examples, Refusal) else self._ask(site, examples)
+
+    def _ask(self, site: Site, examples: tuple[object, ...]) -> Placement:
+        return self.place(site.kind, examples, self.training)
+
+    def write(self, finding: Finding) -> None:
+        """A composite site that cannot be emitted leaves its place to its parts."""
+        identity = f"{self.run}.{len(self.records)}"
+        written = finding if isinstance(finding, Refusal) or self.emitter is None else self._emit(finding, identity)
+        parts = [part for part in finding.parts if part.kind in self.kinds] if isinstance(finding, Site) else []
+        if isinstance(written, Refusal) and parts:
+            for part in parts:
+                self.write(part)
+        elif isinstance(written, Placement):
+            self.records.append(_record(finding, written, identity))
+        else:
+            self.records.append(_record(written, None))
+
+    def _emit(self, site: Site, identity: str) -> Placement | Refusal:
+        assert self.emitter is not None
+        examples = self.emitter.examples(site)
         if isinstance(examples, Refusal):
-            records.append(_record(examples, None))
-            continue
-        placement = place(finding.kind, examples, training)
-        identity = f"{run}.{len(records)}"
-        refusal = emitter.emit(finding, placement, examples, identity)
-        records.append(_record(refusal or finding, None if refusal else placement, identity))
-    if emitter is not None:
-        emitter.clean()
-        view.graph.lint()
-    return records
+            return examples
+        placement = self._ask(site, examples)
+        return self.emitter.emit(site, placement, examples, identity) or placement
+
+    def finish(self) -> None:
+        """Erases what became dead."""
+        if self.emitter is not None:
+            self.emitter.clean()
+            self.emitter.view.graph.lint()
 
 
 def _root(finding: Finding) -> Node:

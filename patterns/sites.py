@@ -24,7 +24,8 @@ class Site:
     outputs: the nodes that the operator's results replace, one a result. before: the node the operator is inserted
     before. args: the operator's arguments: nodes, `Make`s, numbers, None. interior: the nodes whose work the operator
     does, outputs included. spelling: how the author wrote it, in words. rounding: where the source rounds and the
-    operator does not, "" if nowhere; numerics="exact" refuses such a site.
+    operator does not, "" if nowhere; numerics="exact" refuses such a site. parts: the sites that a composite one
+    stands for.
     """
 
     kind: str
@@ -34,6 +35,7 @@ class Site:
     interior: tuple[Node, ...]
     spelling: str
     rounding: str = ""
+    parts: tuple[Site, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)

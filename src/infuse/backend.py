@@ -56,16 +56,18 @@ class InfusePass(CustomGraphPass):
             user_pass(graph)
         self.runs += 1
         past = history.of_this_process()
-        records = self.rewrite(graph, past.begin())
+        records = self.rewrite(graph, past.begin(), past.note)
         past.add(records)
         _log(records)
         for listener in tuple(_listeners):
             listener(records)
 
-    def rewrite(self, graph: torch.fx.Graph, run: str = "") -> list[SiteRecord]:
+    def rewrite(
+        self, graph: torch.fx.Graph, run: str = "", note: Callable[[str], None] | None = None
+    ) -> list[SiteRecord]:
         """The rewrite alone, without the user's own pass and without a trace in the process's history."""
         with _collector_paused():
-            return rewrite(graph, self.settings, self._place, is_training(graph), self.inputs, run)
+            return rewrite(graph, self.settings, self._place, is_training(graph), self.inputs, run, note)
 
     def _place(self, kind: str, args: tuple[object, ...], training: bool) -> Any:
         return place(kind, args, training, settings=self.settings, max_autotune=self.max_autotune)

@@ -37,7 +37,7 @@ class _Capture:
         copied = torch.fx.GraphModule(gm, copy.deepcopy(gm.graph))
         for name in _subgraphs(copied):
             setattr(copied, name, self._rewritten(getattr(gm, name)))
-        self.history.add(self.rewrite.rewrite(copied.graph, self.history.begin()))
+        self.history.add(self.rewrite.rewrite(copied.graph, self.history.begin(), self.history.note))
         copied.recompile()
         return copied
 

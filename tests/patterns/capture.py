@@ -39,12 +39,13 @@ def inline_overload(kind: str, examples: tuple[object, ...], training: bool) -> 
 
 @dataclass
 class Captured:
-    """A captured graph before and after the rewrite; inputs in the order of the graph's placeholders."""
+    """A captured graph before and after the rewrite; inputs in the order of the graph's placeholders; its remarks."""
 
     original: torch.fx.GraphModule
     rewritten: torch.fx.GraphModule
     records: list[SiteRecord]
     inputs: tuple[Any, ...]
+    notes: list[str]
 
     @property
     def counts(self) -> dict[str, int]:
@@ -86,12 +87,13 @@ def capture(
             before(module.graph)
             module.recompile()
         original = torch.fx.GraphModule(module, copy.deepcopy(module.graph))
-        records = rewrite(module.graph, settings or Settings(), place, training)
+        notes: list[str] = []
+        records = rewrite(module.graph, settings or Settings(), place, training, note=notes.append)
         module.graph.lint()
         module.recompile()
 
         def run(*values: Any) -> Any:
-            found.append(Captured(original, module, records, values))
+            found.append(Captured(original, module, records, values, notes))
             return original(*_cloned(values))
 
         return run
