@@ -248,18 +248,19 @@ def test_a_kernel_that_cannot_be_had_on_its_own_device_is_missing(monkeypatch: p
 
 def test_the_policy_keeps_an_operator_whole_only_where_something_else_may_run(cpu_kernel: list[int]) -> None:
     x, w = torch.empty(8, 64), torch.empty(64)
-    assert place_on_cpu("rms_norm", x, w, 1e-6, 0.0, False).overload == "default"
-    assert place_on_cpu("add_rms_norm", x, x, w, 1e-6, 0.0, False).overload == "parts"
-    assert "backward" in place_on_cpu("rms_norm", x, w, 1e-6, 0.0, False, training=True).kernel
-    assert "off" in place_on_cpu("rms_norm", x, w, 1e-6, 0.0, False, kernels="never").kernel
-    assert "float64" in place_on_cpu("rms_norm", x.double(), w, 1e-6, 0.0, False).kernel
+    assert place_on_cpu("rms_norm", x, w, 1e-6, 0.0, False, False).overload == "default"
+    assert place_on_cpu("add_rms_norm", x, x, w, 1e-6, 0.0, False, False).overload == "parts"
+    assert "backward" in place_on_cpu("rms_norm", x, w, 1e-6, 0.0, False, False, training=True).kernel
+    assert "off" in place_on_cpu("rms_norm", x, w, 1e-6, 0.0, False, False, kernels="never").kernel
+    assert "float64" in place_on_cpu("rms_norm", x.double(), w, 1e-6, 0.0, False, False).kernel
+    assert "minimum" in place_on_cpu("rms_norm", x, w, 1e-6, 0.0, False, True).kernel
     assert place_on_cpu("swiglu", x, x).overload == "inline"
     q = torch.empty(1, 2, 4, 8)
     assert place_on_cpu("attention", q, q, q, None, 0.3, False).overload == "inline"
 
 
 def test_without_a_library_the_policy_says_why() -> None:
-    placement = place_on_cpu("rms_norm", torch.empty(8, 64), None, 1e-6, 0.0, False)
+    placement = place_on_cpu("rms_norm", torch.empty(8, 64), None, 1e-6, 0.0, False, False)
     assert placement.overload == "inline" and placement.kernel == "decomposition (no kernel for cpu)"
 
 
