@@ -42,8 +42,21 @@ def update(readme_text: str, results_root: Path) -> str:
 def tables(benchmark: str, results_root: Path) -> str:
     """One Markdown table for each device that has results of this benchmark."""
     files = sorted(results_root.glob(f"*/{benchmark}.jsonl"))
+    if benchmark == "coverage" and files:
+        return "\n".join(coverage_table(path) for path in files)
     parts = [part for part in (device_table(benchmark, load(path)) for path in files) if part]
     return "\n".join(parts) if parts else f"No results yet: `python benchmarks/{benchmark}.py` makes them.\n"
+
+
+def coverage_table(path: Path) -> str:
+    """Sites of the zoo that were fused, by configuration and kind: the newest run of each configuration."""
+    import coverage_rows
+
+    rows = coverage_rows.load(path)
+    caption = (
+        f"torch {rows[-1].torch}, commit {rows[-1].commit}, `python benchmarks/coverage.py`; fused of all in graphs."
+    )
+    return f"{caption}\n\n{coverage_rows.table(rows)}"
 
 
 def device_table(benchmark: str, rows: Sequence[Row]) -> str:

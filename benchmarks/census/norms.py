@@ -89,13 +89,14 @@ def _applied(statistic: Op, source: Value) -> Iterator[tuple[Op, str]]:
 
 def _kind(statistic: Op, numerator: Value, base: Value) -> str:
     """ "layer_norm" if what is normalised is centred, "rms_norm" if it is the source itself, "" if it is neither."""
-    top = _unweighted(origin(numerator))
-    if top is base:
-        centred = _is_centred(top) is not None
-        return "layer_norm" if centred else "" if statistic.name.startswith(("var", "std")) else "rms_norm"
-    inside = _is_centred(top)
-    if inside is not None and (inside is base or inside is _is_centred(base)):
-        return "layer_norm"
+    for top in (origin(numerator), _unweighted(origin(numerator))):
+        inside = _is_centred(top)
+        if top is base:
+            return (
+                "layer_norm" if inside is not None else "" if statistic.name.startswith(("var", "std")) else "rms_norm"
+            )
+        if inside is not None and (inside is base or inside is _is_centred(base)):
+            return "layer_norm"
     return ""
 
 

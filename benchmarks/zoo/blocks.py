@@ -35,7 +35,8 @@ class _Norm(nn.Module):
         self.weight = nn.Parameter(torch.ones(DIM))
 
     def forward(self, x: Tensor) -> Tensor:
-        return x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + 1e-6) * self.weight
+        h = x.float()
+        return (h * torch.rsqrt(h.pow(2).mean(-1, keepdim=True) + 1e-6)).type_as(x) * self.weight
 
 
 @_block.add(attention=1, layer_norm=2)

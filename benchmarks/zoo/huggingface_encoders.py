@@ -34,11 +34,6 @@ _ENCODERS: dict[str, tuple[str, tuple[str, ...], dict[str, Any]]] = {
     "esm": ("EsmConfig", BOTH, {"position_embedding_type": "rotary", "mask_token_id": 3}),
     "roformer": ("RoFormerConfig", EAGER, {"embedding_size": 64}),
     "xlnet": ("XLNetConfig", EAGER, {"d_inner": 96}),
-    "funnel": (
-        "FunnelConfig",
-        EAGER,
-        {"block_sizes": [1, 1], "block_repeats": [1, 1], "d_head": 16, "d_inner": 96, "num_decoder_layers": 1},
-    ),
     "fnet": ("FNetConfig", ("",), {}),
     "megatron-bert": ("MegatronBertConfig", EAGER, {}),
     "ibert": ("IBertConfig", EAGER, {}),

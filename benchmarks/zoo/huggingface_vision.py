@@ -66,13 +66,6 @@ _IMAGES: dict[str, tuple[str, tuple[str, ...], int, dict[str, Any]]] = {
     ),
     "ijepa": ("IJepaConfig", BOTH, 16, {}),
     "vit_msn": ("ViTMSNConfig", BOTH, 16, {}),
-    "levit": (
-        "LevitConfig",
-        NONE,
-        64,
-        {"image_size": 64, "hidden_sizes": [16, 24], "num_attention_heads": [2, 3], "depths": [1, 1]}
-        | {"key_dim": [8, 8], "attention_ratio": [2, 2], "mlp_ratio": [2, 2], "patch_size": 16},
-    ),
     "resnet": ("ResNetConfig", NONE, 32, {"embedding_size": 8, "hidden_sizes": [8, 16], "depths": [1, 1]}),
     "vitdet": ("VitDetConfig", NONE, 16, {"window_block_indices": [0], "window_size": 2}),
     "sam-vision": (

@@ -29,6 +29,15 @@ class _Weighted(nn.Module):
         return result
 
 
+class _WeightedInFloat(_Weighted):
+    """The same, computed in float32."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.proj(x)
+        result: Tensor = self.out(self.core(h.float(), self.weight.float(), self.bias.float()).to(x.dtype))  # type: ignore[operator]
+        return result
+
+
 class _Gated(nn.Module):
     """Two projections, a core, a third."""
 
@@ -71,11 +80,12 @@ class _Rotary(SelfAttention):
 
 
 _norm, _gate = Register("norm", _Weighted), Register("gate", _Gated)
+_in_float = Register("norm", _WeightedInFloat)
 _packed, _rope, _plain = Register("gate", _PackedGate), Register("rope", _Rotary), Register("norm", Plain)
 
 
 def entries() -> list[Entry]:
-    return [entry for register in (_norm, _plain, _gate, _packed, _rope) for entry in register.entries]
+    return [entry for register in (_norm, _in_float, _plain, _gate, _packed, _rope) for entry in register.entries]
 
 
 @_norm.add(rms_norm=1)
@@ -97,78 +107,89 @@ def weight_and_offset(x: Tensor, w: Tensor, b: Tensor) -> Tensor:
     return (h * (1.0 + w.float())).type_as(x)
 
 
-@_norm.add(rms_norm=1)
+@_in_float.add(rms_norm=1)
 def over_square_root(x: Tensor, w: Tensor, b: Tensor) -> Tensor:
     return x / torch.sqrt(torch.mean(x**2, dim=-1, keepdim=True) + _EPS) * w
 
 
-@_norm.add(rms_norm=1)
+@_in_float.add(rms_norm=1)
 def to_minus_one_half(x: Tensor, w: Tensor, b: Tensor) -> Tensor:
     return x * (x.square().mean(-1, keepdim=True) + _EPS) ** -0.5 * w
 
 
-@_norm.add(rms_norm=1)
+@_in_float.add(rms_norm=1)
 def power_call(x: Tensor, w: Tensor, b: Tensor) -> Tensor:
     return w * (x * torch.pow(torch.mean(torch.square(x), -1, True) + _EPS, -0.5))
 
 
-@_norm.add(rms_norm=1)
+@_in_float.add(rms_norm=1)
 def sum_over_size(x: Tensor, w: Tensor, b: Tensor) -> Tensor:
     return x * torch.rsqrt(x.pow(2).sum(-1, keepdim=True) / x.shape[-1] + _EPS) * w
 
 
-@_norm.add(rms_norm=1)
+@_in_float.add(rms_norm=1)
 def clamped(x: Tensor, w: Tensor, b: Tensor) -> Tensor:
     return x * x.pow(2).mean(-1, keepdim=True).clamp(min=_EPS).rsqrt() * w
 
 
-@_norm.add(rms_norm=1)
+@_in_float.add(rms_norm=1)
 def clamped_by_maximum(x: Tensor, w: Tensor, b: Tensor) -> Tensor:
     mean = torch.mean(x * x, dim=-1, keepdim=True)
     return x / torch.maximum(mean, torch.full_like(mean, _EPS)).sqrt() * w
 
 
-@_norm.add(rms_norm=1)
+@_in_float.add(rms_norm=1)
 def reciprocal_of_root(x: Tensor, w: Tensor, b: Tensor) -> Tensor:
     inverse = 1.0 / torch.sqrt(x.pow(2).mean(dim=-1, keepdim=True) + _EPS)
     return x * inverse * w
 
 
-@_norm.add(rms_norm=1)
+@_in_float.add(rms_norm=1)
 def without_weight(x: Tensor, w: Tensor, b: Tensor) -> Tensor:
     return x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + _EPS)
 
 
-@_norm.add(rms_norm=1)
+@_in_float.add(rms_norm=1)
 def scaled(x: Tensor, w: Tensor, b: Tensor) -> Tensor:
     return 0.5 * (w * (x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + _EPS)))
 
 
-@_norm.add(rms_norm=1)
+@_in_float.add(rms_norm=1)
 def with_bias(x: Tensor, w: Tensor, b: Tensor) -> Tensor:
     return w * (x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + _EPS)) + b
 
 
-@_norm.add(rms_norm=1)
+@_in_float.add(rms_norm=1)
 def unsqueezed(x: Tensor, w: Tensor, b: Tensor) -> Tensor:
     return x * torch.rsqrt(x.pow(2).mean(-1) + _EPS)[..., None] * w
 
 
-@_norm.add(rms_norm=1)
+@_in_float.add(rms_norm=1)
 def negative_axis_by_number(x: Tensor, w: Tensor, b: Tensor) -> Tensor:
     return x * torch.rsqrt(x.pow(2).mean(x.dim() - 1, keepdim=True) + _EPS) * w
 
 
-@_norm.add(rms_norm=1)
+@_in_float.add(rms_norm=1)
 def euclidean_length(x: Tensor, w: Tensor, b: Tensor) -> Tensor:
     """The length by a call, times n ** -0.5; eps outside the root."""
     return x / (x.norm(2, dim=-1, keepdim=True) * DIM**-0.5 + _EPS) * w
 
 
-@_norm.add(rms_norm=1)
+@_in_float.add(rms_norm=1)
 def normalize_times_root(x: Tensor, w: Tensor, b: Tensor) -> Tensor:
     """lucidrains: F.normalize times the root of the size."""
     return F.normalize(x, dim=-1) * DIM**0.5 * w
+
+
+@_norm.add(rms_norm=1)
+def statistic_in_own_dtype(x: Tensor, w: Tensor, b: Tensor) -> Tensor:
+    return x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + _EPS) * w
+
+
+@_norm.add(layer_norm=1)
+def layer_statistic_in_own_dtype(x: Tensor, w: Tensor, b: Tensor) -> Tensor:
+    centred = x - x.mean(-1, keepdim=True)
+    return w * centred / torch.sqrt(centred.pow(2).mean(-1, keepdim=True) + _EPS) + b
 
 
 @_norm.add(rms_norm=1)
@@ -216,14 +237,14 @@ def layer_without_weights(x: Tensor, w: Tensor, b: Tensor) -> Tensor:
     return F.layer_norm(x, (DIM,))
 
 
-@_norm.add(layer_norm=1)
+@_in_float.add(layer_norm=1)
 def layer_of_variance(x: Tensor, w: Tensor, b: Tensor) -> Tensor:
     mean = x.mean(-1, keepdim=True)
     variance = x.var(-1, keepdim=True, unbiased=False)
     return (x - mean) / torch.sqrt(variance + _EPS) * w + b
 
 
-@_norm.add(layer_norm=1)
+@_in_float.add(layer_norm=1)
 def layer_of_squares(x: Tensor, w: Tensor, b: Tensor) -> Tensor:
     u = x.mean(-1, keepdim=True)
     s = (x - u).pow(2).mean(-1, keepdim=True)
@@ -238,19 +259,19 @@ def layer_centred_first(x: Tensor, w: Tensor, b: Tensor) -> Tensor:
     return (w.float() * h).to(x.dtype)
 
 
-@_norm.add(layer_norm=1)
+@_in_float.add(layer_norm=1)
 def layer_of_var_mean(x: Tensor, w: Tensor, b: Tensor) -> Tensor:
     variance, mean = torch.var_mean(x, dim=-1, keepdim=True, correction=0)
     return (x - mean) * torch.rsqrt(variance + _EPS) * w + b
 
 
-@_norm.add(layer_norm=1)
+@_in_float.add(layer_norm=1)
 def layer_of_unbiased_deviation(x: Tensor, w: Tensor, b: Tensor) -> Tensor:
     """The Annotated Transformer: n - 1 in the deviation, eps outside the root."""
     return w * (x - x.mean(-1, keepdim=True)) / (x.std(-1, keepdim=True) + _EPS) + b
 
 
-@_norm.add(layer_norm=1)
+@_in_float.add(layer_norm=1)
 def layer_of_moments(x: Tensor, w: Tensor, b: Tensor) -> Tensor:
     mean = x.mean(-1, keepdim=True)
     return (x - mean) * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) - mean.pow(2) + _EPS) * w + b

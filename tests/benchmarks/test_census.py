@@ -83,6 +83,8 @@ POSITIVE: list[tuple[str, Callable[[], object], dict[str, int]]] = [
     ("norm by sum", lambda: X * torch.rsqrt(X.square().sum(-1, keepdim=True) / 16 + 1e-6), {"rms_norm": 1}),
     ("norm by power", lambda: X * (X.pow(2).mean(-1, keepdim=True) + 1e-6).pow(-0.5), {"rms_norm": 1}),
     ("norm with a clamp", lambda: X * X.pow(2).mean(-1, keepdim=True).clamp(min=1e-6).rsqrt(), {"rms_norm": 1}),
+    ("norm of a norm", lambda: rms(rms(X) * W[0]) * W[1], {"rms_norm": 2}),
+    ("norm weighted first", lambda: (W[0] * X) / torch.sqrt((X * X).mean(-1, keepdim=True) + 1e-6), {"rms_norm": 1}),
     ("layer norm", lambda: F.layer_norm(X, (16,)), {"layer_norm": 1}),
     ("layer norm of rms", lambda: rms(X - X.mean(-1, keepdim=True)), {"layer_norm": 1}),
     (
