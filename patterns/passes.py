@@ -11,8 +11,8 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import ModuleType
 
@@ -33,6 +33,7 @@ from infuse.patterns.emit import Emitter
 from infuse.patterns.norm_root import may_be_root
 from infuse.patterns.safety import Effects
 from infuse.patterns.sites import Finding, Refusal, Site
+from infuse.patterns.verify import Verdict, verify
 from infuse.report import Placement, SiteRecord, raise_if_strict
 from infuse.settings import Settings
 
@@ -86,7 +87,8 @@ def rewrite(
         return []
     effects = Effects(view, torch.is_grad_enabled() or training)
     findings = [_judge(finding, effects, settings) for finding in findings]
-    writer = Writer(view, settings.patterns, place, training, run)
+    verifier = _verifier(view, effects, training) if settings.verify == "compile" else None
+    writer = Writer(view, settings.patterns, place, training, run, verifier)
     sites = [finding for finding in findings if isinstance(finding, Site)]
     sites, remarks = compose(view, effects, sites, RULES, settings, writer.ask)
     if note is not None:
@@ -146,19 +148,52 @@ def _judge(finding: Finding, effects: Effects, settings: Settings) -> Finding:
     return effects.check(finding) or finding
 
 
+Verifier = Callable[[Site, str, Mapping[Node, Node]], Verdict]
+"""(site, overload, what earlier rewrites put in the place of nodes) -> whether the operator is as exact."""
+
+
+def _verifier(view: CanonicalGraph, effects: Effects, training: bool) -> Verifier:
+    def verifier(site: Site, overload: str, replaced: Mapping[Node, Node]) -> Verdict:
+        operator = getattr(getattr(torch.ops.infuse, site.kind), overload)
+        regions = effects.autocast(site.before)
+        return verify(view, site, operator, replaced=replaced, autocast=regions, training=training)
+
+    return verifier
+
+
+def _failed(site: Site, verdict: Verdict) -> Refusal:
+    return Refusal(
+        site.kind,
+        site.outputs[0],
+        f"shadow verification failed: {verdict.failure}",
+        "please report the model: a proof or an operator of Infuse is wrong here",
+        site.spelling,
+    )
+
+
 class Writer:
     """Puts sites into the graph, in the form that the lowering asks for, and records what became of each.
 
-    kinds: those that are wanted. Without fake tensors in the graph every site is refused.
+    kinds: those that are wanted. Without fake tensors in the graph every site is refused. verifier: tries each site
+    before it is written.
     """
 
-    def __init__(self, view: CanonicalGraph, kinds: Sequence[str], place: Place, training: bool, run: str) -> None:
+    def __init__(
+        self,
+        view: CanonicalGraph,
+        kinds: Sequence[str],
+        place: Place,
+        training: bool,
+        run: str,
+        verifier: Verifier | None = None,
+    ) -> None:
         mode = metadata.fake_mode(view.nodes)
         self.emitter = Emitter(view, mode) if mode is not None else None
         self.kinds = kinds
         self.place = place
         self.training = training
         self.run = run
+        self.verifier = verifier
         self.records: list[SiteRecord] = []
 
     def ask(self, site: Site) -> Placement | None:
@@ -188,6 +223,11 @@ class Writer:
         if isinstance(examples, Refusal):
             return examples
         placement = self._ask(site, examples)
+        if self.verifier is not None:
+            verdict = self.verifier(site, placement.overload, self.emitter.replaced)
+            if verdict.failure:
+                return _failed(site, verdict)
+            placement = replace(placement, verified=verdict.words)
         return self.emitter.emit(site, placement, examples, identity) or placement
 
     def finish(self) -> None:
@@ -217,6 +257,7 @@ def _record(finding: Finding, placement: Placement | None, identity: str = "") -
         kernel=placement.kernel if placement else "",
         reason=reason,
         remedy=remedy,
+        verified=placement.verified if placement else "",
         missing=placement.missing if placement else "",
         id=identity,
     )

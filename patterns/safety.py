@@ -92,6 +92,11 @@ class Effects:
             site.spelling,
         )
 
+    def autocast(self, node: Node) -> tuple[Node, ...]:
+        """The nodes that entered the autocast regions around a node, outermost first."""
+        regions, *_ = self.state[node]
+        return regions if isinstance(regions, tuple) else ()
+
     def conflicting_write(self, interior: tuple[Node, ...], position: int) -> Write | None:
         """A write to what `interior` reads or makes, between its reading there and its reading at `position`."""
         if not self.writes:

@@ -10,7 +10,11 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
 PATTERNS = ("attention", "rms_norm", "add_rms_norm", "layer_norm", "add_layer_norm", "swiglu", "rope")
-_CHOICES: dict[str, tuple[str, ...]] = {"numerics": ("exact", "fused"), "kernels": ("auto", "always", "never")}
+_CHOICES: dict[str, tuple[str, ...]] = {
+    "numerics": ("exact", "fused"),
+    "kernels": ("auto", "always", "never"),
+    "verify": ("off", "compile"),
+}
 _TRUE, _FALSE = ("1", "true", "yes", "on"), ("0", "false", "no", "off")
 OPTION_PREFIX = "infuse."
 ENV_PREFIX = "INFUSE_"
@@ -26,12 +30,15 @@ class Settings:
         more precision.
     kernels: "auto" lets measurement (under max-autotune) or the heuristic decide, "always" takes a kernel wherever
         one can run, "never" takes the decomposition everywhere.
+    verify: "compile" runs each site and its operator on trial values while compiling, and refuses what is less exact
+        than the source; "off" relies on the proofs.
     """
 
     patterns: tuple[str, ...] = PATTERNS
     strict: bool = False
     numerics: str = "fused"
     kernels: str = "auto"
+    verify: str = "off"
 
     def __post_init__(self) -> None:
         unknown = [name for name in self.patterns if name not in PATTERNS]

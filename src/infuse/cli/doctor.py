@@ -18,7 +18,13 @@ from infuse.settings import PATTERNS
 
 MINIMUM_TORCH = (2, 11)
 # The check that a norm is rewritten must not depend on what the environment sets.
-DEFAULTS = {"infuse.patterns": PATTERNS, "infuse.strict": False, "infuse.numerics": "fused", "infuse.kernels": "auto"}
+DEFAULTS = {
+    "infuse.patterns": PATTERNS,
+    "infuse.strict": False,
+    "infuse.numerics": "fused",
+    "infuse.kernels": "auto",
+    "infuse.verify": "off",
+}
 EXTRAS = ("torchtune", "transformers", "rich", "matplotlib")
 
 
