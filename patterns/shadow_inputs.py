@@ -37,7 +37,7 @@ _COMMON = (Case("random"), Case("tiny", scale=1e-3), Case("zeros", scale=0.0))
 # row are the lowest number (torch's own does too): hence moderate values, and no gradient there.
 _ATTENTION = (
     *_COMMON,
-    Case("large", scale=4.0),
+    Case("large", scale=2.0),
     Case("masked", hidden=True),
     Case("altogether masked", hidden=True, hidden_row=True, gradients=False),
 )
