@@ -34,6 +34,7 @@ class Placement:
     kernel: str
     missing: str = ""
     declined: str = ""
+    verified: str = ""
 
 
 @dataclass(frozen=True, slots=True)
