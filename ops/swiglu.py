@@ -31,10 +31,8 @@ from infuse.ops import checks
 from infuse.ops.registration import Placements, differentiate, register, register_differentiable, register_sharding
 
 QUICK_GELU_ALPHA = 1.702
-ARGUMENTS = (
-    'Tensor gate, Tensor up, str activation="silu", float? limit=None, '
-    f"float alpha={QUICK_GELU_ALPHA}, float up_offset=0.0"
-)
+FLAGS = f'str activation="silu", float? limit=None, float alpha={QUICK_GELU_ALPHA}, float up_offset=0.0'
+ARGUMENTS = f"Tensor gate, Tensor up, {FLAGS}"
 _BWD_ARGUMENTS = "Tensor dout, Tensor gate, Tensor up, str activation, float? limit, float alpha, float up_offset"
 _HALF = (torch.float16, torch.bfloat16)
 

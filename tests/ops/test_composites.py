@@ -1,0 +1,123 @@
+"""Operators that stand for several others: values and gradients of each overload, registration, and what they refuse."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.library import opcheck
+from torch.utils import _pytree as pytree
+
+from infuse.ops import norm_linear as _norm_linear  # noqa: F401  importing an operator's module registers it
+from infuse.ops import packed_linear as _packed_linear  # noqa: F401
+from infuse.ops import swiglu_linear as _swiglu_linear  # noqa: F401
+from tests.tolerances import assert_close_to_fp64
+
+OPS = torch.ops.infuse
+Case = tuple[str, Callable[..., Any], Callable[..., tuple[Any, ...]]]
+
+
+def linears(sizes: tuple[int, ...], dtype: torch.dtype) -> tuple[list[Tensor], list[Tensor | None]]:
+    weights = [leaf(size, 8, dtype=dtype) for size in sizes]
+    return weights, [leaf(size, dtype=dtype) if i == 1 else None for i, size in enumerate(sizes)]
+
+
+def leaf(*shape: int, dtype: torch.dtype) -> Tensor:
+    return torch.randn(*shape, dtype=dtype, requires_grad=True)
+
+
+def norm_args(dtype: torch.dtype) -> tuple[Any, ...]:
+    return leaf(2, 3, 8, dtype=dtype), None, *linears((4, 6), dtype), leaf(8, dtype=dtype), 1e-6
+
+
+def norm_formula(x: Tensor, residual: Tensor | None, weights: Any, biases: Any, weight: Tensor, eps: float) -> Any:
+    total = x if residual is None else x + residual
+    y = F.rms_norm(total, (8,), weight, eps)
+    outs = [F.linear(y, w, b) for w, b in zip(weights, biases)]
+    return outs if residual is None else [*outs, total]
+
+
+def add_norm_args(dtype: torch.dtype) -> tuple[Any, ...]:
+    x, _, *rest = norm_args(dtype)
+    return x, leaf(2, 3, 8, dtype=dtype), *rest
+
+
+def packed_args(dtype: torch.dtype) -> tuple[Any, ...]:
+    return leaf(2, 3, 8, dtype=dtype), *linears((4, 6, 4), dtype)
+
+
+def gate_args(dtype: torch.dtype) -> tuple[Any, ...]:
+    gate, up = (leaf(2, 3, 8, dtype=dtype) for _ in range(2))
+    return gate, up, leaf(4, 8, dtype=dtype), leaf(4, dtype=dtype), "gelu_tanh"
+
+
+CASES: list[Case] = [
+    ("norm_linear", norm_formula, norm_args),
+    ("norm_linear", norm_formula, add_norm_args),
+    ("packed_linear", lambda x, ws, bs: [F.linear(x, w, b) for w, b in zip(ws, bs)], packed_args),
+    ("swiglu_linear", lambda g, u, w, b, _: F.linear(F.gelu(g, approximate="tanh") * u, w, b), gate_args),
+]
+IDS = ["norm", "add and norm", "packed", "gate"]
+
+
+def flat(results: Any) -> list[Tensor]:
+    return [results] if isinstance(results, Tensor) else list(results)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("overload", ["default", "inline", "parts"])
+@pytest.mark.parametrize(("name", "formula", "make"), CASES, ids=IDS)
+def test_value_and_gradients_are_as_near_to_float64_as_eager(
+    name: str, formula: Callable[..., Any], make: Callable[..., Any], overload: str, dtype: torch.dtype
+) -> None:
+    args = make(dtype)
+    doubles = pytree.tree_map_only(Tensor, lambda t: t.detach().double().requires_grad_(), args)
+    got, eager, exact = flat(getattr(getattr(OPS, name), overload)(*args)), flat(formula(*args)), flat(formula(*doubles))
+    assert len(got) == len(eager)
+    for mine, theirs, right in zip(got, eager, exact):
+        assert_close_to_fp64(mine, theirs, right)
+    douts = [torch.randn_like(result) for result in eager]
+    leaves, wide = ([leaf for leaf in pytree.tree_leaves(tree) if isinstance(leaf, Tensor)] for tree in (args, doubles))
+    gradients = [torch.autograd.grad(results, leaves, douts) for results in (got, eager)]
+    reference = torch.autograd.grad(exact, wide, [dout.double() for dout in douts])
+    for mine, theirs, right in zip(*gradients, reference):
+        assert not mine.requires_grad
+        assert_close_to_fp64(mine, theirs, right)
+
+
+@pytest.mark.parametrize(("name", "formula", "make"), CASES, ids=IDS)
+def test_second_derivatives(name: str, formula: Callable[..., Any], make: Callable[..., Any]) -> None:
+    args = make(torch.float64)
+    leaves, spec = pytree.tree_flatten(args)
+    wanted = [i for i, item in enumerate(leaves) if isinstance(item, Tensor)]
+
+    def function(*tensors: Tensor) -> tuple[Tensor, ...]:
+        given = list(leaves)
+        for i, tensor in zip(wanted, tensors):
+            given[i] = tensor
+        return tuple(flat(getattr(OPS, name)(*pytree.tree_unflatten(given, spec))))
+
+    tensors = tuple(leaves[i] for i in wanted)
+    assert torch.autograd.gradcheck(function, tensors)
+    assert torch.autograd.gradgradcheck(function, tensors, fast_mode=True)
+
+
+@pytest.mark.parametrize(("name", "formula", "make"), CASES, ids=IDS)
+def test_opcheck_passes(name: str, formula: Callable[..., Any], make: Callable[..., Any]) -> None:
+    opcheck(getattr(OPS, name).default, make(torch.float32))
+
+
+def test_linears_that_do_not_fit_are_refused() -> None:
+    x, weight = torch.ones(3, 8), torch.ones(4, 8)
+    with pytest.raises(ValueError, match="1 weights and 2 biases"):
+        OPS.packed_linear(x, [weight], [None, None])
+    with pytest.raises(ValueError, match="size of dimension 1: got 6, expected 8"):
+        OPS.packed_linear(x, [weight, torch.ones(4, 6)], [None, None])
+    with pytest.raises(ValueError, match="bias: size: got 3, expected 4"):
+        OPS.swiglu_linear(x, x, weight, torch.ones(3))
+    with pytest.raises(ValueError, match="0 weights"):
+        OPS.norm_linear(x, None, [], [], None, 1e-6)
