@@ -18,9 +18,14 @@ from infuse.ops import rms_norm as norm
 from infuse.report import Placement
 from infuse.settings import Settings
 
+# Operators that stand for several others and would be no faster than those: their sites are left to their parts.
+WITHOUT_KERNEL = ("norm_linear", "packed_linear", "swiglu_linear")
+
 
 def place(kind: str, args: Sequence[object], training: bool, *, settings: Settings, max_autotune: bool) -> Placement:
     """The form for one site. args: example values (fake tensors, numbers, None) of the operator's arguments."""
+    if kind in WITHOUT_KERNEL:
+        return Placement("", "", declined=f"no {kind} kernel")
     if settings.kernels == "never":
         return _inline("kernels are off")
     first = args[0]

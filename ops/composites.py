@@ -30,11 +30,12 @@ def register_composite(
 
     register(name, arguments, returns, implementation=implementation, fake=implementation)
     operator = getattr(torch.ops.infuse, name).default
+    apply: Formula = _Composite.apply
 
     def dispatch(*args: Any) -> Any:
         leaves, spec = pytree.tree_flatten(args)
         if torch.is_grad_enabled() and any(isinstance(leaf, Tensor) and leaf.requires_grad for leaf in leaves):
-            results = _Composite.apply(operator, formula, spec, *leaves)
+            results: tuple[Tensor, ...] = apply(operator, formula, spec, *leaves)
             return results[0] if returns == "Tensor" else list(results)
         with torch._C._AutoDispatchBelowAutograd():
             return operator(*args)

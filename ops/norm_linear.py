@@ -22,12 +22,12 @@ from infuse.ops.add_rms_norm import add_rms_norm_ref
 from infuse.ops.composites import register_composite
 from infuse.ops.rms_norm import FLAGS, rms_norm_ref
 
-ARGUMENTS = (
-    "Tensor x, Tensor? residual, Tensor[] weights, Tensor?[] biases, Tensor? norm_weight, float eps, " + FLAGS
-)
+ARGUMENTS = "Tensor x, Tensor? residual, Tensor[] weights, Tensor?[] biases, Tensor? norm_weight, float eps, " + FLAGS
 
 
-def check_linears(op: str, size: int | torch.SymInt, weights: Sequence[Tensor], biases: Sequence[Tensor | None]) -> None:
+def check_linears(
+    op: str, size: int | torch.SymInt, weights: Sequence[Tensor], biases: Sequence[Tensor | None]
+) -> None:
     """Raises ValueError unless there are weights [F_i, size], each with a bias [F_i] or None."""
     if not weights or len(weights) != len(biases):
         raise ValueError(f"infuse::{op}: got {len(weights)} weights and {len(biases)} biases, expected as many, not 0")
@@ -39,7 +39,9 @@ def check_linears(op: str, size: int | torch.SymInt, weights: Sequence[Tensor], 
             checks.equal(op, "bias: size", bias.shape[0], weight.shape[0])
 
 
-def _formula(norm: Callable[..., Tensor], add_norm: Callable[..., tuple[Tensor, Tensor]]) -> Callable[..., list[Tensor]]:
+def _formula(
+    norm: Callable[..., Tensor], add_norm: Callable[..., tuple[Tensor, Tensor]]
+) -> Callable[..., list[Tensor]]:
     """The formula out of a norm and an add + norm."""
 
     def norm_linear(

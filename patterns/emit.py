@@ -68,7 +68,7 @@ class Emitter:
                 result = metadata.evaluate(target, examples, {})
         except _REJECTIONS as error:
             return _gap(site, f"the operator rejects it: {error}")
-        results = result if isinstance(result, tuple) else (result,)
+        results = result if isinstance(result, (tuple, list)) else (result,)
         difference = _difference(site, results)
         if difference:
             return _gap(site, f"the operator would change the result: {difference}")
@@ -79,7 +79,7 @@ class Emitter:
             _describe(node, root, result)
             # Of all metadata, AOTAutograd hands "custom" on to what it traces a node to, on torch 2.11 and 2.13.
             node.meta["custom"] = {**node.meta.get("custom", {}), SITE_KEY: identity}
-            if isinstance(result, tuple):
+            if isinstance(result, (tuple, list)):
                 nodes = [self._call(operator.getitem, (node, i), root, item) for i, item in enumerate(results)]
             else:
                 nodes = [node]

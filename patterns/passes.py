@@ -23,10 +23,25 @@ from infuse.ops import add_layer_norm as _op_add_layer_norm  # noqa: F401  impor
 from infuse.ops import add_rms_norm as _op_add_rms_norm  # noqa: F401
 from infuse.ops import attention as _op_attention  # noqa: F401
 from infuse.ops import layer_norm as _op_layer_norm  # noqa: F401
+from infuse.ops import norm_linear as _op_norm_linear  # noqa: F401
+from infuse.ops import packed_linear as _op_packed_linear  # noqa: F401
 from infuse.ops import rms_norm as _op_rms_norm  # noqa: F401
 from infuse.ops import rope as _op_rope  # noqa: F401
 from infuse.ops import swiglu as _op_swiglu  # noqa: F401
-from infuse.patterns import add_norm, attention, attention_scores, layer_norm, metadata, rms_norm, rope, swiglu
+from infuse.ops import swiglu_linear as _op_swiglu_linear  # noqa: F401
+from infuse.patterns import (
+    add_norm,
+    attention,
+    attention_scores,
+    layer_norm,
+    metadata,
+    norm_linear,
+    packed_linear,
+    rms_norm,
+    rope,
+    swiglu,
+    swiglu_linear,
+)
 from infuse.patterns.canonical import CanonicalGraph
 from infuse.patterns.compose import Rule, compose, needed
 from infuse.patterns.emit import Emitter
@@ -63,7 +78,7 @@ FAMILIES: tuple[Family, ...] = (
     Family(rope.KIND, rope.ANCHORS, rope.match),
 )
 # In the order in which they run: a later rule sees what the earlier ones made.
-RULES: tuple[Rule, ...] = (*add_norm.RULES,)
+RULES: tuple[Rule, ...] = (*add_norm.RULES, norm_linear.RULE, packed_linear.RULE, swiglu_linear.RULE)
 
 
 def rewrite(

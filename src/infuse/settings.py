@@ -9,7 +9,11 @@ import os
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
-PATTERNS = ("attention", "rms_norm", "add_rms_norm", "layer_norm", "add_layer_norm", "swiglu", "rope")
+PATTERNS = (
+    *("attention", "rms_norm", "add_rms_norm", "layer_norm", "add_layer_norm", "swiglu", "rope"),
+    # Operators that stand for several of those, taken where a kernel for them pays.
+    *("norm_linear", "packed_linear", "swiglu_linear"),
+)
 _CHOICES: dict[str, tuple[str, ...]] = {
     "numerics": ("exact", "fused"),
     "kernels": ("auto", "always", "never"),

@@ -1,4 +1,4 @@
-"""Operators that stand for several others: values and gradients of each overload, registration, and what they refuse."""
+"""Operators that stand for several others: values and gradients of each overload, registration, refusals."""
 
 from __future__ import annotations
 
@@ -76,7 +76,11 @@ def test_value_and_gradients_are_as_near_to_float64_as_eager(
 ) -> None:
     args = make(dtype)
     doubles = pytree.tree_map_only(Tensor, lambda t: t.detach().double().requires_grad_(), args)
-    got, eager, exact = flat(getattr(getattr(OPS, name), overload)(*args)), flat(formula(*args)), flat(formula(*doubles))
+    got, eager, exact = (
+        flat(getattr(getattr(OPS, name), overload)(*args)),
+        flat(formula(*args)),
+        flat(formula(*doubles)),
+    )
     assert len(got) == len(eager)
     for mine, theirs, right in zip(got, eager, exact):
         assert_close_to_fp64(mine, theirs, right)

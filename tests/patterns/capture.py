@@ -29,12 +29,25 @@ MODES = (
 )
 
 
+# Kinds that the lowering takes only where a kernel for them pays.
+NEED_KERNELS = ("norm_linear", "packed_linear", "swiglu_linear")
+
+
 def default_overload(kind: str, examples: tuple[object, ...], training: bool) -> Placement:
-    return Placement("default", "reference")
+    return _declined(kind) or Placement("default", "reference")
 
 
 def inline_overload(kind: str, examples: tuple[object, ...], training: bool) -> Placement:
-    return Placement("inline", "decomposition")
+    return _declined(kind) or Placement("inline", "decomposition")
+
+
+def composite_overload(kind: str, examples: tuple[object, ...], training: bool) -> Placement:
+    """As if there were a kernel for everything."""
+    return Placement("default", "reference")
+
+
+def _declined(kind: str) -> Placement | None:
+    return Placement("", "", declined="no kernel") if kind in NEED_KERNELS else None
 
 
 @dataclass
@@ -157,7 +170,7 @@ def _is_float(value: object) -> bool:
 
 def _exact_results(captured: Captured, training: bool) -> list[Tensor]:
     """The original in float64: its casts between floats go to float64, as copies still, and its inputs are widened."""
-    wide = copy.deepcopy(captured.original)
+    wide = copy.deepcopy(captured.original).double()
     for node in wide.graph.nodes:
         node.args = torch.fx.node.map_aggregate(node.args, _widened)
         node.kwargs = torch.fx.node.map_aggregate(node.kwargs, _widened)
