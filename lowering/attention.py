@@ -15,7 +15,6 @@ from infuse.lowering.decisions import Decision, record
 from infuse.ops import attention as op
 
 DEFAULT = "sdpa"
-_MASKED_ROWS = 8  # the argument's position
 _BACKENDS = {
     "sdpa_cudnn": SDPBackend.CUDNN_ATTENTION,
     "sdpa_flash": SDPBackend.FLASH_ATTENTION,
@@ -24,10 +23,20 @@ _BACKENDS = {
 
 
 def _with_backend(backend: SDPBackend) -> Callable[..., Tensor]:
-    def formula(*args: Any) -> Tensor:
-        # With "zeros" it is SDPA whether or not a backend is fused; there is no row that it would matter to.
+    def formula(
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        mask: Tensor | None,
+        scale: float,
+        is_causal: bool,
+        softcap: float,
+        sinks: Tensor | None,
+        masked_rows: str,
+        *_: object,
+    ) -> Tensor:
         with sdpa_kernel(backend):
-            return _default(*args[:_MASKED_ROWS], "zeros", *args[_MASKED_ROWS + 1 :])
+            return op.heads_inside(op.attention_sdpa(q, k, v, mask, scale, is_causal, masked_rows))
 
     return formula
 
@@ -39,12 +48,12 @@ def _default(*args: Any) -> Tensor:
 def candidates(args: tuple[Any, ...]) -> dict[str, Callable[..., Tensor]]:
     """SDPA as torch picks its backend, and each other backend that takes these arguments, without repetitions.
 
-    Only the formula computes a softcap, sinks, and other rows than zeros where all is masked.
+    Only the formula computes a softcap and sinks.
     """
     found: dict[str, Callable[..., Tensor]] = {DEFAULT: _default}
     seen = {inductor.code_of(_default, args)}
-    mask, softcap, sinks, masked_rows = args[3], *args[6:9]
-    if softcap != 0.0 or sinks is not None or (mask is not None and masked_rows in ("nan", "mean")):
+    softcap, sinks = args[6:8]
+    if softcap != 0.0 or sinks is not None:
         return found
     for label, backend in _BACKENDS.items():
         formula = _with_backend(backend)

@@ -55,14 +55,11 @@ def _place_attention(q: Tensor, args: Sequence[object], training: bool, max_auto
 
 def _only_formula(args: Sequence[object]) -> str:
     """What no kernel of attention takes among a site's arguments; "" if there is nothing."""
-    names = ("mask", "scale", "is_causal", "softcap", "sinks", "masked_rows", "dropout_p")
-    given = dict(zip(names, args[3:]))
+    given = dict(zip(("softcap", "sinks", "masked_rows", "dropout_p"), args[6:]))
     if isinstance(given.get("softcap"), torch.SymFloat) or given.get("softcap"):
         return "a softcap"
     if given.get("sinks") is not None:
         return "sinks"
-    if given.get("mask") is not None and given.get("masked_rows") in ("nan", "mean"):
-        return "rows that are masked whole"
     return "dropout" if isinstance(given.get("dropout_p"), torch.SymFloat) or given.get("dropout_p") else ""
 
 

@@ -30,6 +30,7 @@ from infuse.ops.attention_formulas import (
     attention_bwd_ref,
     attention_fwd_ref,
     attention_inline,
+    attention_sdpa,
     expand_kv,
     heads_inside,
 )
@@ -47,6 +48,7 @@ __all__ = [
     "attention_fwd_ref",
     "attention_inline",
     "attention_ref",
+    "attention_sdpa",
     "expand_kv",
     "heads_inside",
 ]

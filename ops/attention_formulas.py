@@ -163,14 +163,33 @@ def attention_inline(
         mask = _mask_for_sdpa(mask, q.dtype)
         # CUDA's SDPA would round the mask to q's dtype, which the formula does not.
         plain = plain or (q.is_cuda and mask.dtype not in (torch.bool, q.dtype))
-        if masked_rows == "mean" and mask.dtype == torch.bool and not _needs_grad(q, k):
-            # Beside the lowest number every score vanishes: the softmax itself gives the mean.
-            mask = torch.where(mask, 0.0, torch.finfo(q.dtype).min).to(q.dtype)
-            masked_rows = "none"
     if not plain and (masked_rows == "zeros" or _is_fused(q, k, v, mask, dropout_p, is_causal)):
-        out = _sdpa(q, k, v, mask, scale, is_causal, dropout_p)
-        return out if mask is None else _fill_masked_rows(out, v, mask, masked_rows)
+        return attention_sdpa(q, k, v, mask, scale, is_causal, masked_rows, dropout_p)
     return _written_out(q, k, v, mask, scale, is_causal, softcap, sinks, masked_rows, dropout_p, round_scores)
+
+
+def attention_sdpa(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    mask: Tensor | None,
+    scale: float,
+    is_causal: bool = False,
+    masked_rows: str = "zeros",
+    dropout_p: float = 0.0,
+) -> Tensor:
+    """out by torch's scaled_dot_product_attention, whatever backend it takes; without softcap and sinks."""
+    if mask is not None:
+        mask = _mask_for_sdpa(mask, q.dtype)
+        if masked_rows == "mean" and mask.dtype == torch.bool and q.dtype != torch.float16 and not _needs_grad(q, k):
+            # Beside a number so low every score vanishes: the softmax itself gives the mean.
+            mask = torch.where(mask, 0.0, torch.finfo(torch.float32).min / 2).to(q.dtype)
+            masked_rows = "none"
+    groups = _has_groups(q, k)
+    if groups and not _native_groups(q, mask):
+        k, v, groups = expand_kv(k, q.shape[1]), expand_kv(v, q.shape[1]), False
+    out = F.scaled_dot_product_attention(q, k, v, mask, dropout_p, is_causal, scale=scale, enable_gqa=groups)
+    return out if mask is None else _fill_masked_rows(out, v, mask, masked_rows)
 
 
 def _needs_grad(*tensors: Tensor | None) -> bool:
@@ -219,15 +238,6 @@ def _native_groups(q: Tensor, mask: Tensor | None) -> bool:
     return torch.cuda.get_device_capability(q.device) >= ((8, 0) if mask is None else (9, 0))
 
 
-def _sdpa(
-    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float, is_causal: bool, dropout_p: float
-) -> Tensor:
-    groups = _has_groups(q, k)
-    if groups and not _native_groups(q, mask):
-        k, v, groups = expand_kv(k, q.shape[1]), expand_kv(v, q.shape[1]), False
-    return F.scaled_dot_product_attention(q, k, v, mask, dropout_p, is_causal, scale=scale, enable_gqa=groups)
-
-
 def _attends(mask: Tensor) -> Tensor:
     """[..., S or 1, 1]: whether a row attends to anything."""
     return (mask if mask.dtype == torch.bool else mask != _LOWEST).any(-1, keepdim=True)
@@ -255,7 +265,10 @@ def _written_out(
     dropout_p: float,
     round_scores: bool,
 ) -> Tensor:
-    """The formula as authors write it: products in q's dtype if scores may be rounded to it, the softmax in float32."""
+    """The formula as authors write it: products in q's dtype if scores may be rounded to it, the softmax in float32.
+
+    The result lies in memory as that of SDPA's fused kernels does.
+    """
     wide = accumulation_dtype(q.dtype)
     dtype = q.dtype if round_scores else wide
     k, v = expand_kv(k, q.shape[1]).to(dtype), expand_kv(v, q.shape[1]).to(dtype)
@@ -274,7 +287,7 @@ def _written_out(
         elif masked_rows == "mean" and mask.dtype != torch.bool:
             probabilities = torch.where(_attends(mask), probabilities, 1.0 / scores.shape[-1])
     probabilities = F.dropout(probabilities.to(dtype), dropout_p, training=dropout_p != 0.0)
-    return torch.matmul(probabilities, v).to(q.dtype)
+    return heads_inside(torch.matmul(probabilities, v).to(q.dtype))
 
 
 def _softmax_beside_sinks(scores: Tensor, sinks: Tensor) -> Tensor:

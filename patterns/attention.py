@@ -1,46 +1,62 @@
 """Attention: calls of scaled_dot_product_attention, and the last step of every other spelling.
 
-What a reader of a spelling finds out is a `Parts`; `assemble` proves that the operator takes it: shapes, dtypes, heads,
-mask.
+What a reader of a spelling finds out is a `Reading`, in which every axis of every tensor is followed by identity;
+`assemble` arranges the tensors as the operator takes them and proves that it computes the same.
 """
 
 from __future__ import annotations
 
-import functools
 import operator
-from dataclasses import dataclass, replace
-from typing import Any
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch.fx import Node
 
+from infuse.patterns import score_masks
+from infuse.patterns.attention_operands import Operand, Roles, Settled, behind, settle
+from infuse.patterns.axes import Axis, Dims, aligned, divides, flat, fresh, leaves
 from infuse.patterns.canonical import CanonicalGraph
-from infuse.patterns.heads import Source, folded
-from infuse.patterns.sites import Finding, Make, Refusal, Site, arguments_of
-from infuse.patterns.sizes import Size, broadcasts_to, same_size
+from infuse.patterns.relayout import apply
+from infuse.patterns.scales import times
+from infuse.patterns.score_masks import Unfit
+from infuse.patterns.sites import Finding, Make, Refusal, Site
+from infuse.patterns.sizes import same_size
 
 KIND = "attention"
+_HALF = (torch.float16, torch.bfloat16)
 
 
 @dataclass(frozen=True, slots=True)
-class Parts:
-    """softmax(scale * q k^T + mask) v as it was read.
+class Reading:
+    """softmax(cap(scale * q k^T) + masks) v as it was read.
 
-    q [B, H, S, D]; k, v [B, H or H_kv, T, D]. scale: a number, or a `Make` or node of one; None: 1 / sqrt(D).
-    grouped: the call itself repeats K/V heads. trail: the nodes read.
+    root: what the operator replaces, with its dims. scores: the dims of q k^T. roles: the axes that are no batch.
+    product, values_product: the nodes of both products. scale, softcap, dropout_p: a number, or a `Make` or node of
+    one. masks: what is done to the scores after the cap, the last first. by: tensors that q is multiplied by, or
+    divided where the second is True. zero_rows: whether a row that is masked whole gives zeros. call: whether torch's
+    own attention computes it. trail: the nodes read.
     """
 
     root: Node
-    q: Node
-    k: Source
-    v: Source
-    mask: object
-    scale: object
-    trail: tuple[Node, ...]
-    words: tuple[str, ...]
+    root_dims: Dims
+    q: Operand
+    k: Operand
+    v: Operand
+    scores: Dims
+    roles: Roles
+    product: Node
+    values_product: Node
+    scale: object = 1.0
+    softcap: object = 0.0
+    sinks: Operand | None = None
+    masks: tuple[score_masks.Term, ...] = ()
+    by: tuple[tuple[Operand, bool], ...] = ()
     is_causal: bool = False
-    grouped: bool = False
-    rounding: str = ""
+    zero_rows: bool = False
+    dropout_p: object = 0.0
+    call: bool = False
+    trail: tuple[Node, ...] = ()
+    words: tuple[str, ...] = field(default=())
 
 
 def refuse(node: Node, reason: str, remedy: str) -> Refusal:
@@ -53,158 +69,238 @@ def match_call(view: CanonicalGraph, anchor: Node) -> Finding | None:
     call = view.call(anchor, "sdpa")
     if call is None:
         return None
-    if call["dropout_p"] is not None and not view.is_zero(call["dropout_p"]):
-        return refuse_dropout(anchor)
-    tensors = [call["query"], call["key"], call["value"]]
-    refusal = _unfit_tensors(view, anchor, tensors)
-    if refusal is not None:
-        return refusal
-    mask, causal = call["attn_mask"], bool(call["is_causal"])
-    scale = call["scale"]
+    q, k, v, mask = call["query"], call["key"], call["value"], call["attn_mask"]
+    scale, dropout_p, causal = call["scale"], call["dropout_p"], bool(call["is_causal"])
     if scale is not None and view.number(scale) is None:
         return refuse(anchor, "the scale is a tensor", "pass scale as a Python float")
-    words = ("scaled_dot_product_attention", *(["causal"] if causal else []), *(["mask"] if mask is not None else []))
-    q, k, v = tensors
-    return assemble(
-        view,
-        Parts(anchor, q, Source(k), Source(v), mask, scale, (anchor,), words, causal, bool(call["enable_gqa"])),
+    if causal and mask is not None:
+        return refuse(anchor, "it has a mask and is_causal=True", "pass one of them")
+    labelled = _label_call(view, anchor, (q, k, v), bool(call["enable_gqa"]))
+    if labelled is None:
+        return _unfit_shapes(view, anchor, (q, k, v))
+    q_dims, k_dims, v_dims, scores = labelled
+    masks = () if mask is None else score_masks.added_to(view, mask, scores)
+    if isinstance(masks, Unfit):
+        return refuse(anchor, masks.reason, masks.remedy)
+    reading = Reading(
+        root=anchor,
+        root_dims=(*scores[:-1], v_dims[-1]),
+        q=Operand(q, q_dims),
+        k=Operand(k, k_dims),
+        v=Operand(v, v_dims),
+        scores=scores,
+        roles=Roles(q_dims[-2], k_dims[-2], q_dims[-1], v_dims[-1]),
+        product=anchor,
+        values_product=anchor,
+        scale=_default_scale(view, q) if scale is None else scale,
+        masks=masks,
+        is_causal=causal,
+        zero_rows=True,
+        dropout_p=0.0 if dropout_p is None or view.is_zero(dropout_p) else dropout_p,
+        call=True,
+        trail=(anchor,),
+        words=("scaled_dot_product_attention", *(["causal"] if causal else []), *(["mask"] if masks else [])),
     )
+    return assemble(view, reading)
 
 
-def refuse_dropout(node: Node) -> Refusal:
-    """The refusal of an attention that drops probabilities."""
-    return refuse(
-        node, "the attention probabilities are dropped out", "train with attention dropout 0, or call model.eval()"
-    )
-
-
-def _unfit_tensors(view: CanonicalGraph, anchor: Node, tensors: list[Any]) -> Refusal | None:
-    ranks = [len(view.shape(tensor)) for tensor in tensors]
-    if ranks != [4, 4, 4]:
-        return refuse(
-            anchor,
-            f"q, k, v have {ranks} dimensions, expected 4 each",
-            "keep heads in a dimension of their own: [B, H, S, D]",
-        )
-    return None
-
-
-def assemble(view: CanonicalGraph, parts: Parts) -> Finding:
-    """The site, or why the operator does not take it."""
-    parts = _fold_heads(view, _narrow(view, parts))
-    refusal = _unfit_dtypes(view, parts) or _unfit_shapes(view, parts) or _unfit_mask(view, parts)
-    if refusal is not None:
-        return refusal
-    scale = _scale(view, parts)
-    arguments = (parts.q, parts.k.argument(), parts.v.argument(), _mask(view, parts), scale, parts.is_causal)
-    trail = (*parts.trail, *parts.k.trail, *parts.v.trail)
-    interior = tuple(sorted(set(trail), key=lambda node: view.index[node]))
-    return Site(KIND, (parts.root,), parts.root, arguments, interior, ", ".join(parts.words), parts.rounding)
-
-
-def _narrow(view: CanonicalGraph, parts: Parts) -> Parts:
-    """q and k without the cast to float32 for their product alone: the operator takes the product in float32 too."""
-    narrow = view.dtype(parts.v.node)
-    if view.dtype(parts.q) == narrow or view.dtype(parts.root) != narrow:
-        return parts
-    q_trail: list[Node] = []
-    k_trail: list[Node] = []
-    q, k = view.narrowed(parts.q, q_trail), view.narrowed(parts.k.node, k_trail)
-    if view.dtype(q) != narrow or view.dtype(k) != narrow:
-        return parts
-    source = Source(k, parts.k.order, (*parts.k.trail, *k_trail))
-    words = (*parts.words, "q and k cast to float32")
-    return replace(parts, q=q, k=source, trail=(*parts.trail, *q_trail), words=words)
-
-
-def _fold_heads(view: CanonicalGraph, parts: Parts) -> Parts:
-    """K and V with their own number of heads, if both were repeated alike."""
-    k, v = folded(view, parts.k), folded(view, parts.v)
-    if k is None or v is None or not same_size(k[1], v[1]):
-        return parts
-    return replace(parts, k=k[0], v=v[0], grouped=True, words=(*parts.words, "K/V heads repeated"))
-
-
-def _unfit_dtypes(view: CanonicalGraph, parts: Parts) -> Refusal | None:
-    nodes = (parts.q, parts.k.node, parts.v.node, parts.root)
-    dtypes = {view.dtype(node) for node in nodes}
-    if len(dtypes) == 1:
+def _label_call(
+    view: CanonicalGraph, root: Node, tensors: tuple[Node, Node, Node], grouped: bool
+) -> tuple[Dims, Dims, Dims, Dims] | None:
+    """The dims of q, k, v and the scores; all dimensions but the last two broadcast."""
+    shapes = [view.shape(tensor) for tensor in tensors]
+    if any(len(shape) < 2 for shape in shapes):
         return None
+    (*_, queries, inner), (*_, keys, _), (*_, values) = shapes
+    batch = tuple(fresh(size) for size in view.shape(root)[:-2])
+    kv_batch = _with_kv_heads(batch, shapes[1]) if grouped else batch
+    s, t, d, e = fresh(queries), fresh(keys), fresh(inner), fresh(values)
+    outer = [aligned(shape[:-2], own) for shape, own in zip(shapes, (batch, kv_batch, kv_batch))]
+    if None in outer:
+        return None
+    q_dims, k_dims, v_dims = ((*(dims or ()), *last) for dims, last in zip(outer, ((s, d), (t, d), (t, e))))
+    return q_dims, k_dims, v_dims, (*batch, s, t)
+
+
+def _with_kv_heads(batch: Dims, k: tuple[int | torch.SymInt, ...]) -> Dims:
+    """The batch dimensions of k where each of its heads serves a group of q heads."""
+    if len(batch) < 1 or len(k) < 3 or not batch[-1] or same_size(batch[-1][0].size, k[-3]):
+        return batch
+    (heads,) = batch[-1]
+    if not divides(k[-3], heads.size):
+        return batch
+    heads.parts = (Axis(k[-3]), Axis(heads.size // k[-3]))
+    return (*batch[:-1], () if same_size(k[-3], 1) else heads.parts[:1])
+
+
+def _unfit_shapes(view: CanonicalGraph, root: Node, tensors: tuple[Node, Node, Node]) -> Refusal:
+    q, k, v = (tuple(view.shape(tensor)) for tensor in tensors)
+    return refuse(
+        root,
+        f"the shapes are not provably those of attention: q {q}, k {k}, v {v}",
+        "give q, k and v one batch size, k and v the same heads, a divisor of q's",
+    )
+
+
+def assemble(view: CanonicalGraph, reading: Reading) -> Finding:
+    """The site, or why the operator does not take it."""
+    dtype = view.dtype(reading.values_product)
+    operands = (reading.q, reading.k, reading.v)
+    roles = reading.roles
+    settled = settle(view, operands, reading.scores, roles, dtype, not reading.call)
+    if settled is not None and _is_shared_memory(reading, settled):
+        roles = replace(roles, queries=(*settled.frame.groups, *settled.frame.queries))
+        settled = settle(view, operands, reading.scores, roles, dtype, not reading.call)
+    after = None if settled is None else settled.relayout.plan(settled.frame.out, reading.root_dims)
+    if settled is None or after is None:
+        return _unfit_shapes(view, reading.root, (reading.q.node, reading.k.node, reading.v.node))
+    refusal = _unfit_dtypes(view, reading, settled, dtype)
+    if refusal is not None or dtype is None:
+        return refusal or refuse(reading.root, "its dtype is not known", "compile with torch.compile")
+    mask = mask_argument(view, reading, settled, dtype)
+    if isinstance(mask, Unfit):
+        return refuse(reading.root, mask.reason, mask.remedy)
+    sinks = _sinks(view, reading, settled)
+    if isinstance(sinks, Unfit):
+        return refuse(reading.root, sinks.reason, sinks.remedy)
+    q, k, v = _tensors(view, settled, dtype)
+    for factor, divides_q in reading.by:
+        q = _scaled_by(view, q, factor, divides_q, settled, dtype)
+    scale = times(times(reading.scale, settled.q.scale), settled.k.scale)
+    rounds = not reading.call and view.dtype(reading.product) in _HALF
+    arguments = (
+        *(q, k, v, mask.argument, scale, reading.is_causal, reading.softcap, sinks),
+        *(mask.masked_rows, reading.dropout_p, rounds),
+    )
+    words = (*reading.words, *_notes(view, reading, settled))
+    return Site(
+        KIND,
+        (reading.root,),
+        reading.root,
+        arguments,
+        _interior(view, reading, settled),
+        ", ".join(words),
+        _rounding(view, reading, settled),
+        after=tuple(after),
+    )
+
+
+def _is_shared_memory(reading: Reading, settled: Settled) -> bool:
+    """Whether k and v are matrices that all of q reads: q's rows are then all alike."""
+    frame = settled.frame
+    if frame.batch or frame.kv_heads or not frame.groups or reading.is_causal or reading.sinks is not None:
+        return False
+    rows = {*frame.groups, *frame.queries}
+    return not any(rows & set(flat(term.dims)) for term in reading.masks)
+
+
+def _unfit_dtypes(
+    view: CanonicalGraph, reading: Reading, settled: Settled, dtype: torch.dtype | None
+) -> Refusal | None:
+    """q, k and v are in the result's dtype, or autocast brings them to it."""
+    product = view.dtype(reading.product)
+    narrowed = all(view.dtype(operand.node) == dtype for operand in (settled.q, settled.k))
+    if product == dtype or (narrowed and product in (torch.float32, torch.float64)):
+        return None
+    nodes = (reading.q.node, reading.k.node, reading.v.node, reading.root)
     names = ", ".join(str(view.dtype(node)).removeprefix("torch.") for node in nodes)
     return refuse(
-        parts.root,
+        reading.root,
         f"q, k, v and the result differ in dtype: {names}",
         "bring q, k and v to one dtype, outside autocast",
     )
 
 
-def _unfit_shapes(view: CanonicalGraph, parts: Parts) -> Refusal | None:
-    q, k, v = view.shape(parts.q), parts.k.shape(view), parts.v.shape(view)
-    # That q and k agree in D, and k and v in T, is what the source needs to run at all; the operator checks it.
-    fit = (
-        same_size(q[0], k[0])
-        and same_size(q[0], v[0])
-        and same_size(k[1], v[1])
-        and _heads_fit(q[1], k[1], parts.grouped)
+def mask_argument(
+    view: CanonicalGraph, reading: Reading, settled: Settled, dtype: torch.dtype
+) -> score_masks.Mask | Unfit:
+    """The operator's mask and masked_rows."""
+    frame, relayout = settled.frame, settled.relayout
+
+    def place(value: object, dims: Dims) -> object | None:
+        """In the operator's dimensions; one that broadcasts to them as it is stays as it is."""
+        own = [leaves(axes) for axes in dims]
+        target = frame.scores[max(0, 4 - len(own)) :]
+        if 2 <= len(own) <= 4 and all(not axes or axes == wanted for axes, wanted in zip(own, target)):
+            return value
+        steps = relayout.plan(dims, frame.scores)
+        return None if steps is None else apply(value, steps)
+
+    trains = any(
+        tensor is not None and tensor.requires_grad for tensor in map(view.tensor, (settled.q.node, settled.k.node))
     )
-    if fit:
+    return score_masks.build(view, reading.masks, place, dtype, reading.zero_rows, trains)
+
+
+def _sinks(view: CanonicalGraph, reading: Reading, settled: Settled) -> object | Unfit:
+    """The operator's sinks [H]."""
+    if reading.sinks is None:
         return None
-    return refuse(
-        parts.root,
-        f"the shapes are not provably those of attention: q {tuple(q)}, k {tuple(k)}, v {tuple(v)}",
-        "give q, k and v one batch size, k and v the same heads, a divisor of q's",
-    )
+    heads = settled.frame.heads
+    for state in behind(view, reading.sinks, reading.roles, may_scale=False):
+        steps = settled.relayout.plan(state.dims, (heads,))
+        if heads and steps is not None and set(flat(state.dims)) == set(heads):
+            return apply(state.node, steps)
+    return Unfit("the extra column of the scores is not one number for each head", "let sinks be a tensor [H]")
 
 
-def _heads_fit(heads: Size, kv_heads: Size, grouped: bool) -> bool:
-    """Whether q heads read K/V heads as the operator does: one each, one for all, or in groups."""
-    if same_size(heads, kv_heads) or same_size(kv_heads, 1):
-        return True
-    return grouped and bool(same_size(heads % kv_heads, 0))  # type: ignore[operator]
+def _tensors(view: CanonicalGraph, settled: Settled, dtype: torch.dtype) -> list[object]:
+    """q, k and v; what autocast casts for the products is cast here."""
+    found: list[object] = []
+    for operand, steps in zip((settled.q, settled.k, settled.v), settled.steps):
+        value: object = operand.node
+        if view.dtype(operand.node) != dtype:
+            value = Make(torch.ops.aten.to.dtype, (value, dtype))
+        found.append(apply(value, steps))
+    return found
 
 
-def _unfit_mask(view: CanonicalGraph, parts: Parts) -> Refusal | None:
-    if parts.mask is None:
-        return None
-    if parts.is_causal:
-        return refuse(parts.root, "it has a mask and is_causal=True", "pass one of them")
-    dtype, q_dtype = mask_dtype(view, parts.mask), view.dtype(parts.q)
-    if dtype is None or not (dtype == torch.bool or dtype.is_floating_point):
-        return refuse(
-            parts.root, "the mask is no bool or float tensor", "pass a bool mask, or a float one that is added"
+def _scaled_by(
+    view: CanonicalGraph, q: object, factor: Operand, divides_q: bool, settled: Settled, dtype: torch.dtype
+) -> object:
+    """q times (or divided by) a number for each of its rows."""
+    steps = settled.relayout.plan(factor.dims, settled.frame.scores) if factor.dims else []
+    assert steps is not None
+    target = torch.div if divides_q else torch.mul
+    return Make(torch.ops.aten.to.dtype, (Make(target, (q, apply(factor.node, steps))), dtype))
+
+
+def _notes(view: CanonicalGraph, reading: Reading, settled: Settled) -> list[str]:
+    notes: list[str] = []
+    if settled.q.scale != 1.0 or settled.k.scale != 1.0:
+        notes.append(
+            "scale on q" if settled.k.scale == 1.0 else "scale on k" if settled.q.scale == 1.0 else "scale on q and k"
         )
-    if dtype == torch.float64 != q_dtype:
-        return refuse(parts.root, f"the mask is float64 beside q in {q_dtype}", "cast the mask to float32")
-    target = (*view.shape(parts.q)[:3], parts.k.shape(view)[2])
-    for shape in [view.shape(node) for node in arguments_of(parts.mask) if view.tensor(node) is not None]:
-        if not broadcasts_to(shape, target):
-            return refuse(
-                parts.root,
-                f"the mask's shape {tuple(shape)} is not provably broadcastable to {tuple(target)}",
-                "give the mask the shape [B or 1, H or 1, S or 1, T]",
-            )
-    return None
+    if view.dtype(settled.q.node) != view.dtype(reading.q.node):
+        notes.append("q and k cast to float32")
+    if settled.k.folded:
+        notes.append("K/V heads repeated")
+    return notes
 
 
-def mask_dtype(view: CanonicalGraph, mask: object) -> torch.dtype | None:
-    """The dtype of a mask: a node, or what is made of several."""
-    dtypes = [dtype for node in arguments_of(mask) if (dtype := view.dtype(node)) is not None]
-    return functools.reduce(torch.promote_types, dtypes) if dtypes else None
+def _interior(view: CanonicalGraph, reading: Reading, settled: Settled) -> tuple[Node, ...]:
+    trail = {*reading.trail, *settled.q.trail, *settled.k.trail, *settled.v.trail}
+    return tuple(sorted(trail, key=lambda node: view.index[node]))
 
 
-def _mask(view: CanonicalGraph, parts: Parts) -> object:
-    """The mask as the operator's argument: bool, float32 or in q's dtype, which is what torch's own attention takes."""
-    if parts.mask is None or mask_dtype(view, parts.mask) in (torch.bool, torch.float32, view.dtype(parts.q)):
-        return parts.mask
-    return Make(torch.ops.aten.to.dtype, (parts.mask, torch.float32))
+def _rounding(view: CanonicalGraph, reading: Reading, settled: Settled) -> str:
+    """Where the source rounds between the products; the operator keeps scores and probabilities in float32."""
+    if reading.dropout_p != 0.0:
+        return "the random numbers of dropout are others"
+    if reading.call:
+        return ""
+    for node in (*reading.trail, *settled.q.rounded, *settled.k.rounded):
+        half = view.dtype(node) in _HALF
+        if half or (view.call(node, "cast") is not None and not view.widens(node)):
+            return f"scores and probabilities are rounded to {view.dtype(node)}"
+    return ""
 
 
-def _scale(view: CanonicalGraph, parts: Parts) -> object:
-    """The scale as the operator's argument."""
-    if parts.scale is not None:
-        return parts.scale
-    head_dim = view.shape(parts.q)[3]
+def _default_scale(view: CanonicalGraph, q: Node) -> object:
+    """1 / sqrt(D)"""
+    shape = view.shape(q)
+    head_dim = shape[-1] if shape else 1
     if type(head_dim) is int:
         return float(head_dim) ** -0.5
-    size = Make(torch.ops.aten.sym_size.int, (parts.q, 3))
+    size = Make(torch.ops.aten.sym_size.int, (q, len(shape) - 1))
     return Make(operator.truediv, (1.0, Make(torch._sym_sqrt, (size,))))  # type: ignore[attr-defined]

@@ -66,9 +66,10 @@ class Emitter:
         try:
             with metadata.undisturbed(self.mode):
                 result = metadata.evaluate(target, examples, {})
+                finished = self._finished(site, result)
         except _REJECTIONS as error:
             return _gap(site, f"the operator rejects it: {error}")
-        results = result if isinstance(result, (tuple, list)) else (result,)
+        results = finished if isinstance(finished, (tuple, list)) else (finished,)
         difference = _difference(site, results)
         if difference:
             return _gap(site, f"the operator would change the result: {difference}")
@@ -82,11 +83,19 @@ class Emitter:
             if isinstance(result, (tuple, list)):
                 nodes = [self._call(operator.getitem, (node, i), root, item) for i, item in enumerate(results)]
             else:
+                for step, rest in site.after:
+                    node = self._call(step, (node, *(self._argument(item, root) for item in rest)), root)
                 nodes = [node]
             for output, new in zip(site.outputs, nodes):
                 self._reroute(output, new, site)
         self.dead.update(site.interior)
         return None
+
+    def _finished(self, site: Site, result: Any) -> Any:
+        """The operator's result after what the site does to it."""
+        for step, rest in site.after:
+            result = metadata.evaluate(step, [result, *(self._example(item) for item in rest)], {})
+        return result
 
     def _argument(self, arg: object, root: Node) -> Any:
         if isinstance(arg, Node):

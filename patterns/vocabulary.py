@@ -126,6 +126,7 @@ def _pointwise(table: _Table) -> None:
     row(
         "where", "condition input other", torch.where, aten="where.self where.ScalarOther where.ScalarSelf where.Scalar"
     )
+    row("nan_to_num", "input nan posinf neginf", torch.nan_to_num, methods="nan_to_num", aten="nan_to_num")
     row("dropout", "input p training inplace", F.dropout)
     row("dropout", "input p training", torch.dropout, aten="dropout")
 
@@ -157,6 +158,10 @@ def _reductions(table: _Table) -> None:
     row("softmax", "input dim! _stacklevel dtype", F.softmax)
     row("matmul", "input other", torch.matmul, operator.matmul, methods="matmul __matmul__", aten="matmul")
     row("bmm", "input other", torch.bmm, methods="bmm", aten="bmm")
+    row("baddbmm", "input batch1 batch2 beta alpha", torch.baddbmm, methods="baddbmm", aten="baddbmm")
+    row("einsum", "equation operands*", torch.einsum, torch.functional.einsum, aten="einsum")
+    row("max", "input dim! keepdim", torch.max, methods="max", aten="max.dim")
+    row("amax", "input dim! keepdim", torch.amax, methods="amax", aten="amax")
     row("linear", "input weight bias", F.linear, aten="linear")
     row("rms_norm", "input normalized_shape weight eps", torch.rms_norm, F.rms_norm, aten="rms_norm")
     row("layer_norm", "input normalized_shape weight bias eps", F.layer_norm)

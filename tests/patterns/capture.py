@@ -34,7 +34,8 @@ NEED_KERNELS = ("norm_linear", "packed_linear", "swiglu_linear")
 
 
 def default_overload(kind: str, examples: tuple[object, ...], training: bool) -> Placement:
-    return _declined(kind) or Placement("default", "reference")
+    drops_out = kind == "attention" and examples[9] != 0.0
+    return _declined(kind) or Placement("inline" if drops_out else "default", "reference")
 
 
 def inline_overload(kind: str, examples: tuple[object, ...], training: bool) -> Placement:

@@ -206,31 +206,81 @@ def test_result_keeps_the_layout_that_its_readers_rely_on(causal: bool) -> None:
     assert_same_results(captured)
 
 
-def drops(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    return F.scaled_dot_product_attention(q, k, v, dropout_p=0.1)
-
-
 def three_dimensions(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    return F.scaled_dot_product_attention(q[0], k[0], v[0])
+    return F.scaled_dot_product_attention(q[0], k[0], v[0], is_causal=True)
+
+
+def two_dimensions(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    return F.scaled_dot_product_attention(q[0, 0], k[0, 0], v[0, 0])
+
+
+def five_dimensions(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    q, k, v = (torch.stack([t, t + 1, t - 1], 1) for t in (q, k, v))
+    mask = torch.ones(S, k.shape[-2], dtype=torch.bool, device=q.device).tril()
+    return F.scaled_dot_product_attention(q, k, v, mask)
+
+
+def mask_of_the_batch_in_three_dimensions(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    q, k, v = (t.flatten(0, 1) for t in (q, k, v))
+    mask = torch.linspace(-1, 1, B * H * S * T, device=q.device).view(B * H, S, T).to(q.dtype)
+    return F.scaled_dot_product_attention(q, k, v, mask)
 
 
 def batch_broadcasts(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     return F.scaled_dot_product_attention(q, k[:1], v[:1])
 
 
+def learned_queries(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    return F.scaled_dot_product_attention(q[:1], k, v)
+
+
+@pytest.mark.parametrize(("dtype", "training", "dynamic"), MODES)
 @pytest.mark.parametrize(
-    ("function", "word"),
+    "function",
     [
-        (drops, "dropped out"),
-        (three_dimensions, "3, 3, 3"),
-        (batch_broadcasts, "shapes"),
+        three_dimensions,
+        two_dimensions,
+        five_dimensions,
+        mask_of_the_batch_in_three_dimensions,
+        batch_broadcasts,
+        learned_queries,
     ],
 )
-def test_near_miss_is_refused_with_a_reason(function: Function, word: str) -> None:
-    captured = capture(function, *tensors())
-    assert captured.counts == {}
-    assert [word in reason for reason in captured.refusals] == [True]
-    assert captured.records[0].remedy
+def test_any_leading_dimensions(function: Function, dtype: torch.dtype, training: bool, dynamic: bool) -> None:
+    captured = capture(function, *tensors(dtype, training), training=training, dynamic=dynamic)
+    assert captured.counts == {"attention": 1}
+    assert captured.refusals == []
+    assert_same_results(captured, training)
+
+
+def test_grouped_heads_in_three_dimensions() -> None:
+    q, k, v = tensors(heads=KV)
+    captured = capture(lambda q, k, v: F.scaled_dot_product_attention(q, k, v, enable_gqa=True), q[0], k[0], v[0])
+    assert [arg.meta["example_value"].shape[1] for arg in captured.operators()[0].args[:3]] == [H, KV, KV]  # type: ignore[union-attr]
+    assert_same_results(captured)
+
+
+def test_autocast_casts_are_made_explicit() -> None:
+    def call(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            return F.scaled_dot_product_attention(q, k, v)
+
+    captured = capture(call, *tensors())
+    assert captured.counts == {"attention": 1}
+    assert_same_results(captured)
+
+
+def test_dropout_is_handed_on() -> None:
+    def call(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return F.scaled_dot_product_attention(q, k, v, dropout_p=0.1)
+
+    captured = capture(call, *tensors(training=True), training=True)
+    assert captured.counts == {"attention": 1}
+    (node,) = captured.operators()
+    assert node.args[9] == 0.1
+    assert str(node.target) == "infuse.attention.inline"
+    refused = capture(call, *tensors(), settings=Settings(numerics="exact"))
+    assert "random numbers" in refused.refusals[0]
 
 
 def test_symbolic_dropout_of_zero_is_rewritten() -> None:
@@ -243,9 +293,9 @@ def test_symbolic_dropout_of_zero_is_rewritten() -> None:
             return F.scaled_dot_product_attention(q, k, v, dropout_p=self.p)
 
     assert capture(Attention(0.0), *tensors(), dynamic=True).counts == {"attention": 1}
-    refused = capture(Attention(0.25), *tensors(), dynamic=True)
-    assert refused.counts == {}
-    assert "dropped out" in refused.refusals[0]
+    dropping = capture(Attention(0.25), *tensors(), dynamic=True)
+    assert dropping.counts == {"attention": 1}
+    assert dropping.operators()[0].args[9] != 0.0
 
 
 def test_calls_are_exact() -> None:
