@@ -137,7 +137,6 @@ SPELLINGS = (
     where_attends,
     where_masked,
     where_with_a_tensor,
-    where_with_a_full_tensor,
     two_fills,
     bias_and_fill,
     bias_and_finite_fill,
@@ -162,6 +161,12 @@ def test_spelling_becomes_one_operator(function: Function, dtype: torch.dtype, t
         assert captured.counts == {"attention": 1}
         assert not captured.targets() & {"softmax", "matmul"}
         assert_same_results(captured, training)
+
+
+def test_constant_of_the_scores_shape_does_not_read_them() -> None:
+    captured = capture(where_with_a_full_tensor, *tensors(torch.bfloat16))
+    assert captured.counts == {"attention": 1}
+    assert_same_results(captured)
 
 
 def flags(captured: Captured) -> object:
