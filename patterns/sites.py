@@ -25,7 +25,7 @@ class Site:
     before. args: the operator's arguments: nodes, `Make`s, numbers, None. interior: the nodes whose work the operator
     does, outputs included. spelling: how the author wrote it, in words. rounding: where the source rounds and the
     operator does not, "" if nowhere; numerics="exact" refuses such a site. parts: the sites that a composite one
-    stands for. after: what makes the output of the operator's (only) result, (target, arguments behind the tensor) each.
+    stands for. after: what makes the output of the operator's only result, (target, arguments behind the tensor) each.
     """
 
     kind: str
