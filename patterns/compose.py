@@ -11,12 +11,14 @@ and a declined proposal needs no way back.
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 from torch.fx import Node
 
 from infuse.patterns.canonical import CanonicalGraph
+from infuse.patterns.metadata import MissingMetadata
 from infuse.patterns.safety import Effects
 from infuse.patterns.sites import Site
 from infuse.report import Placement
@@ -74,7 +76,7 @@ def compose(
     for rule in rules:
         if rule.kind not in settings.patterns:
             continue
-        for proposal in rule.propose(view, tuple(current.values())):
+        for proposal in _proposals(rule, view, tuple(current.values())):
             if isinstance(proposal, Declined):
                 remarks[f"{proposal.kind}: left to its parts ({proposal.reason})"] = None
                 continue
@@ -92,6 +94,12 @@ def compose(
             current[id(proposal)] = proposal
             made.update(dict.fromkeys(proposal.outputs, proposal))
     return [*current.values()], [*remarks]
+
+
+def _proposals(rule: Rule, view: CanonicalGraph, sites: Sequence[Site]) -> Iterator[Proposal]:
+    """What a rule proposes; nothing more once it meets a node of which nothing is known."""
+    with contextlib.suppress(MissingMetadata):
+        yield from rule.propose(view, sites)
 
 
 def _is_possible(proposal: Site, made: dict[Node, Site], effects: Effects, settings: Settings) -> bool:
