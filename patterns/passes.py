@@ -22,6 +22,7 @@ from torch.fx import Graph, Node
 from infuse.ops import add_layer_norm as _op_add_layer_norm  # noqa: F401  importing an operator's module registers it
 from infuse.ops import add_rms_norm as _op_add_rms_norm  # noqa: F401
 from infuse.ops import attention as _op_attention  # noqa: F401
+from infuse.ops import gated_rms_norm as _op_gated_rms_norm  # noqa: F401
 from infuse.ops import layer_norm as _op_layer_norm  # noqa: F401
 from infuse.ops import norm_linear as _op_norm_linear  # noqa: F401
 from infuse.ops import packed_linear as _op_packed_linear  # noqa: F401
@@ -33,6 +34,7 @@ from infuse.patterns import (
     add_norm,
     attention,
     attention_scores,
+    gated_norm,
     layer_norm,
     metadata,
     norm_linear,
@@ -78,7 +80,13 @@ FAMILIES: tuple[Family, ...] = (
     Family(rope.KIND, rope.ANCHORS, rope.match),
 )
 # In the order in which they run: a later rule sees what the earlier ones made.
-RULES: tuple[Rule, ...] = (*add_norm.RULES, norm_linear.RULE, packed_linear.RULE, swiglu_linear.RULE)
+RULES: tuple[Rule, ...] = (
+    *gated_norm.RULES,
+    *add_norm.RULES,
+    norm_linear.RULE,
+    packed_linear.RULE,
+    swiglu_linear.RULE,
+)
 
 
 def rewrite(
@@ -109,7 +117,10 @@ def rewrite(
     if note is not None:
         for remark in remarks:
             note(remark)
-    findings = [*sites, *(finding for finding in findings if isinstance(finding, Refusal))]
+    taken = {node for site in sites if site.parts for node in site.interior}
+    # What one family refuses may be part of a composite site: it is not left as it is then.
+    refusals = [finding for finding in findings if isinstance(finding, Refusal) and finding.node not in taken]
+    findings = [*sites, *refusals]
     wanted = [finding for finding in findings if finding.kind in settings.patterns]
     for finding in sorted(wanted, key=lambda finding: view.index[_root(finding)]):
         writer.write(finding)

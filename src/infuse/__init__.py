@@ -13,6 +13,7 @@ from infuse import caches, ops
 from infuse.ops.add_layer_norm import add_layer_norm
 from infuse.ops.add_rms_norm import add_rms_norm
 from infuse.ops.attention import attention
+from infuse.ops.gated_rms_norm import gated_rms_norm
 from infuse.ops.layer_norm import layer_norm
 from infuse.ops.rms_norm import rms_norm
 from infuse.ops.rope import rope
@@ -41,6 +42,7 @@ __all__ = [
     "attention",
     "explain",
     "fuse",
+    "gated_rms_norm",
     "last_report",
     "layer_norm",
     "ops",

@@ -60,6 +60,7 @@ def _worker(rank: int, folder: str) -> None:
         for part, grad in zip(parts, grads):
             _check("add_rms_norm gradient", part.grad, grad)
     _check_layer_norm(ops, spread, x, residual, weight)
+    _check_gated_rms_norm(ops, spread, x, residual, weight)
     with torch.no_grad():
         _check("no weight", ops.rms_norm(spread(x, Shard(0)), None, 1e-5), ops.rms_norm(x, None, 1e-5))
         _check("last dimension", ops.rms_norm(spread(x, Shard(2)), None, 1e-5), ops.rms_norm(x, None, 1e-5))
@@ -111,6 +112,21 @@ def _check_layer_norm(ops: Any, spread: Any, *tensors: torch.Tensor) -> None:
         _check("add_layer_norm", y, expected_y)
         for part, grad in zip(parts, grads):
             _check("layer_norm gradient", part.grad, grad)
+
+
+def _check_gated_rms_norm(ops: Any, spread: Any, *inputs: torch.Tensor) -> None:
+    from torch.distributed.tensor import Replicate, Shard
+
+    for dim, norm_before_gate in itertools.product((0, 1), (False, True)):
+        expected = ops.gated_rms_norm(*inputs, 1e-5, norm_before_gate, "silu", 2)
+        grads = torch.autograd.grad((expected**2).sum(), inputs)
+        parts = [spread(tensor, place) for tensor, place in zip(inputs, (Shard(dim), Shard(dim), Replicate()))]
+        got = ops.gated_rms_norm(*parts, 1e-5, norm_before_gate, "silu", 2)
+        assert got.placements == (Shard(dim),), got.placements
+        (got**2).sum().backward()
+        _check("gated_rms_norm", got, expected)
+        for part, grad in zip(parts, grads):
+            _check("gated_rms_norm gradient", part.grad, grad)
 
 
 def test_two_processes_agree_with_one(tmp_path: Path) -> None:
