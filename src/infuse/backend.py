@@ -23,9 +23,10 @@ from infuse.caches import build_hash, tag_caches
 from infuse.lowering.policy import place
 from infuse.patterns.passes import rewrite
 from infuse.report import SiteRecord
-from infuse.settings import PATTERNS, Settings, resolve, split_options
+from infuse.settings import Settings, resolve, split_options
 
-for _op in PATTERNS:
+_LOWERED = ("rms_norm", "add_rms_norm", "layer_norm", "add_layer_norm", "gated_rms_norm", "swiglu", "rope", "attention")
+for _op in _LOWERED:
     importlib.import_module(f"infuse.lowering.{_op}")
 
 log = logging.getLogger("infuse")
