@@ -5,7 +5,7 @@
 True counts come from a record of an eager run (census/) or, for hand-written models, from their authors. The rewritten
 graphs run as well, and outputs and gradients are compared with float64: their error may not exceed that of the
 unchanged model. By default inference and training in fp32 and bf16 with static shapes; --quick is inference in fp32,
---all adds dynamic shapes. --compile generates code with Infuse and with stock Inductor, and stock's error is the bound.
+--all adds dynamic shapes; runs over a part of them are kept only with --output. --compile generates code with Infuse and with stock Inductor, and stock's error is the bound.
 Exit code 1 when a rewrite goes beyond the true count, or a result is less exact than the bound.
 """
 
@@ -127,7 +127,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         for entry in zoo:
             print(entry.name)
         return 0
-    root = arguments.output or (None if arguments.quick or arguments.models != "*" else RESULTS)
+    is_part = arguments.quick or arguments.only or arguments.models != "*" or arguments.files != "*"
+    root = arguments.output or (None if is_part else RESULTS)
     path = results_file(root, describe_device("cpu").name, "coverage") if root else None
     results = run(zoo, configurations(arguments), "inductor" if arguments.compile else "", path)
     rows = [result.row for result in results]
