@@ -5,7 +5,8 @@
 True counts come from a record of an eager run (census/) or, for hand-written models, from their authors. The rewritten
 graphs run as well, and outputs and gradients are compared with float64: their error may not exceed that of the
 unchanged model. By default inference and training in fp32 and bf16 with static shapes; --quick is inference in fp32,
---all adds dynamic shapes; runs over a part of them are kept only with --output. --compile generates code with Infuse and with stock Inductor, and stock's error is the bound.
+--all adds dynamic shapes; what covers only a part is kept only with --output. --compile generates code with Infuse and
+with stock Inductor, and stock's error is the bound.
 Exit code 1 when a rewrite goes beyond the true count, or a result is less exact than the bound.
 """
 
