@@ -24,7 +24,9 @@ from infuse.patterns.sites import Finding, Make, Refusal, Site
 from infuse.patterns.sizes import Size, same_shape
 
 KIND = "swiglu"
-ANCHORS = (*_ACTIVATION_ANCHORS, "glu")
+# Gates that the operator has no activation for.
+_OTHERS = ("elu", "hardswish", "leaky_relu", "mish", "softplus")
+ANCHORS = (*_ACTIVATION_ANCHORS, "glu", *_OTHERS)
 _WEAK = ("sigmoid", "relu")
 # From the anchor of a written-out gelu to the product there are six nodes; casts and copies come on top.
 _MAX_CLIMB = 12
@@ -38,6 +40,8 @@ def match(view: CanonicalGraph, anchor: Node) -> Finding | None:
         return _in_place(view, anchor)
     if view.call(anchor, "glu") is not None:
         return _glu(view, anchor)
+    if view.word(anchor) in _OTHERS:
+        return _unknown(view, anchor)
     value, steps = anchor, _CLIMBED.get(view.word(anchor), ("cast", "mul"))
     for _ in range(_MAX_CLIMB):
         found = view.only_reader(value)
@@ -97,18 +101,41 @@ def _is_gate(view: CanonicalGraph, product: Node, act: Activation, up: Node) -> 
     if act.name == "relu":
         return bool(projection(view, origin(view, up)[0]))
     other = view.strip(up, widening=True)
-    return view.call(other, "tanh", "sigmoid") is None and not _updates_a_state(view, product)
+    if view.call(other, "sigmoid") is not None:  # scores of two kinds
+        return False
+    squashed = view.call(other, "tanh")
+    if squashed is not None and not projection(view, origin(view, squashed["input"])[0]):
+        return False
+    return not _updates_a_state(view, product, squashed is not None)
 
 
-def _updates_a_state(view: CanonicalGraph, product: Node) -> bool:
-    """Whether the product is added to another one with a tanh: f * c + i * tanh(g), a recurrent cell."""
+def _updates_a_state(view: CanonicalGraph, product: Node, has_tanh: bool) -> bool:
+    """Whether the product is a term of f * c + i * tanh(g), a recurrent cell. has_tanh: it is the second one."""
+    words = ("sigmoid",) if has_tanh else ("tanh",)
     for reader in view.readers(product):
         terms = view.operands(reader, "add")
         other = None if terms is None else terms[1] if terms[0] is product else terms[0]
         factors = view.operands(view.strip(other), "mul") if other is not None else None
-        if any(view.call(view.strip(factor, widening=True), "tanh") is not None for factor in factors or ()):
+        if any(view.call(view.strip(factor, widening=True), *words) is not None for factor in factors or ()):
             return True
     return False
+
+
+def _unknown(view: CanonicalGraph, anchor: Node) -> Refusal | None:
+    """A refusal for a gated MLP with an activation that the operator has not."""
+    found, call = view.only_reader(anchor), view.call(anchor)
+    sides = view.operands(found[1], "mul") if found else None
+    if found is None or call is None or sides is None:
+        return None
+    up = sides[1] if sides[0] is found[0] else sides[0]
+    if not isinstance(up, Node) or not same_shape(view.shape(up), view.shape(anchor)) or up is call["input"]:
+        return None
+    if not all(projection(view, origin(view, node)[0]) for node in (call["input"], up)):
+        return None
+    name = view.word(anchor)
+    return _refuse(
+        found[1], f"infuse::swiglu has no {name}", "use an activation that it has: silu, gelu, relu, sigmoid"
+    )
 
 
 def _broadcasts(left: tuple[Size, ...], right: tuple[Size, ...]) -> bool:

@@ -137,6 +137,11 @@ def _others(table: _Table) -> None:
     row("cat", "tensors dim", torch.cat, torch.concat, aten="cat")
     row("stack", "tensors dim", torch.stack, aten="stack")
     row("tensor", "fill_value dtype device requires_grad pin_memory", torch.tensor)
+    row("elu", "input alpha inplace", F.elu)
+    row("hardswish", "input inplace", F.hardswish, aten="hardswish")
+    row("leaky_relu", "input negative_slope inplace", F.leaky_relu)
+    row("mish", "input inplace", F.mish, aten="mish")
+    row("softplus", "input beta threshold", F.softplus)
     for name in ("exp", "log", "cos", "sin", "abs"):
         row(name, "input", getattr(torch, name), methods=name, aten=name)
 
