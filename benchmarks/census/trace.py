@@ -80,7 +80,8 @@ class _Recorder(TorchDispatchMode):
         super().__init__()
         self.ops: list[Op] = []
         self.values: dict[int, Value] = {}
-        self.kept: list[Tensor] = []  # an id is a tensor's name only while the tensor lives
+        self.kept: dict[int, Tensor] = {}  # an id is a tensor's name only while the tensor lives
+        self.sharing: dict[int, set[int]] = {}  # storage: ids of the tensors that lie in it
         self.modules: list[str] = []
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -100,13 +101,23 @@ class _Recorder(TorchDispatchMode):
         for i, tensor in enumerate(result if isinstance(result, (tuple, list)) else (result,)):
             if isinstance(tensor, Tensor):
                 op.outputs.append(self._add(tensor, op, i))
+        if func._schema.is_mutable:
+            self._update_aliases(op, args)
         return result
+
+    def _update_aliases(self, op: Op, args: Any) -> None:
+        """What shares memory with an operator's first argument has become a result of that operator, too."""
+        written = args[0] if args and isinstance(args[0], Tensor) else None
+        for name in self.sharing.get(_storage(written), ()) if written is not None else ():
+            if name != id(written):
+                op.outputs.append(self._add(self.kept[name], op, len(op.outputs)))
 
     def _add(self, tensor: Tensor, maker: Op | None, output: int) -> Value:
         parameter = maker is None and isinstance(tensor, nn.Parameter)
         value = Value(maker, output, tuple(tensor.shape), tensor.dtype, parameter)
         self.values[id(tensor)] = value
-        self.kept.append(tensor)
+        self.kept[id(tensor)] = tensor
+        self.sharing.setdefault(_storage(tensor), set()).add(id(tensor))
         return value
 
     def _translate(self, tree: Any) -> Any:
@@ -117,6 +128,10 @@ class _Recorder(TorchDispatchMode):
         if isinstance(tree, dict):
             return {key: self._translate(item) for key, item in tree.items()}
         return tree
+
+
+def _storage(tensor: Tensor) -> int:
+    return tensor.untyped_storage()._cdata
 
 
 def record(function: Callable[..., Any], *args: Any, root: nn.Module | None = None, **kwargs: Any) -> list[Op]:

@@ -47,6 +47,13 @@ def written_softmax(scores: Tensor) -> Tensor:
     return e / e.sum(-1, keepdim=True)
 
 
+def written_in_parts() -> Tensor:
+    scores = torch.zeros(2, 4, 6, 6)
+    scores[:, :2] = Q[:, :2] @ K[:, :2].mT
+    scores[:, 2:] = Q[:, 2:] @ K[:, 2:].mT
+    return scores
+
+
 def sinks(scores: Tensor) -> Tensor:
     column = torch.zeros(4, 1, 1).expand(2, 4, 6, 1)
     return torch.cat((scores, column), -1).softmax(-1)[..., :-1]
@@ -104,6 +111,12 @@ POSITIVE: list[tuple[str, Callable[[], object], dict[str, int]]] = [
     ("rotate every two", lambda: Q * COS + rotate_every_two(Q) * SIN, {"rope": 1}),
     ("pairs", lambda: pairs(Q), {"rope": 1}),
     ("complex", lambda: complex_pairs(Q), {"rope": 1}),
+    ("scores written in parts", lambda: written_in_parts().softmax(-1) @ V, {"attention": 1}),
+    (
+        "mask in place",
+        lambda: (Q @ K.mT).mul_(0.3).masked_fill_(Q[0, 0, :, :6] > 9, -1e9).softmax(-1) @ V,
+        {"attention": 1},
+    ),
 ]
 
 NEGATIVE: list[tuple[str, Callable[[], object]]] = [
