@@ -208,7 +208,8 @@ def _bind(word: Word, node: Node) -> Arguments | None:
     arguments = dict(zip(word.params, values))
     for key, value in node.kwargs.items():
         name = key if key in word.params else ALIASES.get(key, key)
-        if word.name == "to" or name == "out" or (name in word.params and name not in arguments):
+        known = name in word.keywords or (name in word.params and name not in arguments)
+        if word.name == "to" or name == "out" or known:
             arguments[name] = value
         elif value is not None:
             return None

@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
-from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode, unset_fake_temporarily
 from torch.fx import Node
 
 KEYS = ("example_value", "val")
@@ -66,6 +66,13 @@ def _leaves(example: Any) -> Sequence[Any]:
 def undisturbed(mode: FakeTensorMode) -> Iterator[None]:
     """Fake tensors, no autograd; the grad mode is put back whatever the nodes that run here set it to."""
     with torch.no_grad(), mode:
+        yield
+
+
+@contextlib.contextmanager
+def real() -> Iterator[None]:
+    """Real tensors, no autograd: for computing with constants while a graph of fake tensors is compiled."""
+    with torch.no_grad(), unset_fake_temporarily():
         yield
 
 

@@ -64,7 +64,7 @@ class Effects:
 
     def __init__(self, view: CanonicalGraph, ambient_grad: bool) -> None:
         self.view = view
-        self.writes = list(_writes(view))
+        self.writes = list(writes(view))
         self.state = _states(view, ambient_grad)
 
     def check(self, site: Site) -> Refusal | None:
@@ -135,7 +135,8 @@ def _known_value(node: Node) -> Any:
         return None
 
 
-def _writes(view: CanonicalGraph) -> Iterator[Write]:
+def writes(view: CanonicalGraph) -> Iterator[Write]:
+    """The nodes that write to storages, in order."""
     for index, node in enumerate(view.nodes):
         targets = [] if view.word(node) else _written(view, node)
         touched = frozenset[int]().union(*(storages(_known_value(target)) for target in targets))

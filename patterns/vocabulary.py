@@ -3,7 +3,8 @@ operation.
 
 A row is a `Word`: the canonical name, the names of the parameters in order, and the targets that are read so. Only
 forms that write nowhere are listed; what is not listed is opaque to the matchers. Parameters marked "!" hold dimensions
-of the input and are read as a tuple of non-negative numbers; "*" collects the rest of the positional arguments.
+of the input and are read as a tuple of non-negative numbers; "*" collects the rest of the positional arguments; those
+behind a "|" are given by keyword only.
 """
 
 from __future__ import annotations
@@ -36,22 +37,25 @@ class Word:
     """One way to read a target.
 
     name: canonical name. params: parameters by position. dims: those that hold dimensions. variadic: the last one
-    collects.
+    collects. keywords: parameters that have no position.
     """
 
     name: str
     params: tuple[str, ...]
     dims: frozenset[str]
     variadic: bool
+    keywords: frozenset[str] = frozenset()
 
 
 def _word(name: str, params: str) -> Word:
-    tokens = params.split()
+    positional, _, keywords = params.partition("|")
+    tokens = positional.split()
     return Word(
         name,
         tuple(token.rstrip("!*") for token in tokens),
         frozenset(token.rstrip("!*") for token in tokens if "!" in token),
         tokens[-1].endswith("*"),
+        frozenset(keywords.split()),
     )
 
 
@@ -236,10 +240,69 @@ def _views(table: _Table) -> None:
     row("item", "input", methods="item", aten="item")
 
 
+def _comparisons(table: _Table) -> None:
+    """What masks are computed with; on bool tensors the bitwise operators are the logical ones."""
+    row = table.row
+    binary = "input other"
+    for name, others in _COMPARISONS.items():
+        functions = [getattr(torch, other) for other in others]
+        methods = " ".join((f"__{name}__", *others))
+        row(name, binary, getattr(operator, name), *functions, methods=methods, aten=f"{name}.Tensor {name}.Scalar")
+    for name in ("and", "or", "xor"):
+        method = f"__{name}__ __r{name}__ bitwise_{name}"
+        function = getattr(operator, f"{name}_" if name != "xor" else name)
+        aten = f"bitwise_{name}.Tensor bitwise_{name}.Scalar __{name}__.Tensor __{name}__.Scalar"
+        row(f"bitwise_{name}", binary, function, getattr(torch, f"bitwise_{name}"), methods=method, aten=aten)
+        word = f"logical_{name}"
+        row(word, binary, getattr(torch, word), methods=word, aten=word)
+    row("bitwise_not", "input", operator.invert, torch.bitwise_not, methods="__invert__ bitwise_not", aten="bitwise_not")
+    row("logical_not", "input", torch.logical_not, methods="logical_not", aten="logical_not")
+    row("floor_divide", binary, operator.floordiv, torch.floor_divide, methods="__floordiv__ floor_divide")
+    row("floor_divide", binary, aten="floor_divide floor_divide.Scalar")
+    row("remainder", binary, operator.mod, torch.remainder, methods="__mod__ remainder")
+    row("remainder", binary, aten="remainder.Tensor remainder.Scalar")
+    row("minimum", binary, torch.minimum, methods="minimum", aten="minimum")
+    row("where", "input condition other", methods="where")
+
+
+_COMPARISONS = {
+    "lt": ("lt", "less"),
+    "le": ("le", "less_equal"),
+    "gt": ("gt", "greater"),
+    "ge": ("ge", "greater_equal"),
+    "eq": ("eq",),
+    "ne": ("ne", "not_equal"),
+}
+
+
+def _index_makers(table: _Table) -> None:
+    """Tensors made of nothing but their positions, and what cuts triangles and pieces out of them."""
+    row = table.row
+    options = "| dtype layout device pin_memory requires_grad memory_format"
+    row("arange", f"first second third {options} start end step", torch.arange)
+    row("arange", f"first second third {options}", aten="arange arange.start arange.start_step")
+    row("full", f"size fill_value {options}", torch.full, aten="full")
+    row("full", f"input fill_value {options}", torch.full_like, aten="full_like")
+    row("full", f"input size fill_value {options}", methods="new_full", aten="new_full")
+    for name in ("zeros", "ones"):
+        row(name, f"size* {options}", getattr(torch, name), aten=name)
+        row(name, f"input {options}", getattr(torch, f"{name}_like"), aten=f"{name}_like")
+        row(name, f"input size* {options}", methods=f"new_{name}", aten=f"new_{name}")
+    row("eye", f"n m {options}", torch.eye, aten="eye eye.m")
+    for name in ("tril", "triu"):
+        row(name, "input diagonal", getattr(torch, name), methods=name, aten=name)
+    row("cumsum", "input dim! dtype", torch.cumsum, methods="cumsum", aten="cumsum")
+    row("diff", "input n dim prepend append", torch.diff, methods="diff", aten="diff")
+    row("pad", "input pad mode value", F.pad, aten="pad")
+    row("pad", "input pad value", aten="constant_pad_nd")
+    row("index_select", "input dim index", torch.index_select, methods="index_select", aten="index_select")
+    row("to", "input", methods="bool int long")
+
+
 @functools.cache
 def _table() -> _Table:
     table = _Table()
-    for part in (_pointwise, _reductions, _casts, _complex, _views, _others):
+    for part in (_pointwise, _comparisons, _reductions, _casts, _complex, _views, _index_makers, _others):
         part(table)
     return table
 
