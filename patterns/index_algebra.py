@@ -9,11 +9,9 @@ atom (`Element`): equal to itself and to nothing else. Bounds are proven, never 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Hashable, Iterable
 from dataclasses import dataclass
 from typing import Any
-
-from torch.fx import Node
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,7 +35,7 @@ class Symbol:
 class Element:
     """An element of a tensor of which nothing is known. version: how often the tensor had been written to."""
 
-    node: Node
+    source: Hashable
     indices: tuple[Linear, ...]
     version: int = 0
 
@@ -246,7 +244,7 @@ def mapped(value: Linear, change: Callable[[Atom], Linear | None]) -> Linear:
 
 def _inside(atom: Atom, change: Callable[[Atom], Linear | None]) -> Linear:
     if isinstance(atom, Element):
-        return of(Element(atom.node, tuple(mapped(index, change) for index in atom.indices), atom.version))
+        return of(Element(atom.source, tuple(mapped(index, change) for index in atom.indices), atom.version))
     if isinstance(atom, Quotient):
         return quotient(mapped(atom.dividend, change), atom.divisor)
     if isinstance(atom, Absolute):
@@ -285,7 +283,7 @@ def substituted(formula: Formula, change: Callable[[Atom], Linear | None]) -> Fo
         return result if formula.holds else negated(result)
     if isinstance(formula, IsTrue):
         indices = tuple(mapped(index, change) for index in formula.element.indices)
-        return IsTrue(Element(formula.element.node, indices, formula.element.version), formula.holds)
+        return IsTrue(Element(formula.element.source, indices, formula.element.version), formula.holds)
     parts = [substituted(part, change) for part in formula.parts]
     return all_of(parts) if isinstance(formula, All) else any_of(parts)
 
@@ -293,15 +291,19 @@ def substituted(formula: Formula, change: Callable[[Atom], Linear | None]) -> Fo
 def atoms(value: Linear | Formula | Element) -> frozenset[Atom]:
     """Every atom in an expression, inner ones included; sizes of coordinates do not count."""
     if isinstance(value, Element):
-        return frozenset({value}).union(*(atoms(index) for index in value.indices))
+        return frozenset[Atom]({value}).union(*(atoms(index) for index in value.indices))
     if isinstance(value, Linear):
-        found: set[Atom] = set()
-        for atom, _ in value.terms:
-            inner = {Element: lambda a: atoms(a), Quotient: lambda a: atoms(a.dividend), Absolute: lambda a: atoms(a.value)}
-            found |= {atom, *(inner[type(atom)](atom) if type(atom) in inner else ())}
-        return frozenset(found)
+        return frozenset[Atom]().union(*(_with_inner(atom) for atom, _ in value.terms))
     if isinstance(value, (AtMost, IsZero)):
         return atoms(value.value)
     if isinstance(value, IsTrue):
         return atoms(value.element)
     return frozenset[Atom]().union(*(atoms(part) for part in value.parts))
+
+
+def _with_inner(atom: Atom) -> frozenset[Atom]:
+    if isinstance(atom, Element):
+        return atoms(atom)
+    if isinstance(atom, Quotient):
+        return atoms(atom.dividend) | {atom}
+    return atoms(atom.value) | {atom} if isinstance(atom, Absolute) else frozenset({atom})

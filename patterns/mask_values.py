@@ -112,7 +112,7 @@ def replaced(value: Value, change: Callable[[Atom], Linear | None]) -> Value:
     if isinstance(value, Linear):
         return mapped(value, change)
     if isinstance(value, Element):
-        return Element(value.node, tuple(mapped(index, change) for index in value.indices), value.version)
+        return Element(value.source, tuple(mapped(index, change) for index in value.indices), value.version)
     return value if isinstance(value, Number) else substituted(value, change)
 
 
@@ -262,7 +262,9 @@ def compare(word: str, left: Leaf, right: Leaf) -> Formula | None:
         return None
     if word in ("eq", "ne"):
         return is_zero(first - second) if word == "eq" else negated(is_zero(first - second))
-    return at_most({"lt": first - second + 1, "le": first - second, "gt": second - first + 1, "ge": second - first}[word])
+    return at_most(
+        {"lt": first - second + 1, "le": first - second, "gt": second - first + 1, "ge": second - first}[word]
+    )
 
 
 def _integer(leaf: Leaf) -> Linear | None:

@@ -29,12 +29,12 @@ def linear(value: object) -> Linear | None:
         return Linear(constant=value)
     if not isinstance(value, torch.SymInt):
         return None
-    known = value.node.maybe_as_int()  # type: ignore[attr-defined]
+    known = value.node.maybe_as_int()
     return Linear(constant=known) if known is not None else _symbolic(value)
 
 
 def _symbolic(value: torch.SymInt) -> Linear:
-    node = value.node  # type: ignore[attr-defined]
+    node = value.node
     result = Linear()
     coefficients = node.expr.expand().as_coefficients_dict()
     if not all(factor.is_Integer for factor in coefficients.values()):

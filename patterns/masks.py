@@ -33,12 +33,11 @@ from infuse.patterns.index_algebra import (
     Linear,
     Quotient,
     atoms,
-    highest,
     lowest,
-    negated,
     of,
     substituted,
 )
+from infuse.patterns.made_masks import made_value
 from infuse.patterns.mask_reader import MaskReader
 from infuse.patterns.mask_values import (
     FORMULAS,
@@ -46,16 +45,11 @@ from infuse.patterns.mask_values import (
     Number,
     Value,
     as_formula,
-    cast,
-    choose,
     combine,
-    constant,
     leaves,
-    literal,
-    spread,
 )
 from infuse.patterns.mask_views import aligned, linear
-from infuse.patterns.sites import Make, arguments_of
+from infuse.patterns.sites import arguments_of
 from infuse.patterns.sizes import Size, same_size
 
 VANISHING = -1e4
@@ -68,9 +62,9 @@ class MaskFacts:
     upper, lower: only keys i + lower <= j <= i + upper are attended to; None: no such bound. The bounds are integers,
     sizes, or elements of tensors such as a cache's position. chunk: only keys of the query's own chunk of that many.
     padding: there is a condition on the key that is the same for all queries. exact: the mask is nothing but these
-    together; otherwise they are necessary only, and the tensor says the rest. fills: the constants that stand for "not
-    attended" in a float mask. finite: no element is infinite. empty_rows: False if each query attends to some key; None
-    if that is not known.
+    together; otherwise they are necessary only, and the tensor says the rest.
+    fills: the constants that stand for "not attended" in a float mask. finite: it is a float mask, and no element is
+    infinite. empty_rows: False if each query attends to some key; None if that is not known.
     """
 
     all_true: bool = False
@@ -136,20 +130,21 @@ def facts(view: CanonicalGraph, mask: object, shape: Sequence[Size], readers: Se
 
 def _facts(reader: MaskReader, mask: object, shape: Sequence[Size], time: int) -> MaskFacts:
     axes = [_axis(name, size) for name, size in zip("bhij", shape)]
-    value = _value(reader, mask, shape, tuple(axes), time)
-    if value is None:
+    made = made_value(reader, mask, shape, tuple(axes), time)
+    if made is None:
         return UNKNOWN
+    value = made[0]
     found = _read_structure(_attended(value, otherwise=True))
     row_reads = _attended(value, otherwise=False)
     numbers = [] if isinstance(value, FORMULAS) else [leaf for leaf, _ in leaves(value)]
     known = [leaf.value for leaf in numbers if isinstance(leaf, Number)]
-    plain = all(isinstance(leaf, Number) and (leaf.value == 0 or leaf.value <= VANISHING) for leaf in numbers)
+    plain = isinstance(value, FORMULAS) or _is_plain(value)
     return replace(
         found,
         all_true=found.all_true and plain,
         exact=found.exact and plain,
         fills=frozenset(number for number in known if number <= VANISHING),
-        finite=len(known) == len(numbers) and all(math.isfinite(number) for number in known),
+        finite=bool(numbers) and len(known) == len(numbers) and all(math.isfinite(number) for number in known),
         empty_rows=False if _reaches_all_rows(row_reads, axes[2], shape) else None,
     )
 
@@ -238,14 +233,76 @@ def _reaches_all_rows(formula: Formula, row: Linear, shape: Sequence[Size]) -> b
     return False
 
 
-def _value(reader: MaskReader, mask: object, shape: Sequence[Size], axes: tuple[Linear, ...], time: int) -> Value | None:
-    """The element of a mask, or of what is made of masks, in row i and column j."""
-    if isinstance(mask, Node):
-        tensor = reader.view.tensor(mask)
-        if tensor is None:
-            return linear(reader.view.value(mask))
-        own = aligned(tuple(tensor.shape), shape, axes)
-        return None if own is None else reader.value(mask, own, time)
-    if isinstance(mask, (bool, int, float)):
-        return literal(mask)
-    return None
+@dataclass(frozen=True, slots=True)
+class ProvenMask:
+    """The operator's arguments for a mask, after what could be proven of it.
+
+    mask, is_causal, masked_rows: the operator's. words: what was proven. rounding: where the source's constant is not
+    quite "not attended", for numerics="exact".
+    """
+
+    mask: object
+    is_causal: bool
+    masked_rows: str
+    words: tuple[str, ...]
+    rounding: str = ""
+
+
+def prove(
+    view: CanonicalGraph, mask: object, masked_rows: str, shape: Sequence[Size], readers: Sequence[Node]
+) -> ProvenMask:
+    """The mask in the cheapest form that is provably the same: none, `is_causal`, a bool mask, or as it is.
+
+    mask: a node or a `Make` that broadcasts to shape [B, H, S, T]. masked_rows: what the source gives for a row that is
+    masked whole. readers: the source's nodes that read the mask, the last one where the operator will stand.
+    """
+    found = facts(view, mask, shape, readers)
+    no_rows = "zeros" if masked_rows == "zeros" else "none"
+    rounding = _rounding(found)
+    if found.all_true:
+        return ProvenMask(None, False, no_rows, ("mask proven all true",))
+    if found.is_causal and same_size(shape[2], shape[3]):
+        return ProvenMask(None, True, no_rows, ("causal mask proven",), rounding)
+    words = (f"{found.structure} proven",) if found.structure else ("mask kept",)
+    if found.empty_rows is False or (found.finite and masked_rows == "nan"):
+        masked_rows = no_rows
+    condition = _condition(view, mask, found, shape, readers)
+    if condition is None:
+        return ProvenMask(mask, False, masked_rows, words)
+    return ProvenMask(condition, False, masked_rows, (*words, "bool mask instead of a float one"), rounding)
+
+
+def _rounding(found: MaskFacts) -> str:
+    """What numerics="exact" has against reading a constant as "not attended"."""
+    largest = max(found.fills, default=-math.inf)
+    return "" if largest <= -1e30 else f"keys that are masked by {largest:g} are left out"
+
+
+def _condition(
+    view: CanonicalGraph, mask: object, found: MaskFacts, shape: Sequence[Size], readers: Sequence[Node]
+) -> Node | None:
+    """The bool tensor in the graph that a float mask says the same as: c in where(condition, 0, c)."""
+    call = view.call(mask, "where")
+    exact = found.fills == {-math.inf} or found.empty_rows is False
+    condition = call["condition"] if call is not None else None
+    if not found.fills or not exact or not isinstance(condition, Node) or not isinstance(mask, Node):
+        return None
+    tensor = view.tensor(condition)
+    if tensor is None or tensor.dtype != torch.bool or not 2 <= tensor.dim() <= 4:
+        return None
+    reader, _ = _readers[view]
+    indices = tuple(_axis(name, size) for name, size in zip("bhij", shape))
+    own = aligned(tuple(tensor.shape), shape, indices)
+    place = view.index[readers[-1]]
+    if own is None or len(reader.writes_before(condition, place)) != len(
+        reader.writes_before(condition, view.index[mask])
+    ):
+        return None
+    made = made_value(reader, mask, shape, indices, place)
+    same = made is not None and _is_plain(made[0]) and _attended(made[0], True) == reader.value(condition, own, place)
+    return condition if same else None
+
+
+def _is_plain(value: Value) -> bool:
+    """Whether a float mask is 0 where keys are attended to, and vanishing elsewhere."""
+    return all(isinstance(leaf, Number) and (leaf.value == 0 or leaf.value <= VANISHING) for leaf, _ in leaves(value))

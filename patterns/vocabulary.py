@@ -255,7 +255,8 @@ def _comparisons(table: _Table) -> None:
         row(f"bitwise_{name}", binary, function, getattr(torch, f"bitwise_{name}"), methods=method, aten=aten)
         word = f"logical_{name}"
         row(word, binary, getattr(torch, word), methods=word, aten=word)
-    row("bitwise_not", "input", operator.invert, torch.bitwise_not, methods="__invert__ bitwise_not", aten="bitwise_not")
+    row("bitwise_not", "input", operator.invert, torch.bitwise_not, methods="__invert__ bitwise_not")
+    row("bitwise_not", "input", aten="bitwise_not")
     row("logical_not", "input", torch.logical_not, methods="logical_not", aten="logical_not")
     row("floor_divide", binary, operator.floordiv, torch.floor_divide, methods="__floordiv__ floor_divide")
     row("floor_divide", binary, aten="floor_divide floor_divide.Scalar")
