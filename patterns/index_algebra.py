@@ -9,6 +9,7 @@ atom (`Element`): equal to itself and to nothing else. Bounds are proven, never 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Hashable, Iterable
 from dataclasses import dataclass
 from typing import Any
@@ -177,7 +178,10 @@ def at_most(value: Linear) -> Formula:
     high, low = highest(value), lowest(value)
     if high is not None and high <= 0:
         return TRUE
-    return FALSE if low is not None and low > 0 else AtMost(value)
+    if low is not None and low > 0:
+        return FALSE
+    factor = _common_factor(value)
+    return AtMost(Linear(_divided(value, factor), -(-value.constant // factor)))
 
 
 def is_zero(value: Linear) -> Formula:
@@ -185,9 +189,18 @@ def is_zero(value: Linear) -> Formula:
     high, low = highest(value), lowest(value)
     if low is not None and high is not None and low == high == 0:
         return TRUE
-    if (high is not None and high < 0) or (low is not None and low > 0):
+    factor = _common_factor(value)
+    if (high is not None and high < 0) or (low is not None and low > 0) or value.constant % factor:
         return FALSE
-    return IsZero(value)
+    return IsZero(Linear(_divided(value, factor), value.constant // factor))
+
+
+def _common_factor(value: Linear) -> int:
+    return math.gcd(*(factor for _, factor in value.terms)) or 1
+
+
+def _divided(value: Linear, divisor: int) -> frozenset[tuple[Atom, int]]:
+    return frozenset((atom, factor // divisor) for atom, factor in value.terms)
 
 
 def negated(formula: Formula) -> Formula:
@@ -204,7 +217,7 @@ def negated(formula: Formula) -> Formula:
 
 def all_of(formulas: Iterable[Formula]) -> Formula:
     """The conjunction; of bounds on one expression the tightest is kept."""
-    parts = _merged(formulas, All, max)
+    parts = _merged(formulas, All, max, 0)
     if FALSE in parts or any(negated(part) in parts for part in parts if not isinstance(part, (All, Any_))):
         return FALSE
     return next(iter(parts)) if len(parts) == 1 else All(parts)
@@ -212,16 +225,19 @@ def all_of(formulas: Iterable[Formula]) -> Formula:
 
 def any_of(formulas: Iterable[Formula]) -> Formula:
     """The disjunction; of bounds on one expression the loosest is kept."""
-    parts = _merged(formulas, Any_, min)
+    parts = _merged(formulas, Any_, min, 1)
     if TRUE in parts or any(negated(part) in parts for part in parts if not isinstance(part, (All, Any_))):
         return TRUE
     return next(iter(parts)) if len(parts) == 1 else Any_(parts)
 
 
 def _merged(
-    formulas: Iterable[Formula], kind: type[All] | type[Any_], choose: Callable[[int, int], int]
+    formulas: Iterable[Formula], kind: type[All] | type[Any_], choose: Callable[[int, int], int], edge: int
 ) -> frozenset[Formula]:
-    """The parts without nesting, one bound for each expression."""
+    """The parts without nesting, one bound for each expression.
+
+    edge: v <= 0 and v != 0 is v <= -1 in a conjunction; v <= -1 or v == 0 is v <= 0 in a disjunction.
+    """
     bounds: dict[frozenset[tuple[Atom, int]], int] = {}
     parts: set[Formula] = set()
     for formula in formulas:
@@ -231,6 +247,11 @@ def _merged(
                 bounds[terms] = choose(bounds.get(terms, constant), constant)
             else:
                 parts.add(part)
+    for part in [part for part in parts if isinstance(part, IsZero) and part.holds == bool(edge)]:
+        for side in (part.value, -part.value):
+            if bounds.get(side.terms) == side.constant + edge:
+                bounds[side.terms] = side.constant + 1 - edge
+                parts.discard(part)
     return frozenset({*parts, *(AtMost(Linear(terms, constant)) for terms, constant in bounds.items())})
 
 

@@ -77,11 +77,11 @@ def choose(condition: Formula, then: Value, otherwise: Value) -> Value:
         return then
     if condition == FALSE:
         return otherwise
-    if isinstance(then, FORMULAS) and isinstance(otherwise, FORMULAS):
-        return any_of([all_of([condition, then]), all_of([negated(condition), otherwise])])
     pinned = _pinned(condition)
     if pinned is not None and replaced(then, pinned) == replaced(otherwise, pinned):
         return otherwise
+    if isinstance(then, FORMULAS) and isinstance(otherwise, FORMULAS):
+        return any_of([all_of([condition, then]), all_of([negated(condition), otherwise])])
     return Choice(condition, then, otherwise)
 
 

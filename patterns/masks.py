@@ -89,14 +89,13 @@ class MaskFacts:
         if self.all_true:
             return "all true"
         words = []
-        window = None if self.lower is None or self.lower.terms else 1 - self.lower.constant
-        if self.upper is not None and self.lower is not None and self.upper == Linear() and window is not None:
-            words.append(f"sliding window {window}")
-        elif self.upper is not None:
-            words.append("causal" if self.upper == Linear() else "causal with offset")
-            words += ["bounded below"] if self.lower is not None else []
-        elif self.lower is not None:
-            words.append("bounded below")
+        lower, upper = self.lower, self.upper
+        if lower is not None and upper is not None and not lower.terms and not upper.terms:
+            band = f"keys from {lower.constant} to {upper.constant} beside the query"
+            words.append(f"sliding window {1 - lower.constant}" if not upper.constant else band)
+        else:
+            words += ["causal" if upper == Linear() else "causal with offset"] if upper is not None else []
+            words += ["bounded below"] if lower is not None else []
         words += [f"chunks of {self.chunk}"] if self.chunk is not None else []
         words += ["padding"] if self.padding else []
         return ", ".join(words)
@@ -160,7 +159,7 @@ def _attended(value: Value, otherwise: bool) -> Formula:
 
     def attends(leaf: Leaf) -> Formula:
         if isinstance(leaf, Number):
-            return FALSE if not leaf.value > VANISHING else TRUE
+            return FALSE if leaf.value <= VANISHING else TRUE
         return TRUE if otherwise else FALSE
 
     if isinstance(value, FORMULAS):
@@ -199,16 +198,19 @@ def _with_condition(found: MaskFacts, part: Formula) -> MaskFacts:
 
 
 def _chunk(part: Formula) -> int | None:
-    """The divisor in (j + c) // divisor == (i + c) // divisor."""
+    """The divisor in j // divisor == i // divisor."""
     if not isinstance(part, IsZero) or not part.holds or part.value.constant or len(part.value.terms) != 2:
         return None
     (left, one), (right, other) = part.value.terms
     if not isinstance(left, Quotient) or not isinstance(right, Quotient) or one + other:
         return None
-    difference = left.dividend - right.dividend
-    names = sorted((atom.name, factor) for atom, factor in difference.terms if isinstance(atom, Coordinate))
-    same = not difference.constant and len(difference.terms) == 2 and left.divisor == right.divisor
-    return left.divisor if same and names in ([("i", 1), ("j", -1)], [("i", -1), ("j", 1)]) else None
+    names = {_only_name(left.dividend), _only_name(right.dividend)}
+    return left.divisor if left.divisor == right.divisor and names == {"i", "j"} else None
+
+
+def _only_name(value: Linear) -> str:
+    """The name of a coordinate that is the whole expression."""
+    return next((atom.name for atom, _ in value.terms if isinstance(atom, Coordinate) and value == of(atom)), "")
 
 
 def _names(formula: Formula) -> set[str]:

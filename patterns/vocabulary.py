@@ -146,6 +146,7 @@ def _others(table: _Table) -> None:
     row("leaky_relu", "input negative_slope inplace", F.leaky_relu)
     row("mish", "input inplace", F.mish, aten="mish")
     row("softplus", "input beta threshold", F.softplus)
+    row("abs", "input", operator.abs, methods="__abs__")
     for name in ("exp", "log", "cos", "sin", "abs"):
         row(name, "input", getattr(torch, name), methods=name, aten=name)
 
@@ -294,7 +295,7 @@ def _index_makers(table: _Table) -> None:
         row(name, "input diagonal", getattr(torch, name), methods=name, aten=name)
     row("cumsum", "input dim! dtype", torch.cumsum, methods="cumsum", aten="cumsum")
     row("diff", "input n dim prepend append", torch.diff, methods="diff", aten="diff")
-    row("pad", "input pad mode value", F.pad, aten="pad")
+    row("pad", "input pad mode value", F.pad, torch._C._nn.pad, aten="pad")
     row("pad", "input pad value", aten="constant_pad_nd")
     row("index_select", "input dim index", torch.index_select, methods="index_select", aten="index_select")
     row("to", "input", methods="bool int long")
