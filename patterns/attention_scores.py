@@ -16,7 +16,7 @@ from infuse.patterns.attention_operands import Operand, Roles
 from infuse.patterns.axes import Axes, flat, fresh, leaves, resolved
 from infuse.patterns.canonical import CanonicalGraph
 from infuse.patterns.contractions import Contraction
-from infuse.patterns.probabilities import Output, leads_to_values, outwards
+from infuse.patterns.probabilities import Output, leads_to_values, outwards, tests_of_rows
 from infuse.patterns.score_steps import MAX_STEPS, STEPS, Scores, biased, reaches_product
 from infuse.patterns.sites import Finding, Refusal
 
@@ -53,14 +53,14 @@ def match(view: CanonicalGraph, anchor: Node) -> Finding | None:
     if dims is None or len(dims) != 1:
         return None
     axes = tuple(fresh(size) for size in shape)
-    start = Scores(call["input"], axes, axes[dims[0]], trail=(anchor,))
+    start = Scores(call["input"], axes, axes[dims[0]], trail=(anchor, *tests_of_rows(view, anchor, call["input"])))
     scores = _inwards(view, start)
     if not isinstance(scores, Scores):
         return scores and replace(scores, node=anchor)
     product = _roles(view, scores)
     if product is None:
         return refuse(anchor, f"the softmax is over dimension {dims}", "let the keys be the last dimension")
-    output = outwards(view, anchor, axes, scores)
+    output = outwards(view, anchor, call["input"], axes, scores)
     if not isinstance(output, Output):
         return output
     if _is_router(view, product, output):

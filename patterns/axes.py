@@ -94,25 +94,20 @@ def _take(remaining: list[Axis], size: Size, whole: Collection[Axis]) -> Axes | 
             return None
         axis = remaining.pop(0)
         if not divides(product * axis.size, size):
-            parts = _split(axis, product, size)
-            if parts is None or axis in whole:
+            if not divides(product, size):
                 return None
-            axis.parts = parts
-            remaining.insert(0, parts[1])
-            axis = parts[0]
+            outer = size // product
+            if same_size(outer, axis.size):
+                return (*taken, axis)
+            if axis in whole or same_size(outer, 1) or not divides(outer, axis.size):
+                return None
+            axis.parts = (Axis(outer), Axis(axis.size // outer))
+            remaining.insert(0, axis.parts[1])
+            axis = axis.parts[0]
         taken.append(axis)
         product = product * axis.size
+    learn(tuple(taken), size)
     return tuple(taken)
-
-
-def _split(axis: Axis, product: Size, size: Size) -> tuple[Axis, Axis] | None:
-    """The axis in two, the outer one filling a dimension of `size` of which `product` is taken."""
-    if not divides(product, size):
-        return None
-    outer = size // product
-    if not divides(outer, axis.size) or same_size(outer, 1):
-        return None
-    return Axis(outer), Axis(axis.size // outer)
 
 
 def permuted(dims: Dims, order: Sequence[int]) -> Dims:

@@ -6,13 +6,14 @@ from dataclasses import dataclass, replace
 
 from torch.fx import Node
 
-from infuse.patterns import contractions
+from infuse.patterns import contractions, masked_rows
 from infuse.patterns.attention import refuse
 from infuse.patterns.attention_operands import Operand
 from infuse.patterns.axes import Axes, Dims, flat, leaves, permuted, regroup, resolved
 from infuse.patterns.canonical import CanonicalGraph
 from infuse.patterns.contractions import PRODUCTS
-from infuse.patterns.score_masks import Filled, negated
+from infuse.patterns.scales import constant
+from infuse.patterns.score_masks import Filled
 from infuse.patterns.score_steps import Scores
 from infuse.patterns.sites import Refusal
 from infuse.patterns.sizes import same_size
@@ -40,8 +41,9 @@ class Output:
 
 @dataclass(frozen=True, slots=True)
 class _Weights:
-    """The probabilities under the name `node`; sliced: whether a sink's column is cut off."""
+    """The probabilities under the name `node`, made from `scores`; sliced: whether a sink's column is cut off."""
 
+    scores: Node
     node: Node
     dims: Dims
     trail: tuple[Node, ...] = ()
@@ -71,9 +73,9 @@ def leads_to_values(view: CanonicalGraph, probabilities: Node) -> bool:
     return False
 
 
-def outwards(view: CanonicalGraph, softmax: Node, dims: Dims, scores: Scores) -> Output | Refusal:
-    """The product with v."""
-    weights = _Weights(softmax, dims)
+def outwards(view: CanonicalGraph, softmax: Node, source: Node, dims: Dims, scores: Scores) -> Output | Refusal:
+    """The product with v; source: what the softmax is of."""
+    weights = _Weights(source, softmax, dims)
     while True:
         trail: list[Node] = []
         found = view.only_reader(weights.node, trail)
@@ -143,25 +145,37 @@ def _safe(view: CanonicalGraph, weights: _Weights, reader: Node, scores: Scores)
     zeroed = replace(weights.past(reader), zero_rows=True, words=(*weights.words, "zeros where all is masked"))
     if call.name == "nan_to_num":
         return zeroed if call["nan"] in (None, 0, 0.0) and call["input"] is weights.node else None
-    if call.name == "masked_fill":
-        zero, where = call["value"], True
-    else:
-        where = call["other"] is weights.node
-        zero = call["input"] if where else call["other"]
-    if not (isinstance(zero, (int, float)) and zero == 0):
+    condition, where = _zeroing(view, reader, weights.node)
+    if condition is None:
         return None
-    mask, where = _plain(view, call["condition"] if call.name == "where" else call["mask"], where)
+    if masked_rows.test_of_scores(view, condition, where, weights.scores) is not None:
+        return zeroed
     if len(scores.masks) != 1 or not isinstance(scores.masks[0], Filled):
         return None
-    overwritten = scores.masks[0]
-    return zeroed if _plain(view, overwritten.condition, overwritten.where) == (mask, where) else None
+    return zeroed if masked_rows.is_test_of_mask(view, condition, where, scores.masks[0]) else None
 
 
-def _plain(view: CanonicalGraph, condition: object, where: bool) -> tuple[object, bool]:
-    """A condition without negations, and whether it is set or not where it counts."""
-    while isinstance(condition, Node) and (inner := negated(view, condition)) is not None:
-        condition, where = inner, not where
-    return condition, where
+def _zeroing(view: CanonicalGraph, reader: Node, weights: Node) -> tuple[object, bool]:
+    """The condition that overwrites the probabilities by zero, and whether it does where it is set."""
+    call = view.call(reader, "where", "masked_fill")
+    if call is None:
+        return None, False
+    if call.name == "masked_fill":
+        zero, where, condition = call["value"], True, call["mask"]
+    else:
+        where, condition = call["other"] is weights, call["condition"]
+        zero = call["input"] if where else call["other"]
+    return (condition, where) if constant(view, zero) == 0.0 else (None, False)
+
+
+def tests_of_rows(view: CanonicalGraph, softmax: Node, scores: Node) -> list[Node]:
+    """The nodes that test the softmax's input for rows that are masked whole, to zero its result there."""
+    for reader in view.readers(softmax):
+        condition, where = _zeroing(view, reader, softmax)
+        tests = masked_rows.test_of_scores(view, condition, where, scores)
+        if tests is not None:
+            return tests
+    return []
 
 
 def _values(view: CanonicalGraph, softmax: Node, weights: _Weights, reader: Node, scores: Scores) -> Output | Refusal:

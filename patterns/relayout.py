@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -81,8 +82,10 @@ class Relayout:
             return size
         for node in self.sources:
             for dim, own in enumerate(self.view.shape(node)):
-                if same_size(own, size):
-                    return Make(torch.ops.aten.sym_size.int, (node, dim))
+                ratio = _ratio(own, size)
+                if ratio is not None:
+                    read = Make(torch.ops.aten.sym_size.int, (node, dim))
+                    return read if ratio == 1 else Make(operator.floordiv, (read, ratio))
         return None
 
     def _rearrange(
@@ -132,6 +135,16 @@ class Relayout:
                     return False
                 steps.append(_broadcast(dim, size, len(placed)))
         return True
+
+
+def _ratio(whole: Size, part: Size) -> int | None:
+    """How often a symbolic size is contained in another, if that is a number."""
+    if type(whole) is int or type(part) is int:
+        return None
+    if same_size(whole, part):
+        return 1
+    quotient = whole.node.expr / part.node.expr  # type: ignore[union-attr]
+    return int(quotient) if quotient.is_Integer and quotient > 0 else None
 
 
 def _broadcast(dim: int, size: object, rank: int) -> Step:

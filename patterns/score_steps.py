@@ -303,5 +303,7 @@ def _is_like(view: CanonicalGraph, source: Node, node: Node) -> bool:
     """Whether a value can be the scores that `node` was made from: both have the same queries."""
     if source.op not in ("call_function", "call_method"):
         return False
+    if view.word(node) in ("reshape", "permute"):
+        return True
     before, after = view.shape(source), view.shape(node)
     return len(before) >= 2 and len(after) >= 2 and same_size(before[-2], after[-2])

@@ -167,7 +167,7 @@ def _reductions(table: _Table) -> None:
     row("softmax", "input dim! dtype", torch.softmax, torch.special.softmax, methods="softmax", aten="softmax.int")
     row("softmax", "input dim! _stacklevel dtype", F.softmax)
     row("matmul", "input other", torch.matmul, operator.matmul, methods="matmul __matmul__", aten="matmul")
-    row("bmm", "input other", torch.bmm, methods="bmm", aten="bmm")
+    row("bmm", "input other", torch.bmm, torch.mm, methods="bmm mm", aten="bmm mm")
     row("baddbmm", "input batch1 batch2 beta alpha", torch.baddbmm, methods="baddbmm", aten="baddbmm")
     row("einsum", "equation operands*", torch.einsum, torch.functional.einsum, aten="einsum")
     row("max", "input dim! keepdim", torch.max, methods="max", aten="max.dim")
