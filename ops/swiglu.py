@@ -11,6 +11,8 @@
     sigmoid       sigmoid(g)                                GLU, as torch.nn.functional.glu
     relu          max(g, 0)                                 ReGLU
     relu_squared  max(g, 0)^2
+    tanh          tanh(g)
+    mish          g * tanh(log(1 + exp(g)))
 
 act is evaluated in float32 at least and rounded once to gate's dtype, then multiplied; for `sigmoid` only the product
 is rounded, as in torch's own glu. Shapes: gate, up, out [..., F], one dtype, any float; out is contiguous. The backward
@@ -54,6 +56,8 @@ _ACTIVATIONS: dict[str, Callable[[Tensor, float], Tensor]] = {
     "sigmoid": lambda g, alpha: torch.sigmoid(g),
     "relu": lambda g, alpha: F.relu(g),
     "relu_squared": lambda g, alpha: F.relu(g).square(),
+    "tanh": lambda g, alpha: torch.tanh(g),
+    "mish": lambda g, alpha: F.mish(g),
 }
 ACTIVATIONS = tuple(_ACTIVATIONS)
 
@@ -108,6 +112,10 @@ def _slope(g: Tensor, activation: str, alpha: float) -> tuple[Tensor, Tensor]:
         tanh = torch.tanh(beta * (g + kappa * g * g * g))
         inner = beta * (1 + 3 * kappa * g * g)
         return 0.5 * g * (1 + tanh), 0.5 * (1 + tanh) + 0.5 * g * (1 - tanh * tanh) * inner
+    if activation in ("tanh", "mish"):
+        tanh = torch.tanh(g if activation == "tanh" else F.softplus(g))
+        bend = 1 - tanh * tanh
+        return (tanh, bend) if activation == "tanh" else (g * tanh, tanh + g * bend * torch.sigmoid(g))
     relu = F.relu(g)
     return (relu, (g > 0).to(g.dtype)) if activation == "relu" else (relu * relu, 2 * relu)
 

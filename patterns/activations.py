@@ -1,7 +1,7 @@
 """Reads a value as an activation function of one tensor, called by name or written out.
 
-By name: silu, gelu, sigmoid, relu. Written out: x * sigmoid(c x), gelu around tanh or erf, relu squared; the factors
-may stand in any order.
+By name: silu, gelu, mish, sigmoid, relu, tanh. Written out: x * sigmoid(c x), gelu around tanh or erf, relu squared;
+the factors may stand in any order.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from torch.fx import Node
 from infuse.patterns.canonical import CanonicalGraph
 from infuse.patterns.polynomials import Polynomial, PolynomialReader, product, same_polynomial
 
-ANCHORS = ("silu", "gelu", "sigmoid", "relu", "tanh", "erf")
+ANCHORS = ("silu", "gelu", "mish", "sigmoid", "relu", "tanh", "erf")
 _TANH_SCALE = math.sqrt(2 / math.pi)
 _GELU_TANH: Polynomial = {1: _TANH_SCALE, 3: _TANH_SCALE * 0.044715}
 _GELU_ERF: Polynomial = {1: math.sqrt(0.5)}
@@ -53,7 +53,7 @@ def read_activation(view: CanonicalGraph, value: object) -> Activation | None:
         return None
     if call.name == "cast":
         found = _cast(view, node, read_activation(view, call["input"]))
-    elif call.name in ("silu", "sigmoid", "relu"):
+    elif call.name in ("silu", "mish", "sigmoid", "relu", "tanh"):
         found = _named(call.name, call["input"], node)
     elif call.name == "gelu":
         found = _named("gelu_tanh" if call["approximate"] == "tanh" else "gelu_erf", call["input"], node)

@@ -3,9 +3,10 @@
 Anchored on the activation's rare node. The operator is elementwise: which linears made gate and up (two, a packed one,
 experts, LoRA beside them) does not matter and is only described, for the report.
 
-silu, gelu, quick_gelu and relu squared of one tensor times another of its shape are gates wherever they stand.
-sigmoid and relu have other uses (recurrent cells, scores, masks): there the gate must come out of a product with a
-weight. A factor that is broadcast (squeeze and excitation, a gate per head or expert) makes no gated MLP.
+silu, gelu, quick_gelu, mish and relu squared of one tensor times another of its shape are gates wherever they stand.
+sigmoid, relu and tanh have other uses (recurrent cells, scores, masks): there the gate must come out of a product with
+a weight, and for relu and tanh the other factor too. A factor that is broadcast (squeeze and excitation, a gate per
+head or expert) makes no gated MLP.
 """
 
 from __future__ import annotations
@@ -25,9 +26,10 @@ from infuse.patterns.sizes import Size, same_shape
 
 KIND = "swiglu"
 # Gates that the operator has no activation for.
-_OTHERS = ("elu", "hardswish", "leaky_relu", "mish", "softplus")
+_OTHERS = ("elu", "hardswish", "leaky_relu", "softplus")
 ANCHORS = (*_ACTIVATION_ANCHORS, "glu", *_OTHERS)
-_WEAK = ("sigmoid", "relu")
+# Those with other uses, from the likeliest gate to the least.
+_WEAK = ("sigmoid", "relu", "tanh")
 # From the anchor of a written-out gelu to the product there are six nodes; casts and copies come on top.
 _MAX_CLIMB = 12
 _WRITTEN_OUT = ("cast", "add", "mul", "div")
@@ -67,7 +69,7 @@ def _gated(view: CanonicalGraph, product: Node, sides: tuple[object, object], an
     """The product of an activation and another tensor."""
     gates = [(found, up) for side, up in (sides, sides[::-1]) if (found := read_activation(view, side)) is not None]
     # Of two activations the one that is rarer as anything else is the gate; for two alike, the first.
-    act, up = min(gates, key=lambda pair: pair[0].name in _WEAK)
+    act, up = min(gates, key=lambda pair: _rank(pair[0]))
     if act.anchor is not anchor or not isinstance(up, Node) or not _is_gate(view, product, act, up):
         return None
     shape = view.shape(act.value)
@@ -89,6 +91,10 @@ def _gated(view: CanonicalGraph, product: Node, sides: tuple[object, object], an
     return with_limits(view, site, act.alpha)
 
 
+def _rank(act: Activation) -> int:
+    return _WEAK.index(act.name) + 1 if act.name in _WEAK else 0
+
+
 def _is_gate(view: CanonicalGraph, product: Node, act: Activation, up: Node) -> bool:
     """Whether a product like this belongs to a gated MLP rather than to something else that multiplies so."""
     if view.same_value(up, act.gate, []) or view.same_value(up, act.value, []) or not view.shape(up):
@@ -98,7 +104,7 @@ def _is_gate(view: CanonicalGraph, product: Node, act: Activation, up: Node) -> 
         return len(view.shape(up)) > 1 or from_weight
     if not from_weight:
         return False
-    if act.name == "relu":
+    if act.name in ("relu", "tanh"):
         return bool(projection(view, origin(view, up)[0]))
     other = view.strip(up, widening=True)
     if view.call(other, "sigmoid") is not None:  # scores of two kinds

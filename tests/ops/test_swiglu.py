@@ -24,6 +24,8 @@ FORMULAS: dict[str, Callable[[Tensor], Tensor]] = {
     "sigmoid": torch.sigmoid,
     "relu": F.relu,
     "relu_squared": lambda g: F.relu(g) ** 2,
+    "tanh": torch.tanh,
+    "mish": F.mish,
 }
 
 
@@ -99,5 +101,5 @@ def test_other_shapes_and_dtypes_are_refused() -> None:
         infuse.swiglu(torch.ones(2), torch.ones(2, dtype=torch.bfloat16))
     with pytest.raises(TypeError, match="torch.complex64"):
         infuse.swiglu(torch.ones(2, dtype=torch.complex64), torch.ones(2, dtype=torch.complex64))
-    with pytest.raises(ValueError, match="activation: got 'mish', expected one of .*'silu'"):
-        infuse.swiglu(torch.ones(2), torch.ones(2), "mish")
+    with pytest.raises(ValueError, match="activation: got 'elu', expected one of .*'silu'"):
+        infuse.swiglu(torch.ones(2), torch.ones(2), "elu")

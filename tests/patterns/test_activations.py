@@ -82,6 +82,8 @@ ACTIVATIONS: list[tuple[Activation, str]] = [
     (nn.GELU(approximate="tanh"), "gelu_tanh"),
     (nn.Sigmoid(), "sigmoid"),
     (nn.ReLU(), "relu"),
+    (nn.Tanh(), "tanh"),
+    (nn.Mish(), "mish"),
     (torch.special.expit, "sigmoid"),
     (hugging_face_tanh, "gelu_tanh"),
     (fast_tanh, "gelu_tanh"),
