@@ -141,7 +141,7 @@ def _measure(entry: Entry, configuration: Configuration, result: Result, compile
         true=true,
         in_graph={kind: number for kind, number in in_graph.items() if number},
         fused={kind: min(number, in_graph[kind]) for kind, number in fused.items() if in_graph[kind]},
-        refused=refused,
+        refused=dict(refused),
         over={kind: number for kind, number in over.items() if number > 0},
         reasons=dict(reasons),
         graphs=capture.graphs,

@@ -12,7 +12,8 @@ is_causal: query i reads keys 0..i, aligned at the upper left as in torch; exclu
 sinks: a logit of each head that takes part in the softmax's denominator and reads no value (gpt-oss).
 masked_rows: what a row gives whose keys are all masked, by False or by -inf: "zeros" as torch's SDPA, "nan" as a
 softmax that is written out, "mean" (of all T rows of v) as one over scores that were overwritten by a large negative
-number, "none" if there is no such row. With sinks it is always zeros.
+number, "softmax" (of a float mask) what the softmax makes of it, NaN or not, gradient included, "none" if there is no
+such row. With sinks it is always zeros.
 dropout_p: drops probabilities, in the inline overload only; the random numbers are those of whatever computes it.
 round_scores: the caller rounds scores and probabilities to q's dtype, so the inline overload may.
 """
@@ -40,7 +41,7 @@ ARGUMENTS = (
     "Tensor q, Tensor k, Tensor v, Tensor? mask, float scale, bool is_causal=False, float softcap=0.0,"
     ' Tensor? sinks=None, str masked_rows="zeros", float dropout_p=0.0, bool round_scores=False'
 )
-MASKED_ROWS = ("zeros", "nan", "mean", "none")
+MASKED_ROWS = ("zeros", "nan", "mean", "softmax", "none")
 
 __all__ = [
     "attention",

@@ -62,12 +62,18 @@ def _log_sum_exp(scores: Tensor, sinks: Tensor | None) -> Tensor:
     return lse if sinks is None else torch.logaddexp(lse, sinks.to(lse.dtype)[:, None])
 
 
-def _probabilities(scores: Tensor, lse: Tensor, masked_rows: str) -> Tensor:
-    """exp(scores - lse); in rows that attend to nothing (all scores are -inf) what `masked_rows` says."""
+def _probabilities(scores: Tensor, sinks: Tensor | None, masked_rows: str) -> Tensor:
+    """The softmax over keys and sink; in rows that attend to nothing (all scores are -inf) what `masked_rows` says.
+
+    Not exp(scores - lse): in a row of very low scores, -3e38 say, the sum is lost in lse.
+    """
     nothing = (scores == _LOWEST).all(-1, keepdim=True)
-    finite = torch.where(nothing.squeeze(-1), 0.0, lse).unsqueeze(-1)
-    filling = {"nan": float("nan"), "mean": 1.0 / max(1, scores.shape[-1])}.get(masked_rows, 0.0)
-    return torch.where(nothing, filling, torch.exp(scores - finite))
+    finite = torch.where(nothing, 0.0, scores)
+    filling = {"nan": float("nan"), "softmax": float("nan"), "mean": 1.0 / max(1, scores.shape[-1])}.get(
+        masked_rows, 0.0
+    )
+    some = torch.softmax(finite, -1) if sinks is None else _softmax_beside_sinks(finite, sinks)
+    return torch.where(nothing, filling, some)
 
 
 def attention_fwd_ref(
@@ -86,7 +92,7 @@ def attention_fwd_ref(
     k, v = expand_kv(k, num_heads).to(dtype), expand_kv(v, num_heads).to(dtype)
     scores = _masked(_raw_scores(q.to(dtype), k, scale, softcap), mask, is_causal)
     lse = _log_sum_exp(scores, sinks)
-    out = torch.matmul(_probabilities(scores, lse, masked_rows), v)
+    out = torch.matmul(_probabilities(scores, sinks, masked_rows), v)
     return heads_inside(out.to(q.dtype)), lse
 
 
@@ -115,7 +121,7 @@ def attention_bwd_ref(
     raw = _raw_scores(q.to(dtype), wide_k, scale, softcap)
     scores = _masked(raw, mask, is_causal)
     something = (scores != _LOWEST).any(-1, keepdim=True)
-    probabilities = _probabilities(scores, lse, "mean" if masked_rows == "mean" else "zeros")
+    probabilities = _probabilities(scores, sinks, "mean" if masked_rows == "mean" else "zeros")
     d = dout.to(dtype)
     dv = torch.matmul(probabilities.transpose(-2, -1), d)
     delta = torch.where(something, (d * out.to(dtype)).sum(-1, keepdim=True), 0.0)
@@ -158,7 +164,9 @@ def attention_inline(
     round_scores: bool = False,
 ) -> Tensor:
     """out as the graph computes it where no kernel runs."""
-    plain = softcap != 0.0 or sinks is not None
+    # SDPA's fused backwards take the probabilities from the log-sum-exp, which has no room for the sum of a row of
+    # numbers like -3e38.
+    plain = softcap != 0.0 or sinks is not None or masked_rows == "softmax"
     if mask is not None:
         mask = _mask_for_sdpa(mask, q.dtype)
         # CUDA's SDPA would round the mask to q's dtype, which the formula does not.

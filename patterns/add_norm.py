@@ -16,7 +16,7 @@ from torch.fx import Node
 from infuse.patterns.canonical import CanonicalGraph
 from infuse.patterns.compose import Rule
 from infuse.patterns.sites import Make, Site, arguments_of
-from infuse.patterns.sizes import same_shape, same_size
+from infuse.patterns.sizes import same_shape
 
 # The joint operator of each norm; its arguments are x, residual and those that follow x in the norm's.
 KINDS = {"rms_norm": "add_rms_norm", "layer_norm": "add_layer_norm"}
@@ -33,7 +33,7 @@ def propose(norm_kind: str, view: CanonicalGraph, sites: Sequence[Site]) -> Iter
 def _join(view: CanonicalGraph, norm: Site) -> Site | None:
     trail: list[Node] = []
     total = view.strip(norm.args[0], trail=trail)
-    terms = _terms(view, total) or _reshaped_terms(view, total, trail)
+    terms = _terms(view, total)
     if terms is None:
         return None
     interior = tuple(dict.fromkeys((total, *trail, *norm.interior)))
@@ -65,37 +65,6 @@ def _terms(view: CanonicalGraph, total: object) -> tuple[object, object] | None:
         is_wide = view.dtype(operand) == view.dtype(total)
         terms.append(operand if is_wide else Make(torch.ops.aten.to.dtype, (operand, view.dtype(total))))
     return terms[0], terms[1]
-
-
-def _reshaped_terms(view: CanonicalGraph, node: object, trail: list[Node]) -> tuple[object, object] | None:
-    """The terms, each reshaped, of a sum that is read in another shape alone, rows folded or unfolded."""
-    call = view.call(node, "reshape")
-    if call is None or not isinstance(node, Node) or not isinstance(call["input"], Node):
-        return None
-    total, shape = call["input"], _shape(view, node)
-    terms = _terms(view, total)
-    if terms is None or shape is None or any(reader is not node for reader in _value_readers(view, total)):
-        return None
-    if not same_size(view.shape(total)[-1], view.shape(node)[-1]):
-        return None
-    trail.append(total)
-    first, second = (Make(torch.reshape, (term, shape)) for term in terms)
-    return first, second
-
-
-def _shape(view: CanonicalGraph, node: Node) -> Node | tuple[object, ...] | None:
-    """The shape that a reshape asks for: numbers and nodes of numbers, or the node of all of them."""
-    shape = view.argument(node, "shape")
-    if not isinstance(shape, (tuple, list)):
-        return None
-    if len(shape) == 1 and isinstance(shape[0], Node) and isinstance(view.value(shape[0]), (tuple, list)):
-        return shape[0]
-    return tuple(shape)
-
-
-def _value_readers(view: CanonicalGraph, node: Node) -> list[Node]:
-    """Who reads a tensor and more than its size."""
-    return [user for user in view.readers(node) if (user.op, user.target) != ("call_method", "size")]
 
 
 def _place(view: CanonicalGraph, norm: Site, total: Node, interior: tuple[Node, ...]) -> Node | None:

@@ -141,8 +141,6 @@ def _follow(view: CanonicalGraph, root: Root, factor: _Factor, reader: Node) -> 
         return replace(step, shape=factor.shape)
     if plus_number(view, reader) is not None:
         return replace(step, outside=True)
-    if 1.0 in [number_of(view, operand) for operand in view.operands(reader, "mul") or ()]:
-        return step  # Export writes 1 / r as reciprocal(r) * 1.
     if factor.is_inverse:
         return None
     bounded = at_least(view, reader)

@@ -24,6 +24,9 @@ from infuse.patterns.sites import Make, arguments_of
 # score vanishes by rounding, so that overwriting is the same as adding.
 MASKING = -1e4
 ABSORBING = -1e30
+# A row of numbers no lower than this keeps its sum in the log-sum-exp, which backwards are computed from: float32's are
+# 0.001 apart there.
+LOW = -1e4
 _MAX_DEPTH = 12
 # Sums of products of numbers, and functions with a bounded result.
 _BOUNDED = ("linear", "matmul", "bmm", "einsum", "sigmoid", "tanh", "softmax", "cos", "sin")
@@ -107,9 +110,15 @@ def build(
         return _overwritten(filled, placed, zero_rows) or _mixed(view, terms, placed, mask_dtype, zero_rows, trains)
     if not filled:
         total = functools.reduce(_add, [placed[id(term)] for term in added])
-        proven = all(never_infinite(view, term.value) for term in added)
-        return Mask(_cast(total, view, added, mask_dtype), "zeros" if zero_rows else "none" if proven else "nan")
+        return Mask(_cast(total, view, added, mask_dtype), "zeros" if zero_rows else _rows_of(view, added, trains))
     return _mixed(view, terms, placed, mask_dtype, zero_rows, trains)
+
+
+def _rows_of(view: CanonicalGraph, added: Sequence[Added], trains: bool) -> str:
+    """What becomes of a row that added masks mask whole: `masked_rows` of a softmax that is written out."""
+    if all(never_below(view, term.value, LOW if trains else -math.inf) for term in added):
+        return "none"
+    return "softmax" if trains else "nan"
 
 
 def _dtype(view: CanonicalGraph, added: Sequence[Added], dtype: torch.dtype) -> torch.dtype:
@@ -169,7 +178,7 @@ def _mixed(
     """
     numbers = {term.value for term in terms if isinstance(term, Filled)}
     finite = numbers - {-math.inf}
-    bounded = all(never_infinite(view, term.value) for term in terms if isinstance(term, Added))
+    bounded = all(never_below(view, term.value, -math.inf) for term in terms if isinstance(term, Added))
     added_later = isinstance(terms[0], Added) or _alternate(terms)
     only_finite = bool(finite) and len(finite) == len(numbers)
     is_mean = only_finite and bounded and not added_later and (trains or dtype == torch.float16)
@@ -212,17 +221,21 @@ def _cast(total: object, view: CanonicalGraph, added: Sequence[Added], dtype: to
     return total if own == {dtype} else Make(torch.ops.aten.to.dtype, (total, dtype))
 
 
-def never_infinite(view: CanonicalGraph, value: object) -> bool:
-    """Whether a float mask is proven to hold no -inf: learned, or selected from finite numbers."""
+def never_below(view: CanonicalGraph, value: object, floor: float) -> bool:
+    """Whether a float mask is proven to hold nothing below `floor`, and no -inf: learned, or selected from numbers.
+
+    What is learned counts as moderate, whatever the floor.
+    """
     if isinstance(value, Make):
-        return value.target is torch.mul and never_infinite(view, value.args[0]) and isinstance(value.args[1], float)
-    return _never_infinite(view, value, 0)
+        factor = value.args[1] if value.target is torch.mul else None
+        return isinstance(factor, float) and factor > 0 and never_below(view, value.args[0], floor / factor)
+    return _never_below(view, value, floor, 0)
 
 
-def _never_infinite(view: CanonicalGraph, value: object, depth: int) -> bool:
+def _never_below(view: CanonicalGraph, value: object, floor: float, depth: int) -> bool:
     number = constant(view, value)
     if number is not None:
-        return math.isfinite(number)
+        return math.isfinite(number) and number >= floor
     tensor = view.tensor(value)
     if tensor is None or not isinstance(value, Node) or depth > _MAX_DEPTH:
         return False
@@ -235,11 +248,14 @@ def _never_infinite(view: CanonicalGraph, value: object, depth: int) -> bool:
         return True
     if call.name in ("where", "masked_fill", "add"):
         branches = [call[key] for key in ("input", "other", "value") if key in call.args]
-        return all(_finite_in(view, branch, tensor.dtype, depth) for branch in branches)
+        return all(_branch_never_below(view, branch, tensor.dtype, floor, depth) for branch in branches)
     narrows = call.name == "cast" and not view.widens(value)
-    return call.name in _SAME_VALUES and not narrows and _never_infinite(view, call["input"], depth + 1)
+    return call.name in _SAME_VALUES and not narrows and _never_below(view, call["input"], floor, depth + 1)
 
 
-def _finite_in(view: CanonicalGraph, value: object, dtype: torch.dtype, depth: int) -> bool:
+def _branch_never_below(view: CanonicalGraph, value: object, dtype: torch.dtype, floor: float, depth: int) -> bool:
     number = constant(view, value)
-    return _never_infinite(view, value, depth + 1) if number is None else math.isfinite(rounded(number, dtype))
+    if number is None:
+        return _never_below(view, value, floor, depth + 1)
+    number = rounded(number, dtype)
+    return math.isfinite(number) and number >= floor

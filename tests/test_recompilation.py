@@ -20,7 +20,7 @@ Backend = Callable[[torch.fx.GraphModule, Sequence[Any]], Any]
 
 
 def rewriting(gm: torch.fx.GraphModule, inputs: Sequence[Any]) -> Any:
-    """The rewrite and AOTAutograd, which evaluates every operator's formula on symbolic shapes; no code is generated."""
+    """The rewrite and AOTAutograd, which runs the operators' formulas on symbolic shapes; no code is generated."""
     InfusePass(Settings(), max_autotune=False)(gm.graph)
     gm.recompile()
     return aot_eager(gm, inputs)

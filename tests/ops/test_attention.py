@@ -171,3 +171,20 @@ def test_a_mask_beside_is_causal_is_refused() -> None:
     q, k, v = attention_inputs(problems.ATTENTIONS["square"], torch.float32)
     with pytest.raises(ValueError, match="expected one of them"):
         infuse.attention(q, k, v, torch.ones(8, 8, dtype=torch.bool), is_causal=True)
+
+
+@pytest.mark.parametrize("overload", ["default", "inline"])
+@pytest.mark.parametrize("lowest", [torch.finfo(torch.float32).min, -1e9, float("-inf")])
+def test_a_row_masked_by_low_numbers_has_the_gradient_of_the_written_out_softmax(overload: str, lowest: float) -> None:
+    q, k, v = (torch.randn(2, 2, 5, 8, requires_grad=True) for _ in range(3))
+    allowed = torch.ones(2, 1, 5, 5, dtype=torch.bool).tril()
+    if lowest != float("-inf"):
+        allowed[0, :, :2] = False  # as left padding does
+    mask = torch.where(allowed, 0.0, lowest)
+    dout = torch.randn(2, 2, 5, 8)
+    expected_out = torch.softmax(q @ k.mT * 0.3 + mask, -1) @ v
+    expected = torch.autograd.grad(expected_out, (q, k, v), dout)
+    out = getattr(torch.ops.infuse.attention, overload)(q, k, v, mask, 0.3, masked_rows="softmax")
+    torch.testing.assert_close(out, expected_out)
+    for got, wanted in zip(torch.autograd.grad(out, (q, k, v), dout), expected):
+        torch.testing.assert_close(got, wanted)

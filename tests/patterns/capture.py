@@ -131,7 +131,7 @@ def _cloned(values: Sequence[Any], dtype: torch.dtype | None = None) -> list[Any
     return result
 
 
-def _results(module: torch.fx.GraphModule, values: Sequence[Any], training: bool) -> list[Tensor]:
+def results(module: torch.fx.GraphModule, values: Sequence[Any], training: bool) -> list[Tensor]:
     """Outputs, and in training the gradients of a weighted sum of them with respect to the inputs."""
     leaves = _cloned(values)
     with torch.set_grad_enabled(training):
@@ -151,9 +151,9 @@ def _results(module: torch.fx.GraphModule, values: Sequence[Any], training: bool
 
 def assert_same_results(captured: Captured, training: bool = False) -> None:
     """Outputs, in training gradients too: dtypes, shapes and layout as the original's, and as near to float64."""
-    before = _results(captured.original, captured.inputs, training)
-    after = _results(captured.rewritten, captured.inputs, training)
-    exact = _exact_results(captured, training)
+    before = results(captured.original, captured.inputs, training)
+    after = results(captured.rewritten, captured.inputs, training)
+    exact = results_in_float64(captured, training)
     assert len(before) == len(after) == len(exact)
     num_outputs = sum(isinstance(output, Tensor) for output in captured.original(*_cloned(captured.inputs)))
     for i, (old, new, reference) in enumerate(zip(before, after, exact)):
@@ -169,7 +169,7 @@ def _is_float(value: object) -> bool:
     return isinstance(value, Tensor) and value.is_floating_point() and value.dim() > 0
 
 
-def _exact_results(captured: Captured, training: bool) -> list[Tensor]:
+def results_in_float64(captured: Captured, training: bool) -> list[Tensor]:
     """The original in float64: its casts between floats go to float64, as copies still, and its inputs are widened."""
     wide = copy.deepcopy(captured.original).double()
     for node in wide.graph.nodes:
@@ -186,7 +186,7 @@ def _exact_results(captured: Captured, training: bool) -> list[Tensor]:
         value.detach().double().requires_grad_(value.requires_grad) if _is_float(value) else value
         for value in captured.inputs
     ]
-    return _results(wide, values, training)
+    return results(wide, values, training)
 
 
 def _widened(argument: Any) -> Any:

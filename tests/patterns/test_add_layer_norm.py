@@ -106,35 +106,6 @@ def test_norm_then_add_is_a_plain_norm() -> None:
     assert_same_results(captured)
 
 
-@pytest.mark.parametrize(("dtype", "training", "dynamic"), MODES)
-def test_sum_that_is_read_in_another_shape(dtype: torch.dtype, training: bool, dynamic: bool) -> None:
-    def folded(x: Tensor, residual: Tensor, w: Tensor, b: Tensor) -> Tensor:
-        total = residual + x
-        shape = total.shape
-        total = total.reshape(-1, total.size(-1))
-        total = total + torch.tanh(norm(total, w, b))
-        return norm(total.view(shape), w, b)
-
-    captured = capture(folded, *tensors(dtype, training), training=training, dynamic=dynamic)
-    assert captured.counts == {"add_layer_norm": 2}
-    assert dynamic or "add" not in captured.targets()  # A symbolic size is asked of the sum itself.
-    assert_same_results(captured, training)
-
-
-def test_sum_that_is_read_in_two_shapes_stays_apart() -> None:
-    def both(x: Tensor, residual: Tensor, w: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
-        total = residual + x
-        return norm(total.view(6, D), w, b), total
-
-    def across(x: Tensor, residual: Tensor, w: Tensor, b: Tensor) -> Tensor:
-        return norm((residual.view(2, 3 * D) + x.view(2, 3 * D)).view(2, 3, D), w, b)
-
-    for function in (both, across):
-        captured = capture(function, *tensors())
-        assert captured.counts == {"layer_norm": 1}
-        assert_same_results(captured)
-
-
 def test_two_norms_of_one_sum_share_it() -> None:
     def parallel(x: Tensor, residual: Tensor, w: Tensor, b: Tensor) -> Tensor:
         total = x + residual

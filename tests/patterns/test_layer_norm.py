@@ -9,9 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from infuse.patterns.passes import rewrite
 from infuse.settings import Settings
-from tests.patterns.capture import MODES, assert_same_results, capture, default_overload, parameters
+from tests.patterns.capture import MODES, assert_same_results, capture, parameters
 
 D = 16
 Function = Callable[[Tensor, Tensor, Tensor], Tensor]
@@ -523,27 +522,3 @@ def test_several_sites_in_a_row() -> None:
 @pytest.mark.parametrize("function", [group_norm, batch_norm, instance_norm, local_response_norm])
 def test_other_norms_are_no_sites(function: Function) -> None:
     assert capture(function, *tensors()).records == []
-
-
-@pytest.mark.parametrize("function", SPELLINGS)
-def test_exported_graph_is_read_like_the_captured_one(function: Function) -> None:
-    class Exported(nn.Module):
-        def forward(self, x: Tensor, w: Tensor, b: Tensor) -> Tensor:
-            return function(x, w, b)
-
-    program = torch.export.export(Exported(), tensors(torch.bfloat16))
-    graph = program.graph_module.graph
-    records = rewrite(graph, Settings(), default_overload, training=False)
-    assert [(record.kind, record.status) for record in records] == [("layer_norm", "rewritten")]
-    assert sum(str(node.target) == "infuse.layer_norm.default" for node in graph.nodes) == 1
-
-
-def test_autocast_region_around_a_norm() -> None:
-    def mixed(x: Tensor, w: Tensor, b: Tensor) -> Tensor:
-        with torch.autocast("cpu", dtype=torch.bfloat16):
-            h = F.linear(x, torch.outer(w, b))
-            return called(h.float(), w, b) + mean_and_rsqrt(h, w, b)
-
-    captured = capture(mixed, *tensors(training=True), training=True)
-    assert captured.counts == {"layer_norm": 2}
-    assert_same_results(captured, training=True)

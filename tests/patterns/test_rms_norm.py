@@ -10,9 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from infuse.patterns.passes import rewrite
 from infuse.settings import Settings
-from tests.patterns.capture import MODES, assert_same_results, capture, default_overload
+from tests.patterns.capture import MODES, assert_same_results, capture
 
 D = 16
 Function = Callable[[Tensor, Tensor], Tensor]
@@ -758,15 +757,3 @@ def test_statistic_of_the_wrong_shape_is_not_rewritten() -> None:
     captured = capture(square_x, torch.randn(4, 4))
     assert captured.counts == {}
     assert "keep the reduced dimension" in captured.records[0].remedy
-
-
-# Export makes an input of a constant tensor, whose value is not in the graph.
-@pytest.mark.parametrize("function", [each for each in SPELLINGS if each not in (eps_as_a_constant_tensor, maximum)])
-def test_exported_graph_is_read_like_the_captured_one(function: Function) -> None:
-    class Exported(nn.Module):
-        def forward(self, x: Tensor, w: Tensor) -> Tensor:
-            return function(x, w)
-
-    graph = torch.export.export(Exported(), tensors(torch.bfloat16)).graph_module.graph
-    records = rewrite(graph, Settings(), default_overload, training=False)
-    assert [(record.kind, record.status) for record in records] == [("rms_norm", "rewritten")]
