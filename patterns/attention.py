@@ -14,12 +14,13 @@ from torch.fx import Node
 
 from infuse.patterns import score_masks
 from infuse.patterns.attention_operands import Operand, Roles, Settled, behind, settle
-from infuse.patterns.axes import Axis, Dims, aligned, divides, flat, fresh, leaves
+from infuse.patterns.axes import Axis, Dims, aligned, divides, flat, fresh, leaves, numel
 from infuse.patterns.canonical import CanonicalGraph
+from infuse.patterns.masks import ProvenMask, prove
 from infuse.patterns.relayout import apply
 from infuse.patterns.scales import times
 from infuse.patterns.score_masks import Unfit
-from infuse.patterns.sites import Finding, Make, Refusal, Site
+from infuse.patterns.sites import Finding, Make, Refusal, Site, arguments_of
 from infuse.patterns.sizes import same_size
 
 KIND = "attention"
@@ -168,11 +169,12 @@ def assemble(view: CanonicalGraph, reading: Reading) -> Finding:
         q = _scaled_by(view, q, factor, divides_q, settled, dtype)
     scale = times(times(reading.scale, settled.q.scale), settled.k.scale)
     rounds = not reading.call and view.dtype(reading.product) in _HALF
+    proven = _proven_mask(view, reading, settled, mask)
     arguments = (
-        *(q, k, v, mask.argument, scale, reading.is_causal, reading.softcap, sinks),
-        *(mask.masked_rows, reading.dropout_p, rounds),
+        *(q, k, v, proven.mask, scale, proven.is_causal, reading.softcap, sinks),
+        *(proven.masked_rows, reading.dropout_p, rounds),
     )
-    words = (*reading.words, *_notes(view, reading, settled))
+    words = (*reading.words, *_notes(view, reading, settled), *proven.words)
     return Site(
         KIND,
         (reading.root,),
@@ -180,7 +182,7 @@ def assemble(view: CanonicalGraph, reading: Reading) -> Finding:
         arguments,
         _interior(view, reading, settled),
         ", ".join(words),
-        _rounding(view, reading, settled),
+        _rounding(view, reading, settled) or proven.rounding,
         after=tuple(after),
     )
 
@@ -230,6 +232,16 @@ def mask_argument(
         tensor is not None and tensor.requires_grad for tensor in map(view.tensor, (settled.q.node, settled.k.node))
     )
     return score_masks.build(view, reading.masks, place, dtype, reading.zero_rows, trains)
+
+
+def _proven_mask(view: CanonicalGraph, reading: Reading, settled: Settled, mask: score_masks.Mask) -> ProvenMask:
+    """The operator's mask, is_causal and masked_rows, after what the graph proves of the mask."""
+    if mask.argument is None:
+        return ProvenMask(None, reading.is_causal, mask.masked_rows, ())
+    sources = set(arguments_of(mask.argument))
+    readers = [node for node in reading.trail if sources & set(node.all_input_nodes)]
+    shape = [numel(axes) for axes in settled.frame.scores]
+    return prove(view, mask.argument, mask.masked_rows, shape, [*readers, reading.root])
 
 
 def _sinks(view: CanonicalGraph, reading: Reading, settled: Settled) -> object | Unfit:
