@@ -108,9 +108,7 @@ _readers = weakref.WeakKeyDictionary()
 
 def facts(view: CanonicalGraph, mask: object, shape: Sequence[Size], readers: Sequence[Node]) -> MaskFacts:
     """What is known of a mask, a node or a `Make`, broadcast to [B, H, S, T], as `readers` read it."""
-    if view not in _readers:
-        _readers[view] = MaskReader(view), {}
-    reader, known = _readers[view]
+    reader, known = _reader(view)
     places = [view.index[node] for node in readers]
     nodes = list(arguments_of(mask))
     try:
@@ -125,6 +123,19 @@ def facts(view: CanonicalGraph, mask: object, shape: Sequence[Size], readers: Se
         return known[key]
     except metadata.MissingMetadata:
         return UNKNOWN
+
+
+def written_since(view: CanonicalGraph, node: Node, reader: Node) -> bool:
+    """Whether a tensor is written to by `reader` or behind it, so that a later reading could give something else."""
+    own, _ = _reader(view)
+    return len(own.writes_before(node, len(view.nodes))) > len(own.writes_before(node, view.index[reader]))
+
+
+def _reader(view: CanonicalGraph) -> tuple[MaskReader, dict[Any, MaskFacts]]:
+    """The reader of a graph, and what it found out."""
+    if view not in _readers:
+        _readers[view] = MaskReader(view), {}
+    return _readers[view]
 
 
 def _facts(reader: MaskReader, mask: object, shape: Sequence[Size], time: int) -> MaskFacts:
@@ -292,13 +303,11 @@ def _condition(
     tensor = view.tensor(condition)
     if tensor is None or tensor.dtype != torch.bool or not 2 <= tensor.dim() <= 4:
         return None
-    reader, _ = _readers[view]
+    reader, _ = _reader(view)
     indices = tuple(_axis(name, size) for name, size in zip("bhij", shape))
     own = aligned(tuple(tensor.shape), shape, indices)
     place = view.index[readers[-1]]
-    if own is None or len(reader.writes_before(condition, place)) != len(
-        reader.writes_before(condition, view.index[mask])
-    ):
+    if own is None or written_since(view, condition, mask):
         return None
     made = made_value(reader, mask, shape, indices, place)
     same = made is not None and _is_plain(made[0]) and _attended(made[0], True) == reader.value(condition, own, place)

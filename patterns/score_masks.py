@@ -17,6 +17,7 @@ from torch.fx import Node
 
 from infuse.patterns.axes import Dims, aligned
 from infuse.patterns.canonical import CanonicalGraph
+from infuse.patterns.masks import written_since
 from infuse.patterns.scales import constant, rounded
 from infuse.patterns.sites import Make, arguments_of
 
@@ -134,7 +135,7 @@ def _placed(view: CanonicalGraph, term: Term, place: Place) -> object | None:
     if isinstance(term, Added):
         return place(term.value, term.dims)
     attends, node = not term.where, term.condition
-    while (inner := negated(view, node)) is not None:
+    while (inner := negated(view, node)) is not None and not written_since(view, inner, node):
         attends, node = not attends, inner
     condition = place(node, term.dims)
     return condition if condition is None or attends else Make(torch.logical_not, (condition,))

@@ -176,17 +176,17 @@ def flags(captured: Captured) -> object:
 @pytest.mark.parametrize(
     ("function", "masked_rows"),
     [
-        (masked_fill, "nan"),
-        (masked_fill_of_an_int_mask, "mean"),
-        (where_attends, "nan"),
-        (where_masked, "mean"),
+        (masked_fill, "none"),
+        (masked_fill_of_an_int_mask, "none"),
+        (where_attends, "none"),
+        (where_masked, "none"),
         (fill_then_bias, "nan"),
-        (logarithm_of_a_triangle, "nan"),
+        (logarithm_of_a_triangle, "none"),
         (zeroed_after_the_softmax, "zeros"),
         (less_the_detached_maximum, "none"),
     ],
 )
-def test_rows_masked_whole_are_the_sources(function: Function, masked_rows: str) -> None:
+def test_rows_masked_whole_are_the_sources_unless_there_are_none(function: Function, masked_rows: str) -> None:
     assert flags(capture(function, *tensors())) == masked_rows
 
 
@@ -220,6 +220,17 @@ def fill_lowest_and_add(scores: Tensor, mask: Tensor) -> Tensor:
 
 def fill_infinity_beside_lowest(scores: Tensor, mask: Tensor) -> Tensor:
     return scores.masked_fill(~mask, -1e9).masked_fill(~mask[..., :1, :], INF)
+
+
+@pytest.mark.parametrize(
+    ("fill", "masked_rows"),
+    [(fill_infinity, "nan"), (fill_lowest, "mean"), (add_infinity, "nan"), (add_lowest, "none")],
+)
+def test_rows_masked_whole_by_a_mask_that_is_not_known(
+    fill: Callable[[Tensor, Tensor], Tensor], masked_rows: str
+) -> None:
+    mask = torch.ones(B, 1, S, T, dtype=torch.bool)
+    assert flags(capture(with_mask(fill), *tensors(), mask)) == masked_rows
 
 
 @pytest.mark.parametrize("overload", ["default", "inline"])
@@ -267,3 +278,14 @@ def test_finite_fill_with_something_added_later_is_refused_if_scores_remain() ->
     captured = capture(added_later, *tensors())
     assert captured.counts == {}
     assert "masked in another way" in captured.refusals[0]
+
+
+def test_mask_that_is_written_to_behind_its_negation() -> None:
+    def overwritten(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
+        masked = ~mask
+        mask.fill_(True)
+        return torch.softmax(scores_of(q, k).masked_fill(masked, INF), -1) @ v
+
+    captured = capture(overwritten, *tensors(), torch.ones(S, T, dtype=torch.bool).tril(1))
+    assert captured.counts == {"attention": 1}
+    assert_same_results(captured)
