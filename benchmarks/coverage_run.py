@@ -65,15 +65,12 @@ class Capture:
         self.graphs = 0
 
     def __call__(self, gm: torch.fx.GraphModule, example_inputs: Sequence[Any]) -> Callable[..., Any]:
-        rewritten = torch.fx.GraphModule(gm, copy.deepcopy(gm.graph))
         found: list[SiteRecord] = []
         stop = backend.on_rewrite(found.extend)
         try:
-            self.rewrite(rewritten.graph)
+            rewritten = self._rewritten(gm)
         finally:
             stop()
-        rewritten.graph.lint()
-        rewritten.recompile()
         self.graphs += 1
 
         def run(*values: Any) -> Any:
@@ -83,6 +80,17 @@ class Capture:
             return rewritten.forward(*values)
 
         return run
+
+    def _rewritten(self, gm: torch.fx.GraphModule) -> torch.fx.GraphModule:
+        """A rewritten copy, with the subgraphs of higher-order operators, which Inductor hands to the pass as well."""
+        copied = torch.fx.GraphModule(gm, copy.deepcopy(gm.graph))
+        for name in {str(node.target) for node in gm.graph.nodes if node.op == "get_attr"}:
+            if isinstance(getattr(gm, name, None), torch.fx.GraphModule):
+                setattr(copied, name, self._rewritten(getattr(gm, name)))
+        self.rewrite(copied.graph)
+        copied.graph.lint()
+        copied.recompile()
+        return copied
 
 
 def _copies(values: Sequence[Any]) -> list[Any]:

@@ -36,6 +36,7 @@ CHOSEN = (
     "block/llama-like",
     "block/vision-block",
     "block/interrupted",
+    "block/checkpointed",
 )
 CASES = [
     *((name, Configuration()) for name in CHOSEN),
