@@ -33,6 +33,8 @@ class Emitter:
         self.mode = mode
         self.replaced: dict[Node, Node] = {}
         self.dead: set[Node] = set()
+        # What the site's `Make`s became: one that stands twice among the arguments is made once.
+        self._made: dict[int, Node] = {}
 
     def examples(self, site: Site) -> tuple[object, ...] | Refusal:
         """The example values of the operator's arguments."""
@@ -74,6 +76,7 @@ class Emitter:
         if difference:
             return _gap(site, f"the operator would change the result: {difference}")
         root = site.outputs[0]
+        self._made.clear()
         graph = self.view.graph
         with graph.inserting_before(site.before):
             node = graph.call_function(target, tuple(self._argument(arg, root) for arg in site.args))
@@ -101,7 +104,10 @@ class Emitter:
         if isinstance(arg, Node):
             return self.replaced.get(arg, arg)
         if isinstance(arg, Make):
-            return self._call(arg.target, tuple(self._argument(item, root) for item in arg.args), root)
+            if id(arg) not in self._made:
+                args = tuple(self._argument(item, root) for item in arg.args)
+                self._made[id(arg)] = self._call(arg.target, args, root)
+            return self._made[id(arg)]
         if isinstance(arg, (tuple, list)):
             return type(arg)(self._argument(item, root) for item in arg)
         return arg

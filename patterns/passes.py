@@ -37,6 +37,7 @@ from infuse.patterns import (
     gated_norm,
     layer_norm,
     metadata,
+    multi_head_attention,
     norm_linear,
     packed_linear,
     rms_norm,
@@ -74,6 +75,8 @@ class Family:
 FAMILIES: tuple[Family, ...] = (
     Family(attention.KIND, ("sdpa",), attention.match_call),
     Family(attention.KIND, ("softmax",), attention_scores.match),
+    Family(attention.KIND, ("multi_head_attention",), multi_head_attention.match),
+    Family(attention.KIND, ("encoder_layer",), multi_head_attention.match_encoder_layer),
     Family(rms_norm.KIND, rms_norm.ANCHORS, rms_norm.match, may_be_root),
     Family(layer_norm.KIND, layer_norm.ANCHORS, layer_norm.match, may_be_root),
     Family(swiglu.KIND, swiglu.ANCHORS, swiglu.match),

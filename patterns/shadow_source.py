@@ -35,7 +35,7 @@ class CannotRun(Exception):
 class Source:
     """nodes: in the order in which they run. leaves: where it starts; unknown: leaves that the operator does not read.
 
-    args: the operator's arguments, in terms of leaves and nodes.
+    args: the operator's arguments, in terms of leaves and nodes; after: what is done to its result.
     """
 
     nodes: tuple[Node, ...]
@@ -43,6 +43,7 @@ class Source:
     unknown: tuple[Node, ...]
     outputs: tuple[Node, ...]
     args: tuple[object, ...]
+    after: tuple[Any, ...] = ()
 
     def run(self, values: Mapping[Node, Any], exact: bool = False) -> tuple[Any, ...]:
         """The outputs. exact: the values are float64, and so is everything computed from them."""
@@ -53,13 +54,15 @@ class Source:
 
     def run_operator(self, operator: Any, values: Mapping[Node, Any]) -> tuple[Any, ...]:
         """The operator's results on the arguments that the leaves' values make."""
-        wanted = set(arguments_of(self.args))
+        wanted = {*arguments_of(self.args), *arguments_of(self.after)}
         results = dict(values)
         for node in self.nodes:
             if wanted <= results.keys():
                 break
             results[node] = _evaluate(node, results, exact=False)
         result = operator(*(_argument(arg, results) for arg in self.args))
+        for step, rest in self.after:
+            result = metadata.evaluate(step, [result, *(_argument(arg, results) for arg in rest)], {})
         return result if isinstance(result, tuple) else (result,)
 
     def describe(self) -> str:
@@ -68,13 +71,17 @@ class Source:
         lines = [f"{names[leaf]} = {_layout(metadata.value(leaf))}" for leaf in self.leaves]
         for node in self.nodes:
             lines.append(f"{names[node]} = {_name(node.target)} {_text(node.args, names)} {_text(node.kwargs, names)}")
-        return "\n".join([*lines, _text(self.outputs, names), _text(self.args, names)])
+        return "\n".join([*lines, _text(self.outputs, names), _text(self.args, names), *self._steps(names)])
+
+    def _steps(self, names: Mapping[Node, str]) -> list[str]:
+        return [f"{_name(step)} {_text(rest, names)}" for step, rest in self.after]
 
 
 def source_of(view: CanonicalGraph, site: Site, replaced: Mapping[Node, Node], widened: bool) -> Source:
     """The program of a site. replaced: what earlier rewrites put in the place of nodes. Raises CannotRun."""
     args = tuple(_current(arg, replaced) for arg in site.args)
-    operands = dict.fromkeys(node for node in arguments_of(args) if _is_tensor(node))
+    after = tuple((step, _current(rest, replaced)) for step, rest in site.after)
+    operands = dict.fromkeys(node for node in (*arguments_of(args), *arguments_of(after)) if _is_tensor(node))
     order: dict[Node, None] = {}
     leaves: dict[Node, None] = {}
     roots = [*operands, *site.outputs] if widened else list(site.outputs)
@@ -89,10 +96,20 @@ def source_of(view: CanonicalGraph, site: Site, replaced: Mapping[Node, Node], w
             (leaves if is_leaf else order)[node] = None
             if len(order) > _MAX_NODES:
                 raise CannotRun(f"its source reaches back over more than {_MAX_NODES} operations")
+    if any(_draws(view, node) for node in order):
+        raise CannotRun("its source draws random numbers")
     leaves = {**operands, **leaves} if not widened else leaves
     read = _ancestors(operands, order)
     unknown = tuple(leaf for leaf in leaves if leaf not in read)
-    return Source(tuple(order), tuple(leaves), unknown, site.outputs, args)
+    return Source(tuple(order), tuple(leaves), unknown, site.outputs, args, after)
+
+
+def _draws(view: CanonicalGraph, node: Node) -> bool:
+    """Whether a node drops out at random."""
+    call = view.call(node, "dropout", "sdpa", "multi_head_attention")
+    if call is None or call.name == "dropout":
+        return call is not None
+    return call["dropout_p"] is not None and not view.is_zero(call["dropout_p"]) and call["training"] is not False
 
 
 def _upwards(root: Node, starts: Callable[[Node], bool], known: Mapping[Node, None]) -> Iterator[tuple[Node, bool]]:

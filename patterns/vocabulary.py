@@ -151,6 +151,13 @@ def _others(table: _Table) -> None:
         row(name, "input", getattr(torch, name), methods=name, aten=name)
 
 
+_MULTI_HEAD_ATTENTION = (
+    "query key value embed_dim num_heads in_proj_weight in_proj_bias bias_k bias_v add_zero_attn dropout_p"
+    " out_proj_weight out_proj_bias training key_padding_mask need_weights attn_mask use_separate_proj_weight"
+    " q_proj_weight k_proj_weight v_proj_weight static_k static_v average_attn_weights is_causal"
+)
+
+
 def _reductions(table: _Table) -> None:
     row = table.row
     row("mean", "input dim! keepdim dtype", torch.mean, methods="mean", aten="mean.dim mean")
@@ -168,6 +175,8 @@ def _reductions(table: _Table) -> None:
     row("softmax", "input dim! _stacklevel dtype", F.softmax)
     row("matmul", "input other", torch.matmul, operator.matmul, methods="matmul __matmul__", aten="matmul")
     row("bmm", "input other", torch.bmm, torch.mm, methods="bmm mm", aten="bmm mm")
+    row("multi_head_attention", _MULTI_HEAD_ATTENTION, F.multi_head_attention_forward)
+    row("encoder_layer", "input rest*", torch._transformer_encoder_layer_fwd)
     row("baddbmm", "input batch1 batch2 beta alpha", torch.baddbmm, methods="baddbmm", aten="baddbmm")
     row("einsum", "equation operands*", torch.einsum, torch.functional.einsum, aten="einsum")
     row("max", "input dim! keepdim", torch.max, methods="max", aten="max.dim")

@@ -187,6 +187,16 @@ def test_dropout_is_refused_under_exact_numerics() -> None:
     assert "random numbers" in captured.refusals[0]
 
 
+@pytest.mark.parametrize("function", [dropped_out, gemma2, safe_by_nan_to_num])
+def test_verification_runs_the_operator_with_its_arguments(function: Function) -> None:
+    args = list(tensors())
+    if function is safe_by_nan_to_num:
+        args.append(torch.ones(B, 1, S, T, dtype=torch.bool).tril())
+    captured = capture(function, *args, settings=Settings(verify="compile"))
+    assert captured.counts == {"attention": 1}
+    assert ("random" if function is dropped_out else "verified: error") in captured.records[0].verified
+
+
 def test_module_of_dropout_keeps_its_symbolic_probability() -> None:
     class Attention(nn.Module):
         def __init__(self) -> None:
