@@ -6,7 +6,7 @@ graph before autograd, exactly as if the author had spelled it so: same partitio
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 
 import torch
@@ -20,6 +20,9 @@ from infuse.settings import Settings
 
 # Operators that stand for several others and would be no faster than those: their sites are left to their parts.
 WITHOUT_KERNEL = ("norm_linear", "packed_linear", "swiglu_linear")
+Placer = Callable[[Sequence[object], bool, Settings, bool], Placement]
+# Operators from outside the package: (args, training, settings, max_autotune) -> form.
+PLACED_ELSEWHERE: dict[str, Placer] = {}
 
 
 def place(kind: str, args: Sequence[object], training: bool, *, settings: Settings, max_autotune: bool) -> Placement:
@@ -28,6 +31,8 @@ def place(kind: str, args: Sequence[object], training: bool, *, settings: Settin
         return Placement("", "", declined=f"no {kind} kernel")
     if settings.kernels == "never":
         return _inline("kernels are off")
+    if kind in PLACED_ELSEWHERE:
+        return PLACED_ELSEWHERE[kind](args, training, settings, max_autotune)
     first = args[0]
     assert isinstance(first, Tensor)
     if kind == "attention":

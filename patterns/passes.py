@@ -82,6 +82,14 @@ FAMILIES: tuple[Family, ...] = (
     Family(swiglu.KIND, swiglu.ANCHORS, swiglu.match),
     Family(rope.KIND, rope.ANCHORS, rope.match),
 )
+
+
+def add_family(family: Family) -> None:
+    """Asks a family from outside the package after the others."""
+    global FAMILIES
+    FAMILIES = (*FAMILIES, family)
+
+
 # In the order in which they run: a later rule sees what the earlier ones made.
 RULES: tuple[Rule, ...] = (
     *gated_norm.RULES,
@@ -115,7 +123,7 @@ def rewrite(
     findings = [_judge(finding, effects, settings) for finding in findings]
     verifier = _verifier(view, effects, training) if settings.verify == "compile" else None
     writer = Writer(view, settings.patterns, place, training, run, verifier)
-    sites = [finding for finding in findings if isinstance(finding, Site)]
+    sites = _first_of_each([finding for finding in findings if isinstance(finding, Site)])
     sites, remarks = compose(view, effects, sites, RULES, settings, writer.ask)
     if note is not None:
         for remark in remarks:
@@ -131,6 +139,17 @@ def rewrite(
     if settings.strict:
         raise_if_strict(writer.records)
     return writer.records
+
+
+def _first_of_each(sites: Sequence[Site]) -> list[Site]:
+    """A value becomes one operator's: of two families that claim it, the one asked first."""
+    taken: set[Node] = set()
+    kept = []
+    for site in sites:
+        if taken.isdisjoint(site.outputs):
+            kept.append(site)
+        taken.update(site.outputs)
+    return kept
 
 
 def find(view: CanonicalGraph, kinds: Sequence[str]) -> Iterator[Finding]:

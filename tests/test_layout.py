@@ -32,6 +32,7 @@ RANKS = {
     "infuse.history": 1,
     "infuse.backend": 4,
     "infuse.decorator": 5,
+    "infuse.extension": 5,
     "infuse.testing": 5,
     "infuse.inspection": 5,
     "infuse.lock": 5,

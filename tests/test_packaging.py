@@ -27,7 +27,7 @@ else:
     import tomli as tomllib  # pytest brings it
 
 ROOT = Path(__file__).resolve().parent.parent
-FOLDERS = ("src", "ops", "patterns", "lowering", "csrc", "tests", "benchmarks", ".ci")
+FOLDERS = ("src", "ops", "patterns", "lowering", "csrc", "tests", "benchmarks", "examples", ".ci")
 LEFT_OUT = shutil.ignore_patterns("results", "_lib", "*.egg-info", "__pycache__")
 CUDA_SOURCES = (".cu", ".cuh", ".cpp", ".h")
 
@@ -138,7 +138,7 @@ def test_wheel_and_sdist_hold_every_cuda_source(built: Built) -> None:
 
 def test_sdist_holds_what_a_build_and_a_test_run_need(built: Built) -> None:
     needed = {"pyproject.toml", "setup.py", "MANIFEST.in", "LICENSE", "README.md", "constraints.txt", "Makefile"}
-    needed |= {"tests/conftest.py", "src/infuse/version.py", "src/infuse/py.typed", ".ci/typecheck.py"}
+    needed |= {"tests/conftest.py", "examples/mish_gate.py", "src/infuse/version.py", "src/infuse/py.typed", ".ci/typecheck.py"}
     assert needed <= built.sdist_files, needed - built.sdist_files
 
 

@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from infuse import testing
     from infuse.backend import options
     from infuse.decorator import fuse
+    from infuse.extension import register_kernel, register_pattern
     from infuse.history import last_report, reset_report
     from infuse.inspection import explain
 
@@ -48,6 +49,8 @@ __all__ = [
     "ops",
     "options",
     "override",
+    "register_kernel",
+    "register_pattern",
     "reset_report",
     "rms_norm",
     "rope",
@@ -61,6 +64,8 @@ _LAZY = {
     "fuse": "infuse.decorator",
     "explain": "infuse.inspection",
     "last_report": "infuse.history",
+    "register_kernel": "infuse.extension",
+    "register_pattern": "infuse.extension",
     "reset_report": "infuse.history",
     "testing": "infuse.testing",
 }

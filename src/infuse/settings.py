@@ -24,11 +24,24 @@ OPTION_PREFIX = "infuse."
 ENV_PREFIX = "INFUSE_"
 
 
+_added: list[str] = []  # kinds that users registered
+
+
+def add_pattern(kind: str) -> None:
+    """Makes a kind from outside the package one that `patterns` may name, and does by default."""
+    _added.append(kind)
+
+
+def patterns() -> tuple[str, ...]:
+    """Every kind that there is."""
+    return (*PATTERNS, *_added)
+
+
 @dataclass(frozen=True, slots=True)
 class Settings:
     """What Infuse may do.
 
-    patterns: the families that are rewritten, any of PATTERNS.
+    patterns: the families that are rewritten, any of PATTERNS and of those that `infuse.register_pattern` added.
     strict: a site that looks fusable but is refused is an error (`infuse.StrictError`) instead of a line in the report.
     numerics: "exact" allows only rewrites that keep every rounding step of the source; "fused" also those that keep
         more precision.
@@ -38,16 +51,16 @@ class Settings:
         than the source; "off" relies on the proofs.
     """
 
-    patterns: tuple[str, ...] = PATTERNS
+    patterns: tuple[str, ...] = dataclasses.field(default_factory=lambda: patterns())
     strict: bool = False
     numerics: str = "fused"
     kernels: str = "auto"
     verify: str = "off"
 
     def __post_init__(self) -> None:
-        unknown = [name for name in self.patterns if name not in PATTERNS]
+        unknown = [name for name in self.patterns if name not in patterns()]
         if unknown:
-            raise ValueError(f"infuse.patterns: got {unknown}, expected names out of {list(PATTERNS)}")
+            raise ValueError(f"infuse.patterns: got {unknown}, expected names out of {list(patterns())}")
         if not isinstance(self.strict, bool):
             raise TypeError(f"infuse.strict: got {self.strict!r}, expected True or False")
         for name, allowed in _CHOICES.items():
@@ -71,7 +84,7 @@ def _coerce(name: str, value: object, origin: str) -> object:
         if not isinstance(items, (list, tuple, set, frozenset)):
             raise TypeError(f"{origin}: patterns: got {value!r}, expected a list of names or a comma-separated string")
         chosen = {str(item).strip() for item in items} - {""}
-        return tuple(name for name in PATTERNS if name in chosen) + tuple(sorted(chosen - set(PATTERNS)))
+        return tuple(name for name in patterns() if name in chosen) + tuple(sorted(chosen - set(patterns())))
     if name == "strict" and isinstance(value, str):
         if value.lower() not in _TRUE + _FALSE:
             raise ValueError(f"{origin}: strict: got {value!r}, expected one of {list(_TRUE + _FALSE)}")
