@@ -9,7 +9,7 @@ cannot be given by an example; that takes a matcher.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -25,12 +25,16 @@ from infuse.patterns.sites import Site
 from infuse.patterns.sizes import Size, same_shape, same_size
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
-_POINTWISE = (
-    "add sub mul div pow square neg sqrt rsqrt reciprocal sigmoid tanh erf silu gelu relu clamp maximum where exp log "
-    "cos sin abs"
+# Reading these takes more than comparing arguments: shapes are no part of a canonical call, and a random or a detached
+# value is no function of its input. Products of matrices have kernels that a pattern should not swallow.
+_NOT_IN_EXAMPLES = frozenset(
+    {
+        *("reshape", "permute", "expand", "repeat", "repeat_interleave", "getitem", "slice", "split", "select", "cat"),
+        *("stack", "pad", "index_select", "item", "tensor", "dropout", "detach", "linear", "matmul", "bmm", "baddbmm"),
+        *("einsum", "sdpa", "complex", "view_as_complex"),
+    }
 )
-# What a pattern may be made of; of other functions those that torch has and this table of words has not.
-_WORDS = frozenset(f"{_POINTWISE} mean sum softmax cast alias".split())
+_REDUCTIONS = frozenset({"mean", "sum", "softmax", "var", "std", "vector_norm"})
 _COMMUTATIVE = frozenset({"add", "mul", "maximum"})
 _OPAQUE_MODULES = ("torch", "torch.nn.functional", "torch._C._nn", "torch.special")
 
@@ -52,7 +56,7 @@ class Example:
 
     kind: the operator. arguments: its parameters; those that the example does not have take the value given here.
     shapes: of the example's tensors; sizes that are equal there must be equal in a site, dimensions counted from the
-    last. rounding: as in `Site`.
+    last. any_rank: whether a site may have more leading dimensions. rounding: as in `Site`.
     """
 
     kind: str
@@ -60,6 +64,7 @@ class Example:
     shapes: Mapping[str, tuple[int, ...]]
     variants: Mapping[torch.dtype, Variant]
     spelling: str
+    any_rank: bool = False
     rounding: str = ""
 
     @property
@@ -89,7 +94,7 @@ class Example:
         if not comparison.same(variant.root, root):
             return None
         bound = {name: comparison.bound.get(node) for name, node in variant.parameters.items()}
-        if any(name not in self.shapes for name in bound) or not _alike(view, bound, self.shapes):
+        if not _alike(view, bound, self.shapes, self.any_rank):
             return None
         args = tuple(bound.get(name, default) for name, default in self.arguments.items())
         interior = tuple(dict.fromkeys(comparison.interior))
@@ -162,28 +167,25 @@ class _Comparison:
 
 
 def trace(
-    kind: str,
-    function: Function,
-    arguments: Mapping[str, object],
-    shapes: Mapping[str, tuple[int, ...]],
-    rounding: str = "",
+    kind: str, function: Function, arguments: Mapping[str, object], shapes: Mapping[str, tuple[int, ...]]
 ) -> Example:
     """The example as a pattern of the operator `kind`. Raises ValueError for what an example cannot say."""
     names = list(inspect.signature(function).parameters)
     unknown = [name for name in names if name not in arguments]
     if unknown:
         raise ValueError(f"infuse: {kind}: the example has the parameters {unknown}, expected {list(arguments)}")
-    variants = {dtype: _trace(kind, function, [shapes[name] for name in names], dtype) for dtype in DTYPES}
-    return Example(kind, arguments, shapes, variants, f"as {function.__name__}", rounding)
+    shapes = {name: shapes[name] for name in names}
+    variants = {dtype: _trace(kind, function, shapes, dtype) for dtype in DTYPES}
+    any_rank = _counts_from_the_end(kind, function, shapes, variants[DTYPES[0]])
+    return Example(kind, arguments, shapes, variants, f"as {function.__name__}", any_rank)
 
 
-def _trace(kind: str, function: Function, shapes: Sequence[tuple[int, ...]], dtype: torch.dtype) -> Variant:
+def _trace(kind: str, function: Function, shapes: Mapping[str, tuple[int, ...]], dtype: torch.dtype) -> Variant:
     graph = symbolic_trace(function).graph
-    inputs = iter(shapes)
     with metadata.undisturbed(FakeTensorMode()):
         for node in graph.nodes:
             if node.op == "placeholder":
-                node.meta["example_value"] = torch.empty(next(inputs), dtype=dtype)
+                node.meta["example_value"] = torch.empty(shapes[str(node.target)], dtype=dtype)
             elif node.op in ("call_function", "call_method"):
                 args: Any = torch.fx.map_arg(node.args, metadata.value)
                 kwargs: Any = torch.fx.map_arg(node.kwargs, metadata.value)
@@ -193,22 +195,56 @@ def _trace(kind: str, function: Function, shapes: Sequence[tuple[int, ...]], dty
         _check(kind, view, node)
     (root,) = graph.output_node().args
     if not isinstance(root, Node) or not view.word(root):
-        raise ValueError(f"infuse: {kind}: the example ends in {root}, expected one operation of: {_POINTWISE}")
+        raise ValueError(f"infuse: {kind}: the example ends in {root}, expected a common operation, such as a product")
     return Variant(view, {str(node.target): node for node in view.nodes if node.op == "placeholder"}, root)
 
 
 def _check(kind: str, view: CanonicalGraph, node: Node) -> None:
+    """Raises ValueError unless a node is a pure function whose arguments say all about it."""
     if node.op in ("placeholder", "output"):
         return
     call = view.call(node)
-    is_opaque = node.op == "call_function" and getattr(node.target, "__module__", "") in _OPAQUE_MODULES
-    is_opaque = is_opaque and not getattr(node.target, "__name__", "_").endswith("_")  # that writes in place
-    if (call is None and (view.word(node) or not is_opaque)) or (call is not None and call.name not in _WORDS):
-        remedy = "recognise it with a matcher: register_pattern(..., match=, anchors=)"
-        raise ValueError(f"infuse: {kind}: got {node.target} in the example, expected one of: {_POINTWISE}; {remedy}")
+    inputs = [view.shape(item) for item in node.all_input_nodes]
+    keeps_shape = bool(inputs) and same_shape(torch.broadcast_shapes(*inputs), view.shape(node))
+    if call is not None:
+        fits = call.name not in _NOT_IN_EXAMPLES and (keeps_shape or call.name in _REDUCTIONS)
+    else:
+        of_torch = node.op == "call_function" and getattr(node.target, "__module__", "") in _OPAQUE_MODULES
+        in_place = getattr(node.target, "__name__", "_").endswith("_")
+        fits = not view.word(node) and of_torch and keeps_shape and not in_place
+    if not fits:
+        raise ValueError(
+            f"infuse: {kind}: got {node.target} in the example, expected pointwise operations and reductions; "
+            "recognise it with a matcher: register_pattern(..., match=, anchors=)"
+        )
 
 
-def _alike(view: CanonicalGraph, bound: Mapping[str, Node | None], shapes: Mapping[str, tuple[int, ...]]) -> bool:
+def with_leading(shapes: Mapping[str, tuple[int, ...]], leading: tuple[int, ...]) -> dict[str, tuple[int, ...]]:
+    """The shapes with more dimensions in front of those of the highest rank."""
+    highest = max(map(len, shapes.values()))
+    return {name: (*leading, *shape) if len(shape) == highest else shape for name, shape in shapes.items()}
+
+
+def _counts_from_the_end(
+    kind: str, function: Function, shapes: Mapping[str, tuple[int, ...]], variant: Variant
+) -> bool:
+    """Whether the example means the same dimensions, counted from the last, in tensors of a higher rank."""
+    try:
+        higher = _trace(kind, function, with_leading(shapes, (3,)), DTYPES[0])
+    except (RuntimeError, ValueError, IndexError):
+        return False
+    pairs = zip(variant.view.nodes, higher.view.nodes)
+    return all(_dims_from_the_end(variant.view, one) == _dims_from_the_end(higher.view, other) for one, other in pairs)
+
+
+def _dims_from_the_end(view: CanonicalGraph, node: Node) -> Any:
+    call = view.call(node)
+    return None if call is None else _from_the_end(call["dim"], len(view.shape(call["input"])))
+
+
+def _alike(
+    view: CanonicalGraph, bound: Mapping[str, Node | None], shapes: Mapping[str, tuple[int, ...]], any_rank: bool
+) -> bool:
     """Whether sizes are equal where the example's are, counted from the last dimension.
 
     Tensors of the example's highest rank may have more leading dimensions, all of them the same; others may not.
@@ -219,7 +255,11 @@ def _alike(view: CanonicalGraph, bound: Mapping[str, Node | None], shapes: Mappi
     highest = max(len(shapes[name]) for name in found)
     full = [name for name in found if len(shapes[name]) == highest]
     extra = len(found[full[0]]) - highest
-    if extra < 0 or any(len(found[name]) != len(shapes[name]) + extra * (name in full) for name in found):
+    if (
+        extra < 0
+        or (extra and not any_rank)
+        or any(len(found[name]) != len(shapes[name]) + extra * (name in full) for name in found)
+    ):
         return False
     if not all(same_shape(found[name][:extra], found[full[0]][:extra]) for name in full):
         return False

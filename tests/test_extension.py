@@ -141,6 +141,24 @@ def test_a_near_miss_is_left_alone(function: Callable[..., Any]) -> None:
     assert capture(function, *tensors(8, 8)).counts == {}
 
 
+def over_rows(x: Tensor) -> Tensor:
+    return x / (x.abs().mean(1, keepdim=True) + 1e-6)
+
+
+def over_the_last(x: Tensor) -> Tensor:
+    return x / (x.abs().mean(-1, keepdim=True) + 1e-6)
+
+
+def test_a_formula_that_counts_dimensions_from_the_first_holds_for_its_own_rank_only(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(passes, "FAMILIES", ())
+    infuse.register_pattern("over_rows_in_tests", formula=over_rows, example=over_the_last)
+    assert capture(over_the_last, torch.randn(4, 8)).counts == {"over_rows_in_tests": 1}
+    for function in (over_rows, over_the_last):
+        assert capture(function, torch.randn(2, 4, 8)).counts == {}
+
+
 def test_a_write_in_between_is_refused_as_everywhere() -> None:
     def writes(gate: Tensor, up: Tensor) -> Tensor:
         activation = F.mish(gate)
@@ -223,7 +241,7 @@ def text(gate: Tensor, mode: str) -> Tensor:
     ("keywords", "message"),
     [
         ({"example": wrong}, "computes something else"),
-        ({"example": reshaping}, "got reshape in the example.*matcher"),
+        ({"example": reshaping}, "reshape in the example.*matcher"),
         ({"example": lambda gate, other: gate * other}, r"parameters \['other'\]"),
         ({"kind": "new", "example": by_hand}, "expected one for a new operator"),
         ({"kind": "new", "formula": no_annotations}, "annotation -> Tensor"),

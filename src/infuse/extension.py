@@ -8,6 +8,7 @@ from __future__ import annotations
 import hashlib
 import inspect
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -146,8 +147,12 @@ def _family_of(
     names = list(inspect.signature(example).parameters)
     sizes = {name: (shapes or {}).get(name, _DEFAULT_SHAPE) for name in names}
     pattern = by_example.trace(kind, example, parameters, sizes)
-    rounding = _compare(kind, compute, example, parameters, sizes)
-    pattern = by_example.trace(kind, example, parameters, sizes, rounding)
+    if not _is_same(compute, example, parameters, sizes):
+        raise ValueError(f"infuse.register_pattern: {kind}: the example computes something else than the formula")
+    higher = (by_example.with_leading(sizes, leading) for leading in ((3,), (2, 3)))
+    any_rank = pattern.any_rank and all(_is_same(compute, example, parameters, shapes) for shapes in higher)
+    rounding = _rounding(compute, example, parameters, sizes)
+    pattern = replace(pattern, any_rank=any_rank, rounding=rounding)
     return passes.Family(kind, (pattern.anchor,), pattern.match, pattern.concerns)
 
 
@@ -160,24 +165,40 @@ def _parameters(kind: str, formula: Function | None) -> dict[str, object]:
     return {item.name: None if item.default is inspect.Parameter.empty else item.default for item in parameters}
 
 
-def _compare(
-    kind: str,
+def _run(
+    compute: Callable[..., Tensor],
+    example: Function,
+    parameters: Mapping[str, object],
+    sizes: Mapping[str, tuple[int, ...]],
+    dtype: torch.dtype,
+) -> tuple[Tensor, Tensor]:
+    """The formula's result and the example's."""
+    generator = torch.Generator().manual_seed(1)
+    tensors = {name: torch.randn(size, generator=generator).to(dtype) for name, size in sizes.items()}
+    return compute(*{**parameters, **tensors}.values()), example(**tensors)
+
+
+def _is_same(
+    compute: Callable[..., Tensor],
+    example: Function,
+    parameters: Mapping[str, object],
+    sizes: Mapping[str, tuple[int, ...]],
+) -> bool:
+    """Whether formula and example compute the same in float64."""
+    try:
+        got, expected = _run(compute, example, parameters, sizes, torch.float64)
+    except (RuntimeError, ValueError, IndexError):
+        return False
+    return got.shape == expected.shape and torch.allclose(got, expected, rtol=1e-9, atol=1e-12)
+
+
+def _rounding(
     compute: Callable[..., Tensor],
     example: Function,
     parameters: Mapping[str, object],
     sizes: Mapping[str, tuple[int, ...]],
 ) -> str:
-    """Where the formula rounds and the example does not, "" if nowhere. Raises ValueError unless both are the same."""
-    generator = torch.Generator().manual_seed(1)
-    exact = {name: torch.randn(size, generator=generator, dtype=torch.float64) for name, size in sizes.items()}
-
-    def run(dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-        tensors = {name: value.to(dtype) for name, value in exact.items()}
-        return compute(*({**parameters, **tensors}).values()), example(**tensors)
-
-    got, expected = run(torch.float64)
-    if got.shape != expected.shape or not torch.allclose(got, expected, rtol=1e-9, atol=1e-12):
-        raise ValueError(f"infuse.register_pattern: {kind}: the example computes something else than the formula")
-    if not all(torch.equal(*run(dtype)) for dtype in (torch.float32, torch.bfloat16, torch.float16)):
-        return "the formula rounds elsewhere than the source"
-    return ""
+    """Where the formula rounds and the example does not, "" if nowhere."""
+    dtypes = (torch.float32, torch.bfloat16, torch.float16)
+    same = all(torch.equal(*_run(compute, example, parameters, sizes, dtype)) for dtype in dtypes)
+    return "" if same else "the formula rounds elsewhere than the source"
