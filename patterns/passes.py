@@ -84,8 +84,11 @@ FAMILIES: tuple[Family, ...] = (
 )
 
 
+_OWN_KINDS = frozenset(family.kind for family in FAMILIES)
+
+
 def add_family(family: Family) -> None:
-    """Asks a family from outside the package after the others."""
+    """Asks a family from outside the package too."""
     global FAMILIES
     FAMILIES = (*FAMILIES, family)
 
@@ -142,10 +145,10 @@ def rewrite(
 
 
 def _first_of_each(sites: Sequence[Site]) -> list[Site]:
-    """A value becomes one operator's: of two families that claim it, the one asked first."""
+    """A value becomes one operator's: of two families that claim it a user's own, else the one asked first."""
     taken: set[Node] = set()
     kept = []
-    for site in sites:
+    for site in sorted(sites, key=lambda site: site.kind in _OWN_KINDS):
         if taken.isdisjoint(site.outputs):
             kept.append(site)
         taken.update(site.outputs)

@@ -22,21 +22,21 @@ from infuse.settings import Settings
 from tests.patterns.capture import MODES, assert_same_results, capture
 
 ROOT = Path(__file__).resolve().parents[1]
-KIND = "mish_gate_in_tests"
+KIND = "softsign_gate_in_tests"
 calls: list[tuple[int, ...]] = []
 
 
-def mish_gate(gate: Tensor, up: Tensor) -> Tensor:
-    return F.mish(gate) * up
+def softsign_gate(gate: Tensor, up: Tensor) -> Tensor:
+    return F.softsign(gate) * up
 
 
 def by_hand(gate: Tensor, up: Tensor) -> Tensor:
-    return gate * torch.tanh(F.softplus(gate)) * up
+    return gate / (1 + gate.abs()) * up
 
 
 def kernel(gate: Tensor, up: Tensor, *, out: Tensor) -> None:
     calls.append(tuple(gate.shape))
-    torch.mul(F.mish(gate), up, out=out)
+    torch.mul(F.softsign(gate), up, out=out)
 
 
 def can_run(gate: Tensor, up: Tensor) -> bool | str:
@@ -56,7 +56,7 @@ def scaled_norm(x: Tensor, weight: Tensor) -> Tensor:
 def registered() -> Iterator[None]:
     """Registers, and takes back what other tests would see; an operator that is defined stays so."""
     before = passes.FAMILIES, list(settings._added), set(caches._sources), caches.build_hash()
-    infuse.register_pattern(KIND, formula=mish_gate)
+    infuse.register_pattern(KIND, formula=softsign_gate)
     infuse.register_pattern(KIND, example=by_hand)
     infuse.register_kernel(KIND, kernel, device="cpu", can_run=can_run, runs_well=runs_well)
     infuse.register_pattern("scaled_norm_in_tests", formula=scaled_norm, shapes={"weight": (8,)})
@@ -76,14 +76,14 @@ def tensors(*shape: int, dtype: torch.dtype = torch.float32, training: bool = Fa
 class Module(nn.Module):
     def __init__(self) -> None:
         super().__init__()
-        self.activation = nn.Mish()
+        self.activation = nn.Softsign()
 
     def forward(self, gate: Tensor, up: Tensor) -> Tensor:
         return torch.mul(up, self.activation(gate))
 
 
 @pytest.mark.parametrize(("dtype", "training", "dynamic"), MODES)
-@pytest.mark.parametrize("function", [mish_gate, by_hand, Module()])
+@pytest.mark.parametrize("function", [softsign_gate, by_hand, Module()])
 def test_every_spelling_becomes_the_operator(
     function: Callable[..., Any], dtype: torch.dtype, training: bool, dynamic: bool
 ) -> None:
@@ -102,27 +102,27 @@ def test_a_pattern_with_a_reduction_holds_for_any_rank(training: bool) -> None:
 
 
 def wide(gate: Tensor, up: Tensor) -> Tensor:
-    return F.mish(gate.double()) * up
+    return F.softsign(gate.double()) * up
 
 
 def other_function(gate: Tensor, up: Tensor) -> Tensor:
-    return F.softplus(gate) * up
+    return torch.atan(gate) * up
 
 
 def broadcasting(gate: Tensor, up: Tensor) -> Tensor:
-    return F.mish(gate) * up[0]
+    return F.softsign(gate) * up[0]
 
 
 def in_place(gate: Tensor, up: Tensor) -> Tensor:
-    return F.mish(gate + 0, inplace=True) * up
+    return F.softsign(gate).mul_(up)
 
 
 def with_a_number(gate: Tensor, up: Tensor) -> Tensor:
-    return F.mish(gate) * 2.0
+    return F.softsign(gate) * 2.0
 
 
 def other_gate(gate: Tensor, up: Tensor) -> Tensor:
-    return gate * torch.tanh(F.softplus(up)) * up
+    return gate / (1 + up.abs()) * up
 
 
 def other_dimension(x: Tensor, weight: Tensor) -> Tensor:
@@ -161,7 +161,7 @@ def test_a_formula_that_counts_dimensions_from_the_first_holds_for_its_own_rank_
 
 def test_a_write_in_between_is_refused_as_everywhere() -> None:
     def writes(gate: Tensor, up: Tensor) -> Tensor:
-        activation = F.mish(gate)
+        activation = F.softsign(gate)
         gate.add_(1)
         return activation * up
 
@@ -169,9 +169,16 @@ def test_a_write_in_between_is_refused_as_everywhere() -> None:
     assert captured.counts == {} and "writes in place" in captured.refusals[0]
 
 
+def test_a_users_pattern_goes_before_a_builtin_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(passes, "FAMILIES", passes.FAMILIES)
+    assert capture(own_silu_gate, *tensors(4, 8)).counts == {"swiglu": 1}
+    infuse.register_pattern("own_silu_gate_in_tests", formula=own_silu_gate)
+    assert capture(own_silu_gate, *tensors(4, 8)).counts == {"own_silu_gate_in_tests": 1}
+
+
 def test_the_family_can_be_switched_off() -> None:
     assert KIND in Settings().patterns
-    assert capture(mish_gate, *tensors(4, 8), settings=Settings(patterns=("swiglu",))).records == []
+    assert capture(softsign_gate, *tensors(4, 8), settings=Settings(patterns=("swiglu",))).records == []
 
 
 def run(kernels: str, *shape: int) -> tuple[list[tuple[int, ...]], str]:
@@ -180,7 +187,7 @@ def run(kernels: str, *shape: int) -> tuple[list[tuple[int, ...]], str]:
     args = tensors(*shape)
     with torch.no_grad():
         compiled = torch.compile(Module(), backend="infuse", options={"infuse.kernels": kernels})
-        torch.testing.assert_close(compiled(*args), mish_gate(*args))
+        torch.testing.assert_close(compiled(*args), softsign_gate(*args))
     return list(calls), infuse.last_report().sites[0].kernel
 
 
@@ -197,32 +204,36 @@ def test_the_lowering_declines_what_the_policy_did_not_see() -> None:
     operator = getattr(torch.ops.infuse, KIND)
     args = tensors(4, 9)
     with torch.no_grad():
-        torch.testing.assert_close(torch.compile(operator, backend="infuse")(*args), mish_gate(*args))
+        torch.testing.assert_close(torch.compile(operator, backend="infuse")(*args), softsign_gate(*args))
     assert decisions.decisions()[-1].why == "its rows are no multiple of 8"
 
 
 def test_training_differentiates_the_formula() -> None:
     gate, up = tensors(4, 8, training=True)
     operator = getattr(torch.ops.infuse, KIND)
-    expected = torch.autograd.grad(mish_gate(gate, up).square().sum(), (gate, up))
+    expected = torch.autograd.grad(softsign_gate(gate, up).square().sum(), (gate, up))
     for mine, theirs in zip(torch.autograd.grad(operator(gate, up).square().sum(), (gate, up)), expected):
         torch.testing.assert_close(mine, theirs)
 
 
 def test_registering_changes_the_key_of_the_caches_once() -> None:
     before = caches.build_hash()
-    infuse.register_pattern(KIND, formula=mish_gate)
+    infuse.register_pattern(KIND, formula=softsign_gate)
     assert caches.build_hash() == before
     assert caches._package_hash() != before and torch.compiler.config.cache_key_tag.count("infuse-") == 1
     assert before in torch.compiler.config.cache_key_tag
 
 
+def own_silu_gate(gate: Tensor, up: Tensor) -> Tensor:
+    return F.silu(gate) * up
+
+
 def wrong(gate: Tensor, up: Tensor) -> Tensor:
-    return F.mish(up) * gate
+    return F.softsign(up) * gate
 
 
 def reshaping(gate: Tensor, up: Tensor) -> Tensor:
-    return F.mish(gate.reshape(-1, 8)) * up
+    return F.softsign(gate.reshape(-1, 8)) * up
 
 
 def random(gate: Tensor, up: Tensor) -> Tensor:
@@ -247,7 +258,7 @@ def text(gate: Tensor, mode: str) -> Tensor:
         ({"kind": "new", "formula": no_annotations}, "annotation -> Tensor"),
         ({"kind": "new", "formula": text}, "mode: got the annotation"),
         ({"kind": "new", "formula": random}, "something else|expected one of"),
-        ({"kind": "swiglu", "formula": mish_gate}, "not taken"),
+        ({"kind": "swiglu", "formula": softsign_gate}, "not taken"),
         ({"formula": by_hand}, "another"),
         ({"match": lambda view, node: None}, "no anchors"),
         ({}, "none of formula, example and match"),
@@ -270,7 +281,7 @@ def test_a_wrong_kernel_is_refused() -> None:
 
 def test_a_matcher_may_say_what_no_example_can(monkeypatch: pytest.MonkeyPatch) -> None:
     def match(view: extension.CanonicalGraph, node: torch.fx.Node) -> Any:
-        """tanh(x) * tanh(x) is no such site; mish is spelled with a halved argument here."""
+        """tanh(x) * tanh(x) is no such site; softsign is spelled with a halved argument here."""
         operands = view.operands(node, "mul")
         if operands is None or operands[0] is not operands[1] or view.call(operands[0], "tanh") is None:
             return None
@@ -290,7 +301,7 @@ def test_a_matcher_may_say_what_no_example_can(monkeypatch: pytest.MonkeyPatch) 
 
 def test_the_example_runs() -> None:
     environment = {**os.environ, "COLUMNS": "200", "TORCHINDUCTOR_COMPILE_THREADS": "1"}
-    command = [sys.executable, str(ROOT / "examples" / "mish_gate.py")]
+    command = [sys.executable, str(ROOT / "examples" / "softsign_gate.py")]
     done = subprocess.run(command, env=environment, cwd=ROOT, capture_output=True, text=True, timeout=300, check=False)
     assert done.returncode == 0, done.stderr
-    assert "mish_gate 1" in done.stdout and "kernels are always taken" in done.stdout and "verified" in done.stdout
+    assert "softsign_gate 1" in done.stdout and "kernels are always taken" in done.stdout and "verified" in done.stdout

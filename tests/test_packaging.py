@@ -138,7 +138,7 @@ def test_wheel_and_sdist_hold_every_cuda_source(built: Built) -> None:
 
 def test_sdist_holds_what_a_build_and_a_test_run_need(built: Built) -> None:
     needed = {"pyproject.toml", "setup.py", "MANIFEST.in", "LICENSE", "README.md", "constraints.txt", "Makefile"}
-    needed |= {"tests/conftest.py", "examples/mish_gate.py"}
+    needed |= {"tests/conftest.py", "examples/softsign_gate.py"}
     needed |= {"src/infuse/version.py", "src/infuse/py.typed", ".ci/typecheck.py"}
     assert needed <= built.sdist_files, needed - built.sdist_files
 

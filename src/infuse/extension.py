@@ -1,6 +1,6 @@
 """A user's own operators, patterns and kernels, under the rules of Infuse's: legality, verification, report, caches.
 
-`examples/mish_gate.py` adds a gated activation from end to end.
+`examples/softsign_gate.py` adds a gated activation from end to end.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
-"""Adds an activation to Infuse: mish(gate) * up, with a kernel, and compiles a model that uses it.
+"""Adds an activation to Infuse: softsign(gate) * up, with a kernel, and compiles a model that uses it.
 
-    python examples/mish_gate.py
+    python examples/softsign_gate.py
 
 The kernel here is plain torch on a CPU, so that this runs anywhere; in its place may stand a Triton kernel or an
 operator of a C++ library, with device="cuda".
@@ -15,19 +15,19 @@ from torch import Tensor, nn
 import infuse
 
 
-def mish_gate(gate: Tensor, up: Tensor) -> Tensor:
+def softsign_gate(gate: Tensor, up: Tensor) -> Tensor:
     """The operator's formula: what runs where no kernel does, and what is differentiated in training."""
-    return F.mish(gate) * up
+    return F.softsign(gate) * up
 
 
-def mish_by_hand(gate: Tensor, up: Tensor) -> Tensor:
+def softsign_by_hand(gate: Tensor, up: Tensor) -> Tensor:
     """Another spelling that authors use."""
-    return gate * torch.tanh(F.softplus(gate)) * up
+    return gate / (1 + gate.abs()) * up
 
 
 def kernel(gate: Tensor, up: Tensor, *, out: Tensor) -> None:
     """Writes the result into `out`, which is contiguous."""
-    torch.mul(F.mish(gate), up, out=out)
+    torch.mul(F.softsign(gate), up, out=out)
 
 
 def can_run(gate: Tensor, up: Tensor) -> bool | str:
@@ -35,16 +35,16 @@ def can_run(gate: Tensor, up: Tensor) -> bool | str:
     return True if gate.is_contiguous() and up.is_contiguous() else "it takes contiguous tensors only"
 
 
-infuse.register_pattern("mish_gate", formula=mish_gate)
-infuse.register_pattern("mish_gate", example=mish_by_hand)
-infuse.register_kernel("mish_gate", kernel, device="cpu", can_run=can_run)
+infuse.register_pattern("softsign_gate", formula=softsign_gate)
+infuse.register_pattern("softsign_gate", example=softsign_by_hand)
+infuse.register_kernel("softsign_gate", kernel, device="cpu", can_run=can_run)
 
 
 class GatedMLP(nn.Module):
     def __init__(self, dim: int = 32, hidden: int = 64) -> None:
         super().__init__()
         self.gate, self.up, self.down = nn.Linear(dim, hidden), nn.Linear(dim, hidden), nn.Linear(hidden, dim)
-        self.activation = nn.Mish()
+        self.activation = nn.Softsign()
 
     def forward(self, x: Tensor) -> Tensor:
         return self.down(self.up(x) * self.activation(self.gate(x)))
