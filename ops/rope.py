@@ -57,30 +57,48 @@ def _check(op: str, x: Tensor, cos: Tensor, sin: Tensor, per_pair: bool) -> None
                 checks.equal(op, f"{name}: size of dimension {-dim}", table.shape[-dim], x.shape[-dim])
 
 
+def _halves(x: Tensor) -> tuple[Tensor, Tensor]:
+    half = x.shape[-1] // 2
+    return x[..., :half], x[..., half:]
+
+
 def _pairs(x: Tensor, interleaved: bool) -> tuple[Tensor, Tensor]:
-    first, second = x.unflatten(-1, (-1, 2)).unbind(-1) if interleaved else x.chunk(2, dim=-1)
-    return first, second
-
-
-def _join(first: Tensor, second: Tensor, interleaved: bool) -> Tensor:
-    return torch.stack((first, second), dim=-1).flatten(-2) if interleaved else torch.cat((first, second), dim=-1)
+    """Slices and selections, whose gradients Inductor adds up in one kernel; those of a chunk are joined in memory."""
+    if not interleaved:
+        return _halves(x)
+    pairs = x.unflatten(-1, (-1, 2))
+    return pairs[..., 0], pairs[..., 1]
 
 
 def rotate(x: Tensor, interleaved: bool) -> Tensor:
     """Each pair (x1, x2) of the last dimension turned by 90 degrees: (-x2, x1)."""
-    first, second = _pairs(x, interleaved)
-    return _join(-second, first, interleaved)
+    # Not `_pairs`: the gradient of strided slices vectorises, that of selections does not.
+    first, second = (x[..., 0::2], x[..., 1::2]) if interleaved else _halves(x)
+    if interleaved:
+        return torch.stack((-second, first), dim=-1).flatten(-2)
+    return torch.cat((-second, first), dim=-1)
 
 
-def _rotated(x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool, per_pair: bool, inverse: bool) -> Tensor:
-    """The rotation of x [..., R] in the dtype that torch promotes to."""
-    if not per_pair:
+def _rotated(
+    x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool, per_pair: bool, inverse: bool, out: torch.dtype
+) -> list[Tensor]:
+    """The rotation of x [..., R] in the dtype that torch promotes to, cast to `out`: parts to be joined."""
+    if per_pair:
+        tables = (cos, cos, sin, sin)
+    elif interleaved or x.device.type != "cpu":
+        # In this order: it is also the one in which autograd adds up, and thereby decides on the gradient's strides.
+        straight = x * cos
         turned = rotate(x, interleaved) * sin
-        return x * cos - turned if inverse else x * cos + turned
-    first, second = _pairs(x, interleaved)
+        return [(straight - turned if inverse else straight + turned).to(out)]
+    else:
+        # The same numbers: on a CPU Inductor writes what is joined to memory, and here that is the result itself.
+        tables = (*_halves(cos), *_halves(sin))
+    (first, second), (cos1, cos2, sin1, sin2) = _pairs(x, interleaved), tables
     if inverse:
-        return _join(first * cos + second * sin, second * cos - first * sin, interleaved)
-    return _join(first * cos - second * sin, second * cos + first * sin, interleaved)
+        parts = [(first * cos1 + second * sin1).to(out), (second * cos2 - first * sin2).to(out)]
+    else:
+        parts = [(first * cos1 - second * sin1).to(out), (second * cos2 + first * sin2).to(out)]
+    return [torch.stack(parts, dim=-1).flatten(-2)] if interleaved else parts
 
 
 def rope_ref(
@@ -98,8 +116,9 @@ def rope_ref(
     rotary = rotary_dim(cos, per_pair)
     whole = rotary == x.shape[-1]
     head = x if whole else x[..., :rotary]
-    y = _rotated(head.to(dtype), cos, sin, interleaved, per_pair, inverse).to(x.dtype)
-    return y if whole else torch.cat((y, x[..., rotary:]), dim=-1)
+    parts = _rotated(head.to(dtype), cos, sin, interleaved, per_pair, inverse, x.dtype)
+    parts += [] if whole else [x[..., rotary:]]
+    return torch.cat(parts, dim=-1) if len(parts) > 1 else parts[0]
 
 
 def _wide(dtype: torch.dtype) -> torch.dtype:
@@ -116,12 +135,13 @@ def rope_bwd_ref(
     rotary = rotary_dim(cos, per_pair)
     head = dy[..., :rotary].to(dtype)
     if per_pair:
-        dx = _rotated(head, cos.to(dtype), sin.to(dtype), interleaved, True, not inverse)
+        parts = _rotated(head, cos.to(dtype), sin.to(dtype), interleaved, True, not inverse, dy.dtype)
     else:
         # The transpose of rotate is its negative; sin may differ within a pair and goes first.
         turned = rotate(head * sin.to(dtype), interleaved)
-        dx = head * cos.to(dtype) + turned if inverse else head * cos.to(dtype) - turned
-    return torch.cat((dx.to(dy.dtype), dy[..., rotary:]), dim=-1)
+        straight = head * cos.to(dtype)
+        parts = [(straight + turned if inverse else straight - turned).to(dy.dtype)]
+    return torch.cat((*parts, dy[..., rotary:]), dim=-1)
 
 
 def rope_tables_bwd_ref(

@@ -35,6 +35,8 @@ def match(view: CanonicalGraph, anchor: Node) -> Finding | None:
     if start is None:
         return None
     root, nodes = start
+    if root is not anchor and not isinstance(view.shape(root)[-1], int):
+        return Refusal(KIND, anchor, "the size of the last dimension is symbolic", "keep the head dimension static")
     lanes = Lanes(view, len(view.shape(nodes[0])) - 1)
     sums = [item for node in nodes if (item := sum_of_terms(view, lanes, node)) is not None]
     if len(sums) != len(nodes) or not resembles(sums):
@@ -133,6 +135,8 @@ def _at(view: CanonicalGraph, lanes: Lanes, level: Node, sums: Sequence[Sum]) ->
     tables = _tables(view, rotation)
     if isinstance(tables, str):
         return tables
+    if [_function(view, table) for table in tables.nodes] == ["sin", "cos"]:
+        return "cos and sin have changed places"
     computed = view.dtype(rotation.sums[0].node)
     if computed is not None and computed.is_complex:
         computed = computed.to_real()
@@ -199,6 +203,16 @@ def _whole(view: CanonicalGraph, rotation: Rotation, parts: Sequence[Part]) -> N
         wanted[rotation.owner == number] = codes
     dtype = view.dtype(parts[0].table)
     return None if dtype is None else lanes.node_with(wanted, dtype)
+
+
+def _function(view: CanonicalGraph, table: object) -> str:
+    """ "cos" or "sin" if a table is made by it in the graph, "" if that is not known."""
+    for _ in range(_MAX_STEPS * 2):
+        call = view.call(table)
+        if call is None or call.name in ("cos", "sin"):
+            return "" if call is None else call.name
+        table = call["input"]
+    return ""
 
 
 def _rounding(

@@ -6,8 +6,10 @@ from collections.abc import Callable
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
+from infuse.settings import Settings
 from tests.patterns.capture import MODES, assert_same_results, capture
 
 HEADS, DIM, LENGTH = 3, 8, 5
@@ -187,6 +189,11 @@ def inverse_full(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return x * cos - rotate_half(x) * sin
 
 
+def turned_the_other_way(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    first, second = x.chunk(2, -1)
+    return x * cos + torch.cat((second, -first), dim=-1) * sin
+
+
 def complex_numbers(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     freqs = torch.complex(cos, sin)
     numbers = torch.view_as_complex(x.float().reshape(*x.shape[:-1], -1, 2))
@@ -230,6 +237,7 @@ SPELLINGS: dict[str, tuple[Rope, int, str]] = {
     "de-interleaved": (deinterleaved, 4, f"halves, {PAIRS}"),
     "de-interleaved first": (deinterleaved_first, 8, f"halves, {HALVES}"),
     "inverse": (inverse, 4, f"halves, {PAIRS}, inverse"),
+    "turned the other way": (turned_the_other_way, 8, f"halves, {HALVES}, inverse"),
     "inverse, full": (inverse_full, 8, f"halves, {HALVES}, inverse"),
 }
 # Their products are in float32 whatever x is.
@@ -265,3 +273,274 @@ def test_spellings_in_float32(
     (operator,) = captured.operators()
     assert operator.args[0].meta["example_value"].dtype == dtype  # the cast is the operator's
     assert_same_results(captured, training)
+
+
+@pytest.mark.parametrize("rope", [full(rotate_half), upcast, torchtune], ids=["rotate_half", "upcast", "torchtune"])
+def test_nothing_is_rounded_otherwise(rope: Rope) -> None:
+    module = Rotated(rope, 4 if rope is torchtune else 8).bfloat16()
+    captured = capture(module, tokens(torch.bfloat16), settings=Settings(numerics="exact"))
+    assert captured.counts == {"rope": 1}
+    before, after = captured.original(*captured.inputs), captured.rewritten(*captured.inputs)
+    assert torch.equal(before[0], after[0])
+
+
+@pytest.mark.parametrize("heads_first", [False, True])
+@pytest.mark.parametrize("table", [torch.float32, torch.bfloat16])
+def test_tables_in_another_dtype(table: torch.dtype, heads_first: bool) -> None:
+    """x in bfloat16 and tables in float32 give float32, and so do tables in bfloat16 with x in float32."""
+    x_dtype = torch.bfloat16 if table == torch.float32 else torch.float32
+    module = Rotated(full(rotate_half), table=table, heads_first=heads_first).to(x_dtype)
+    captured = capture(module, tokens(x_dtype, training=True), training=True)
+    assert captured.counts == {"rope": 1}
+    assert captured.operators()[0].meta["example_value"].dtype == torch.float32
+    assert_same_results(captured, training=True)
+
+
+def test_gradients_of_the_tables() -> None:
+    cos, sin = (torch.randn(LENGTH, DIM, requires_grad=True) for _ in range(2))
+    x = torch.randn(2, HEADS, LENGTH, DIM, requires_grad=True)
+    captured = capture(full(rotate_half), x, cos, sin, training=True)
+    assert captured.counts == {"rope": 1}
+    assert_same_results(captured, training=True)
+
+
+def test_under_autocast() -> None:
+    def autocast(x: Tensor, weight: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            return full(rotate_half)(F.linear(x, weight), cos, sin)
+
+    table = torch.randn(LENGTH, DIM)
+    captured = capture(autocast, torch.randn(2, LENGTH, DIM), torch.randn(DIM, DIM), table, table + 1)
+    assert captured.counts == {"rope": 1}
+    assert_same_results(captured)
+
+
+def test_q_and_k_are_two_sites_and_stacked_they_are_one() -> None:
+    def both(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
+        return halves(q, cos, sin), halves(k, cos, sin)
+
+    def as_one(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, ...]:
+        return halves(torch.cat([q, k], dim=1), cos, sin).split([3, 2], dim=1)
+
+    q, k, table = torch.randn(2, 3, LENGTH, 8), torch.randn(2, 2, LENGTH, 8), torch.randn(LENGTH, 4)
+    for function, count in ((both, 2), (as_one, 1)):
+        captured = capture(function, q, k, table, table + 1)
+        assert captured.counts == {"rope": count} and captured.refusals == []
+        assert_same_results(captured)
+
+
+def test_a_rotation_of_a_part_is_a_site_over_the_part() -> None:
+    """Multi-head latent attention rotates the last elements, vision models rotate rows and columns apart."""
+
+    def latent(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        passed, rotated = x.split([8, 8], dim=-1)
+        return torch.cat((passed, full(rotate_half)(rotated, cos, sin)), dim=-1)
+
+    def axial(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        rows, columns = x.chunk(2, -1)
+        return torch.cat([full(rotate_half)(rows, cos, sin), full(rotate_half)(columns, sin, cos)], dim=-1)
+
+    x, table = torch.randn(2, 3, LENGTH, 16), torch.randn(LENGTH, 8)
+    for function, count in ((latent, 1), (axial, 2)):
+        captured = capture(function, x, table, table + 1)
+        assert captured.counts == {"rope": count} and captured.refusals == []
+        assert_same_results(captured)
+
+
+def test_other_readers_do_not_matter() -> None:
+    def read_elsewhere(x: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, ...]:
+        turned = rotate_half(x)
+        straight = x * cos
+        return straight + turned * sin, turned.exp(), straight.exp(), x.exp()
+
+    table = torch.randn(LENGTH, 8)
+    captured = capture(read_elsewhere, torch.randn(2, 3, LENGTH, 8), table, table + 1)
+    assert captured.counts == {"rope": 1}
+    assert_same_results(captured)
+
+
+def test_a_result_that_is_rounded_and_widened_stays_so() -> None:
+    def rounded(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        return full(rotate_half)(x, cos, sin).bfloat16().float()
+
+    table = torch.randn(LENGTH, 8)
+    captured = capture(rounded, torch.randn(2, 3, LENGTH, 8), table, table + 1)
+    assert captured.counts == {"rope": 1}
+    before, after = captured.original(*captured.inputs), captured.rewritten(*captured.inputs)
+    assert torch.equal(before[0], after[0])
+
+
+def test_export() -> None:
+    module = Rotated(full(rotate_half))
+    program = torch.export.export(module, (tokens(torch.float32),))
+    from infuse.patterns.passes import rewrite
+    from tests.patterns.capture import default_overload
+
+    x = tokens(torch.float32)
+    expected = program.module()(x)
+    (record,) = rewrite(program.graph_module.graph, Settings(), default_overload, False)
+    program.graph_module.recompile()
+    assert (record.kind, record.status) == ("rope", "rewritten")
+    torch.testing.assert_close(program.module()(x), expected)
+
+
+PAIRS_APART = "the elements of x that meet cos and sin are not those of the pairs of a rotation"
+OTHER_TABLES = "the two elements of a pair meet different cos or sin"
+
+
+def unequal(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    return x * cos + torch.cat((-x[..., 3:], x[..., :3]), dim=-1) * sin
+
+
+def other_order(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    return x * cos + torch.cat((x[..., :4], -x[..., 4:]), dim=-1) * sin
+
+
+def both_negative(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    return x * cos + torch.cat((-x[..., 4:], -x[..., :4]), dim=-1) * sin
+
+
+def pairs_joined_as_halves(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    return x * cos + torch.cat((-x[..., 1::2], x[..., ::2]), dim=-1) * sin
+
+
+def same_sign(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    first, second, cos, sin = x[..., :4], x[..., 4:], cos[..., :4], sin[..., :4]
+    return torch.cat([first * cos - second * sin, second * cos - first * sin], dim=-1)
+
+
+def parts_swapped(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    first, second, cos, sin = x[..., :4], x[..., 4:], cos[..., :4], sin[..., :4]
+    return torch.cat([first * cos - second * sin, first * cos + second * sin], dim=-1)
+
+
+def other_tables(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    first, second = x[..., :4], x[..., 4:]
+    return torch.cat([first * cos[..., :4] - second * sin[..., :4], second * cos[..., 2:6] + first * sin[..., :4]], -1)
+
+
+def halves_of_tables_swapped(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    first, second = x[..., :4], x[..., 4:]
+    upper = first * cos[..., 4:] - second * sin[..., 4:]
+    return torch.cat([upper, second * cos[..., :4] + first * sin[..., :4]], -1)
+
+
+def swapped_tables(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    return x * cos.sin().to(x.dtype) + rotate_half(x) * cos.cos()[:, :]
+
+
+@pytest.mark.parametrize(
+    ("rope", "reason"),
+    [
+        (unequal, PAIRS_APART),
+        (other_order, PAIRS_APART),
+        (both_negative, PAIRS_APART),
+        (pairs_joined_as_halves, PAIRS_APART),
+        (same_sign, PAIRS_APART),
+        (parts_swapped, OTHER_TABLES),
+        (other_tables, OTHER_TABLES),
+        (halves_of_tables_swapped, OTHER_TABLES),
+        (swapped_tables, "cos and sin have changed places"),
+    ],
+)
+def test_what_resembles_a_rotation_is_refused(rope: Rope, reason: str) -> None:
+    captured = capture(Rotated(rope), tokens(torch.float32))
+    assert captured.counts == {} and captured.refusals == [reason]
+    assert_same_results(captured)
+
+
+def no_sign(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    return x * cos + torch.cat((x[..., 4:], x[..., :4]), dim=-1) * sin
+
+
+def other_tensor(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    return x * cos + rotate_half(x.exp()) * sin
+
+
+def scaled_in_between(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    return x * cos + rotate_half(x * 2) * sin
+
+
+def one_angle_for_all(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    return x * cos[..., :1] + rotate_half(x) * sin[..., :1]
+
+
+def batch_of_tables(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    cos, sin = (torch.stack([table, table + 1])[:, None, None] for table in (cos, sin))
+    return x * cos + rotate_half(x) * sin
+
+
+def third_term(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    return (x * cos + rotate_half(x)) * sin
+
+
+def along_the_sequence(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    half = x.shape[-2] // 2
+    return x * cos + torch.cat((-x[:, :, half:], x[:, :, :half]), dim=-2) * sin
+
+
+def sinusoidal(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    return x + torch.cat([sin[:, :4], cos[:, :4]], dim=-1)
+
+
+def learned(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    return x @ torch.cat([cos[:4], -sin[:4]])
+
+
+def rolled_in_pairs_of_other_tensors(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    first, second, third, fourth = x.chunk(4, -1)
+    c, s = cos[..., :2], sin[..., :2]
+    return torch.cat([first * c - second * s, third * c + fourth * s], -1)
+
+
+@pytest.mark.parametrize(
+    "rope",
+    [
+        no_sign,
+        other_tensor,
+        scaled_in_between,
+        one_angle_for_all,
+        batch_of_tables,
+        third_term,
+        along_the_sequence,
+        sinusoidal,
+        learned,
+        rolled_in_pairs_of_other_tensors,
+    ],
+)
+def test_what_is_no_rotation_is_left_alone(rope: Rope) -> None:
+    captured = capture(Rotated(rope), tokens(torch.float32))
+    assert captured.counts == {} and captured.refusals == []
+
+
+def test_a_write_in_between_is_refused() -> None:
+    def written(x: Tensor, cos: Tensor, sin: Tensor, when: bool) -> Tensor:
+        x = x.clone()
+        turned = rotate_half(x)
+        if when:
+            x.mul_(2)
+        y = x * cos + turned * sin
+        if not when:
+            x.mul_(2)
+        return y
+
+    def table_written(x: Tensor, cos: Tensor, sin: Tensor, when: bool) -> Tensor:
+        cos = cos.clone()
+        first, second = x.chunk(2, -1)
+        upper = first * cos[..., :4] - second * sin[..., :4]
+        if when:
+            cos.mul_(2)
+        return torch.cat([upper, second * cos[..., :4] + first * sin[..., :4]], -1)
+
+    x, table = torch.randn(2, 3, LENGTH, 8), torch.randn(LENGTH, 8)
+    for function in (written, table_written):
+        captured = capture(function, x, table, table + 1, True)
+        assert captured.counts == {} and len(captured.refusals) == 1 and "writes in place" in captured.refusals[0]
+        assert_same_results(captured)
+        assert capture(function, x, table, table + 1, False).counts == {"rope": 1}
+
+
+def test_a_symbolic_head_dimension_is_refused() -> None:
+    tensors = [torch.randn(2, 3, LENGTH, 8), torch.randn(LENGTH, 8), torch.randn(LENGTH, 8)]
+    captured = capture(full(rotate_half), *tensors, dynamic=True)
+    assert captured.counts == {} and captured.refusals == ["the size of the last dimension is symbolic"]
