@@ -35,6 +35,7 @@ from infuse.patterns import (
     attention,
     attention_scores,
     gated_norm,
+    in_place,
     layer_norm,
     metadata,
     multi_head_attention,
@@ -118,6 +119,7 @@ def rewrite(
     graph's sites apart from those of others that are compiled with it. note: takes remarks about the graph as a whole.
     Raises StrictError if `settings.strict` and a site was refused, or a kernel is missing.
     """
+    in_place.functionalise(graph)
     view = CanonicalGraph(graph, inputs)
     findings = [*find(view, settings.patterns)]
     if not findings:

@@ -96,7 +96,7 @@ def test_write_to_x_between_square_and_product_is_refused(write: Write, place: s
     captured = capture(norm, torch.randn(4, D))
     if place == "between":
         assert captured.counts == {}
-        assert "writes in place" in captured.refusals[0]
+        assert all("writes in place" in reason for reason in captured.refusals)
     else:
         assert captured.counts == {"rms_norm": 1}
     assert_same_results(captured)
@@ -159,7 +159,7 @@ def test_write_to_the_cache_before_it_is_read_is_allowed_and_later_refused(betwe
     assert_same_results(captured)
 
 
-def test_write_to_the_scores_is_refused() -> None:
+def test_write_to_the_scores_is_read_as_a_new_value() -> None:
     def attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         scores = q @ k.mT
         scores += 1.0
@@ -167,7 +167,7 @@ def test_write_to_the_scores_is_refused() -> None:
 
     q = torch.randn(2, 2, 4, D)
     captured = capture(attention, q, q + 1, q + 2)
-    assert captured.counts == {}
+    assert captured.counts == {"attention": 1}
     assert_same_results(captured)
 
 
