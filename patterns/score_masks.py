@@ -227,6 +227,8 @@ def never_below(view: CanonicalGraph, value: object, floor: float) -> bool:
 
     What is learned counts as moderate, whatever the floor.
     """
+    if isinstance(value, Make) and value.target is torch.clamp:
+        return isinstance(value.args[1], float) and value.args[1] >= floor
     if isinstance(value, Make):
         factor = value.args[1] if value.target is torch.mul else None
         return isinstance(factor, float) and factor > 0 and never_below(view, value.args[0], floor / factor)

@@ -14,7 +14,8 @@ from infuse.patterns.attention_operands import Operand
 from infuse.patterns.axes import Axes, Dims, aligned, flat, fresh, leaves, regroup, resolved, unpermuted
 from infuse.patterns.canonical import CanonicalGraph
 from infuse.patterns.scales import constant, factor, scaled, times
-from infuse.patterns.score_masks import MASKING, Filled, Term
+from infuse.patterns.score_masks import MASKING, Added, Filled, Term
+from infuse.patterns.sites import Make
 from infuse.patterns.sizes import same_shape, same_size
 
 # How far a product of q and k may lie behind the softmax to make it attention-like.
@@ -28,7 +29,7 @@ class Scores:
 
     scale: what node is multiplied by, a number, or a `Make` or node of one; if there is a softcap, inside it. masks:
     what is done to the scores after the cap, the last first. by: tensors that the scores are multiplied by, or divided
-    where the second is True. keys: the axes of the softmax.
+    where the second is True. keys: the axes of the softmax. floor: a number that -inf was raised to afterwards.
     """
 
     node: Node
@@ -40,6 +41,7 @@ class Scores:
     sink_first: bool = False
     masks: tuple[Term, ...] = ()
     by: tuple[tuple[Operand, bool], ...] = ()
+    floor: float | None = None
     trail: tuple[Node, ...] = ()
     words: tuple[str, ...] = field(default=())
 
@@ -110,6 +112,10 @@ def _add(view: CanonicalGraph, scores: Scores) -> Scores | None:
     terms = score_masks.added_to(view, mask, scores.dims, scores.scale)
     if isinstance(terms, score_masks.Unfit):
         return None
+    if scores.floor is not None:
+        if any(isinstance(term, Added) for term in scores.masks):
+            return None  # A sum of lowest numbers is -inf again.
+        terms = tuple(Added(Make(torch.clamp, (term.value, scores.floor)), term.dims) for term in terms)
     word = "mask" if scores.scale == 1.0 else "mask before the scale"
     return replace(scores.past(inner, word), masks=(*scores.masks, *terms))
 
@@ -198,8 +204,29 @@ def _fill(view: CanonicalGraph, scores: Scores) -> Scores | None:
     if dims is None or not same_shape(view.shape(inner), view.shape(scores.node)):
         return None
     word = "overwritten by -inf" if value == -math.inf else f"overwritten by {value:g}"
-    filled = Filled(condition, dims, where, value * scores.scale)
+    value = value * scores.scale if scores.floor is None else max(value * scores.scale, scores.floor)
+    filled = Filled(condition, dims, where, value)
     return replace(scores.past(inner, word), masks=(*scores.masks, filled))
+
+
+def _raise_to_the_lowest(view: CanonicalGraph, scores: Scores) -> Scores | None:
+    """torch.max(scores, finfo.min), clamp(min=finfo.min): only -inf is changed by it."""
+    node, clamp = scores.node, view.call(scores.node, "clamp")
+    if scores.softcap != 0.0 or scores.by or scores.scale != 1.0 or scores.floor is not None:
+        return None
+    if clamp is not None and clamp["max"] is None:
+        inner, bound = clamp["input"], clamp["min"]
+    elif str(getattr(node.target, "__name__", node.target)) in ("max", "maximum") and len(node.args) == 2:
+        inner, bound = node.args
+    else:
+        return None
+    value, dtype = constant(view, bound), view.dtype(node)
+    if value is None or dtype is None or not isinstance(inner, Node) or view.dtype(inner) != dtype:
+        return None
+    lowest = torch.finfo(dtype).min
+    if value > lowest / 2 or not same_shape(view.shape(inner), view.shape(node)):
+        return None
+    return replace(scores.past(inner, "-inf raised"), floor=max(value, lowest))
 
 
 def _sink(view: CanonicalGraph, scores: Scores) -> Scores | None:
@@ -239,6 +266,7 @@ STEPS: tuple[Step, ...] = (
     _subtract,
     _softcap,
     _fill,
+    _raise_to_the_lowest,
     _sink,
     _scale_by_tensor,
 )

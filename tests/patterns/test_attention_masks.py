@@ -123,6 +123,19 @@ def less_the_detached_maximum(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     return torch.softmax(scores - scores.amax(-1, keepdim=True).detach(), -1) @ v
 
 
+def raised_to_the_lowest(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    # XGLM and older OPT: torch.max against the sum of two lowest numbers.
+    scores = scores_of(q, k)
+    mask = torch.zeros(S, T, device=q.device).masked_fill(~causal(q), INF).to(q.dtype)
+    scores = torch.max(scores + mask, torch.full((), torch.finfo(scores.dtype).min, device=q.device))
+    return torch.softmax(scores, -1) @ v
+
+
+def clamped_to_the_lowest(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    scores = scores_of(q, k).masked_fill(~causal(q), INF)
+    return torch.softmax(scores.clamp(min=torch.finfo(scores.dtype).min), -1) @ v
+
+
 def zeroed_after_the_softmax(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     mask = ~causal(q)
     return torch.softmax(scores_of(q, k).masked_fill(mask, INF), -1).masked_fill(mask, 0.0) @ v
@@ -147,6 +160,8 @@ SPELLINGS = (
     logarithm_of_a_triangle,
     less_the_maximum,
     less_the_detached_maximum,
+    raised_to_the_lowest,
+    clamped_to_the_lowest,
     zeroed_after_the_softmax,
 )
 
@@ -181,6 +196,8 @@ def flags(captured: Captured) -> object:
         (where_attends, "none"),
         (where_masked, "none"),
         (fill_then_bias, "nan"),
+        (raised_to_the_lowest, "none"),
+        (clamped_to_the_lowest, "none"),
         (logarithm_of_a_triangle, "none"),
         (zeroed_after_the_softmax, "zeros"),
         (less_the_detached_maximum, "none"),
@@ -207,6 +224,10 @@ def fill_lowest(scores: Tensor, mask: Tensor) -> Tensor:
 
 def add_infinity(scores: Tensor, mask: Tensor) -> Tensor:
     return scores + torch.zeros_like(mask, dtype=scores.dtype).masked_fill(~mask, INF)
+
+
+def add_infinity_and_raise(scores: Tensor, mask: Tensor) -> Tensor:
+    return torch.maximum(add_infinity(scores, mask), torch.tensor(torch.finfo(scores.dtype).min, dtype=scores.dtype))
 
 
 def add_lowest(scores: Tensor, mask: Tensor) -> Tensor:
@@ -236,7 +257,16 @@ def test_rows_masked_whole_by_a_mask_that_is_not_known(
 @pytest.mark.parametrize("overload", ["default", "inline"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize(
-    "fill", [fill_infinity, fill_lowest, add_infinity, add_lowest, fill_lowest_and_add, fill_infinity_beside_lowest]
+    "fill",
+    [
+        fill_infinity,
+        fill_lowest,
+        add_infinity,
+        add_infinity_and_raise,
+        add_lowest,
+        fill_lowest_and_add,
+        fill_infinity_beside_lowest,
+    ],
 )
 def test_row_that_is_masked_whole(fill: Callable[[Tensor, Tensor], Tensor], dtype: torch.dtype, overload: str) -> None:
     mask = torch.ones(B, 1, S, T, dtype=torch.bool)
