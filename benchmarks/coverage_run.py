@@ -27,8 +27,9 @@ from infuse.report import SiteRecord
 # size, or within the errors of a few operations, since eager may be exact by luck.
 FACTOR = 2.0
 GRANTED = {torch.float32: 2e-5, torch.bfloat16: 8e-3, torch.float16: 1e-3}
-# Of a gradient's norm, below which a parameter's gradient counts as zero.
-NEGLIGIBLE = 1e-3
+# Of the largest gradient's norm: below it a gradient counts as zero. The backward of fused attention takes a row's sum
+# from the rounded output, so a gradient of q that cancels to nearly nothing is as exact as that output, no more.
+NEGLIGIBLE = 1e-2
 TIMEOUT_S = 300
 
 
