@@ -26,6 +26,7 @@ from infuse.ops import gated_rms_norm as _op_gated_rms_norm  # noqa: F401
 from infuse.ops import layer_norm as _op_layer_norm  # noqa: F401
 from infuse.ops import norm_linear as _op_norm_linear  # noqa: F401
 from infuse.ops import packed_linear as _op_packed_linear  # noqa: F401
+from infuse.ops import qk_norm_rope as _op_qk_norm_rope  # noqa: F401
 from infuse.ops import rms_norm as _op_rms_norm  # noqa: F401
 from infuse.ops import rope as _op_rope  # noqa: F401
 from infuse.ops import swiglu as _op_swiglu  # noqa: F401
@@ -41,6 +42,7 @@ from infuse.patterns import (
     multi_head_attention,
     norm_linear,
     packed_linear,
+    qk_norm_rope,
     rms_norm,
     rope,
     swiglu,
@@ -98,6 +100,7 @@ def add_family(family: Family) -> None:
 RULES: tuple[Rule, ...] = (
     *gated_norm.RULES,
     *add_norm.RULES,
+    qk_norm_rope.RULE,
     norm_linear.RULE,
     packed_linear.RULE,
     swiglu_linear.RULE,

@@ -14,6 +14,7 @@ from torch.utils import _pytree as pytree
 
 from infuse.ops import norm_linear as _norm_linear  # noqa: F401  importing an operator's module registers it
 from infuse.ops import packed_linear as _packed_linear  # noqa: F401
+from infuse.ops import qk_norm_rope as _qk_norm_rope  # noqa: F401
 from infuse.ops import swiglu_linear as _swiglu_linear  # noqa: F401
 from tests.tolerances import assert_close_to_fp64
 
@@ -55,13 +56,35 @@ def gate_args(dtype: torch.dtype) -> tuple[Any, ...]:
     return gate, up, leaf(4, 8, dtype=dtype), leaf(4, dtype=dtype), "gelu_tanh"
 
 
+def qk_norm_args(dtype: torch.dtype) -> tuple[Any, ...]:
+    tables = [leaf(3, 8, dtype=dtype) for _ in range(2)]
+    return (
+        *(leaf(2, 4, 3, 8, dtype=dtype), *tables, leaf(8, dtype=dtype), leaf(8, dtype=dtype)),
+        *(1e-6, True, 0.0, False, False, False, False, False, False),
+    )
+
+
+def qk_rms_norm_args(dtype: torch.dtype) -> tuple[Any, ...]:
+    x, cos, sin, weight, *_ = qk_norm_args(dtype)
+    return x, cos, sin, weight, None, 1e-6, False, 0.0, False, False, False, False, False, False
+
+
+def qk_norm_formula(
+    x: Tensor, cos: Tensor, sin: Tensor, weight: Tensor, bias: Tensor | None, eps: float, centered: bool, *flags: Any
+) -> Tensor:
+    y = F.layer_norm(x, (8,), weight, bias, eps) if centered else F.rms_norm(x, (8,), weight, eps)
+    return y * cos + torch.cat((-y[..., 4:], y[..., :4]), dim=-1) * sin
+
+
 CASES: list[Case] = [
     ("norm_linear", norm_formula, norm_args),
     ("norm_linear", norm_formula, add_norm_args),
     ("packed_linear", lambda x, ws, bs: [F.linear(x, w, b) for w, b in zip(ws, bs)], packed_args),
+    ("qk_norm_rope", qk_norm_formula, qk_norm_args),
+    ("qk_norm_rope", qk_norm_formula, qk_rms_norm_args),
     ("swiglu_linear", lambda g, u, w, b, _: F.linear(F.gelu(g, approximate="tanh") * u, w, b), gate_args),
 ]
-IDS = ["norm", "add and norm", "packed", "gate"]
+IDS = ["norm", "add and norm", "packed", "LayerNorm and rotation", "RMSNorm and rotation", "gate"]
 
 
 def flat(results: Any) -> list[Tensor]:
@@ -125,3 +148,12 @@ def test_linears_that_do_not_fit_are_refused() -> None:
         OPS.swiglu_linear(x, x, weight, torch.ones(3))
     with pytest.raises(ValueError, match="0 weights"):
         OPS.norm_linear(x, None, [], [], None, 1e-6)
+
+
+def test_norm_arguments_that_contradict_are_refused() -> None:
+    x, cos, sin, weight, *_ = qk_norm_args(torch.float32)
+    flags = (False, False, False, False)
+    with pytest.raises(ValueError, match="bias: got a tensor, expected None without centered"):
+        OPS.qk_norm_rope(x, cos, sin, weight, weight, 1e-6, False, 0.0, False, False, *flags)
+    with pytest.raises(ValueError, match="eps_as_minimum: got True, expected False with centered"):
+        OPS.qk_norm_rope(x, cos, sin, weight, None, 1e-6, True, 0.0, False, True, *flags)

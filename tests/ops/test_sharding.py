@@ -23,6 +23,24 @@ def _check(name: str, got: Any, expected: Any) -> None:
     torch.testing.assert_close(_gather(got), expected, msg=lambda text: f"{name}: {text}")
 
 
+def _check_rope(ops: Any, spread: Any) -> None:
+    from torch.distributed.tensor import Replicate, Shard
+
+    x = torch.randn(2, 4, 6, 8, requires_grad=True)
+    cos, sin = (torch.randn(6, 4, requires_grad=True) for _ in range(2))
+    expected = ops.rope(x, cos, sin, True, True)
+    grads = torch.autograd.grad((expected**2).sum(), (x, cos, sin))
+    for dim in (0, 1, 2):
+        table = Shard(0) if dim == 2 else Replicate()
+        parts = [spread(x, Shard(dim)), spread(cos, table), spread(sin, table)]
+        got = ops.rope(*parts, True, True)
+        assert got.placements == (Shard(dim),), got.placements
+        (got**2).sum().backward()
+        _check("rope", got, expected)
+        for part, grad in zip(parts, grads):
+            _check("rope gradient", part.grad, grad)
+
+
 def _worker(rank: int, folder: str) -> None:
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.tensor import Replicate, Shard, distribute_tensor
@@ -74,6 +92,7 @@ def _worker(rank: int, folder: str) -> None:
         _check("swiglu", got, expected)
         for part, grad in zip(parts, grads):
             _check("swiglu gradient", part.grad, grad)
+    _check_rope(ops, spread)
     q = torch.randn(2, 4, 5, 8, requires_grad=True)
     k, v = (torch.randn(2, 2, 5, 8, requires_grad=True) for _ in range(2))
     mask = torch.randn(4, 5, 5, requires_grad=True)

@@ -1,0 +1,68 @@
+"""RMSNorm or LayerNorm of each head of q or k, and its rotary embedding.
+
+    y = rope(norm(x), cos, sin)
+
+Shapes: x, y [..., D], the heads' dimensions in any order; cos, sin as in infuse.ops.rope; weight, bias [D] or None.
+centered: LayerNorm, which subtracts the mean, instead of RMSNorm. A bias goes with it, eps_as_minimum with RMSNorm.
+Both parts round as infuse.ops.rms_norm, layer_norm and rope do.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from infuse.ops.composites import register_composite
+from infuse.ops.layer_norm import layer_norm_ref
+from infuse.ops.rms_norm import rms_norm_ref
+from infuse.ops.rope import FLAGS as ROPE_FLAGS
+from infuse.ops.rope import rope_ref
+
+ARGUMENTS = (
+    "Tensor x, Tensor cos, Tensor sin, Tensor? weight, Tensor? bias, float eps, bool centered, float weight_offset, "
+    f"bool cast_before_weight, bool eps_as_minimum, {ROPE_FLAGS.replace('=False', '')}"
+)
+
+
+def _formula(
+    rms_norm: Callable[..., Tensor], layer_norm: Callable[..., Tensor], rope: Callable[..., Tensor]
+) -> Callable[..., Tensor]:
+    """The formula out of its parts."""
+
+    def qk_norm_rope(
+        x: Tensor,
+        cos: Tensor,
+        sin: Tensor,
+        weight: Tensor | None,
+        bias: Tensor | None,
+        eps: float,
+        centered: bool,
+        weight_offset: float,
+        cast_before_weight: bool,
+        eps_as_minimum: bool,
+        *flags: bool,
+    ) -> Tensor:
+        if centered and eps_as_minimum:
+            raise ValueError("infuse::qk_norm_rope: eps_as_minimum: got True, expected False with centered")
+        if bias is not None and not centered:
+            raise ValueError("infuse::qk_norm_rope: bias: got a tensor, expected None without centered")
+        if centered:
+            y = layer_norm(x, weight, bias, eps, weight_offset, cast_before_weight)
+        else:
+            y = rms_norm(x, weight, eps, weight_offset, cast_before_weight, eps_as_minimum)
+        return rope(y, cos, sin, *flags)
+
+    return qk_norm_rope
+
+
+qk_norm_rope_ref = _formula(rms_norm_ref, layer_norm_ref, rope_ref)
+register_composite(
+    "qk_norm_rope",
+    ARGUMENTS,
+    "Tensor",
+    formula=qk_norm_rope_ref,
+    inline=qk_norm_rope_ref,
+    parts=_formula(torch.ops.infuse.rms_norm, torch.ops.infuse.layer_norm, torch.ops.infuse.rope),
+)
