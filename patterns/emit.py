@@ -21,6 +21,9 @@ from infuse.report import SITE_KEY, Placement
 _VALUE_KEYS = (*metadata.KEYS, "tensor_meta", "from_node")
 # How many nodes may get new strides before the operator's result is laid out as the source's instead.
 _MAX_RESTRIDED = 64
+# Products lie contiguously, whatever their factors' strides. Evaluated without gradients, matmul fixes the sizes of
+# symbolic shapes (torch 2.11).
+_CONTIGUOUS = ("matmul", "bmm")
 # What torch raises for arguments that do not fit; NotImplementedError is a RuntimeError.
 _REJECTIONS = (RuntimeError, TypeError, ValueError)
 
@@ -144,7 +147,7 @@ class Emitter:
             if same_strides(metadata.value(node), fresh[node]):
                 continue
             for user in node.users:
-                if not is_served(user):
+                if not is_served(user) or self.view.word(user) in _CONTIGUOUS:
                     continue
                 if not self.view.word(user) or len(fresh) > _MAX_RESTRIDED:
                     return False

@@ -214,6 +214,7 @@ def test_a_training_graph_is_told_from_an_inference_graph() -> None:
     torch.compile(layer, backend=capture)(x)
     with torch.no_grad():
         torch.compile(layer, backend=capture)(x)
+    torch._dynamo.reset()
     layer.requires_grad_(False)
     torch.compile(layer, backend=capture)(x)
     assert seen == [True, False, False]
