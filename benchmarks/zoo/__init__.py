@@ -17,6 +17,7 @@ FILES = (
     "attention_layouts",
     "other_spellings",
     "blocks",
+    "published",
     "caches_and_own",
 )
 
