@@ -25,6 +25,8 @@ def from_call(view: CanonicalGraph, anchor: Node, kind: str) -> Norm | Refusal |
     if dtype is None or x_dtype is None or out != x_dtype:
         remedy = "cast x before the norm, outside autocast"
         return Refusal(kind, anchor, f"x is {short(dtype)} and the result {short(out)}", remedy)
+    # With dynamic shapes it may be the node of a slice of x.shape.
+    shape = view.value(shape) if isinstance(shape, Node) else shape
     dims = shape if isinstance(shape, (tuple, list)) else (shape,)
     if len(dims) != 1:
         reason = f"normalized_shape has {len(dims)} dimensions, expected 1"

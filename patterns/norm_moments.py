@@ -57,10 +57,8 @@ def number_of(view: CanonicalGraph, value: object) -> float | Node | None:
     call = view.call(value, "full", "tensor")
     if call is None:
         return view.number(value)
-    filled, dtype = call["fill_value"], view.dtype(value)
-    if not isinstance(filled, (int, float)) or isinstance(filled, bool) or dtype is None:
-        return None
-    return float(torch.tensor(filled, dtype=dtype))
+    filled, dtype = view.number(call["fill_value"]), view.dtype(value)
+    return float(torch.tensor(filled, dtype=dtype)) if isinstance(filled, float) and dtype is not None else filled
 
 
 def plus_number(view: CanonicalGraph, node: object) -> tuple[Node, float | Node] | None:

@@ -28,6 +28,10 @@ def called_with_a_number(x: Tensor, w: Tensor, b: Tensor) -> Tensor:
     return F.layer_norm(x, x.shape[-1:], w, b, 1e-6)
 
 
+def called_with_the_node_of_a_size(x: Tensor, w: Tensor, b: Tensor) -> Tensor:
+    return F.layer_norm(x + 1, x.size()[2:], w, b, 1e-6)
+
+
 def called_with_weight_alone(x: Tensor, w: Tensor, b: Tensor) -> Tensor:
     return F.layer_norm(x, (D,), w, None, 1e-5)
 
@@ -64,6 +68,7 @@ CALLS = (
     called,
     called_in_torch,
     called_with_a_number,
+    called_with_the_node_of_a_size,
     called_with_weight_alone,
     called_with_bias_alone,
     called_without_affine,
@@ -317,6 +322,16 @@ def test_calls_are_exact(function: Function) -> None:
 
 def two_normalised_dimensions(x: Tensor, w: Tensor, b: Tensor) -> Tensor:
     return F.layer_norm(x, (3, D))
+
+
+@pytest.mark.parametrize("dynamic", [False, True])
+def test_symbolic_shape_of_two_dimensions_is_refused(dynamic: bool) -> None:
+    def over_two(x: Tensor, w: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
+        return F.layer_norm(x, x.shape[-2:]), F.rms_norm(x, x.size()[1:], eps=1e-6)
+
+    captured = capture(over_two, *tensors(), dynamic=dynamic)
+    assert captured.counts == {}
+    assert ["2 dimensions" in reason for reason in captured.refusals] == [True, True]
 
 
 def unbiased_variance(x: Tensor, w: Tensor, b: Tensor) -> Tensor:

@@ -180,6 +180,12 @@ def maximum(x: Tensor, w: Tensor) -> Tensor:
     return w * (h * torch.rsqrt(torch.maximum(h.pow(2).mean(-1, keepdim=True), torch.tensor(0.7)))).to(x.dtype)
 
 
+def maximum_of_a_full_tensor(x: Tensor, w: Tensor) -> Tensor:
+    h = x.float()
+    mean = torch.mean(h * h, dim=-1, keepdim=True)
+    return (h / torch.maximum(mean, torch.full_like(mean, 0.6)).sqrt() * w).to(x.dtype)
+
+
 def clamped_root(x: Tensor, w: Tensor) -> Tensor:
     h = x.float()
     return (h / h.pow(2).mean(-1, keepdim=True).sqrt().clamp(min=0.8)).to(x.dtype) * w
@@ -250,6 +256,7 @@ SPELLINGS = (
     clamped,
     clamped_at_most,
     maximum,
+    maximum_of_a_full_tensor,
     clamped_root,
     weight_multiplied_first,
     weight_multiplied_last_of_three,
@@ -395,10 +402,12 @@ def test_symbolic_lower_bound_is_passed_on() -> None:
         eps = 1e-3
 
         def forward(self, x: Tensor) -> Tensor:
-            return x / x.pow(2).mean(-1, keepdim=True).sqrt().clamp(min=self.eps)
+            y = x / x.pow(2).mean(-1, keepdim=True).sqrt().clamp(min=self.eps)
+            mean = y.pow(2).mean(-1, keepdim=True)
+            return y * torch.rsqrt(torch.maximum(mean, torch.full_like(mean, self.eps)))
 
     captured = capture(Norm(), tensors()[0], dynamic=True)
-    assert captured.counts == {"rms_norm": 1}
+    assert captured.counts == {"rms_norm": 2}
     assert_same_results(captured)
 
 
