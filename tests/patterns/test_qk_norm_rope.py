@@ -129,7 +129,6 @@ def test_what_lies_otherwise_stays_two_sites(function: Callable[..., Tensor]) ->
 
 def test_a_write_in_between_keeps_them_apart() -> None:
     def written(x: Tensor, table: Tensor) -> Tensor:
-        x = x.clone()
         y = norm(x)
         x.mul_(2)
         return full(rotate_half)(y, table, table + 1)
