@@ -39,8 +39,15 @@ def record(decision: Decision) -> None:
     if decision.site:
         # Inductor's cache keeps a graph's counts and repeats them on a hit, so that the report of a later process, in
         # which nothing is lowered, has the choice too.
-        counters["inductor"][f"{CHOICE_PREFIX}{decision.site} {decision.chosen} ({decision.why})"] += 1
+        counters["inductor"][f"{CHOICE_PREFIX}{decision.site} {_in_words(decision)}"] += 1
     log.info("%s %s: %s (%s)", decision.op, decision.problem, decision.chosen, decision.why)
+
+
+def _in_words(decision: Decision) -> str:
+    """ "kernel 3 (measured ...)"; configuration -1 is the launcher's own choice."""
+    label, _, configuration = decision.chosen.partition("kernel_")
+    chosen = decision.chosen if label else "kernel" if configuration == "-1" else f"kernel {configuration}"
+    return f"{chosen if configuration else decision.chosen} ({decision.why})"
 
 
 def decisions() -> tuple[Decision, ...]:

@@ -81,9 +81,9 @@ def _numbers(
         chosen = torch.rand(sizes, generator=generator) < (0.3 if case.hidden else 0.8)
         chosen = chosen.index_fill(-1, torch.tensor(0), True) if chosen.dim() else chosen
         return _without_a_row(chosen, False) if case.hidden_row else chosen
+    if dtype.is_complex:
+        return torch.randn(sizes, generator=generator, dtype=torch.complex64) * case.scale
     if not dtype.is_floating_point:
-        if dtype.is_complex:
-            raise CannotRun(f"no values are made for {dtype}")
         # Indices: what they index is not known, so only what nearly everything has.
         return torch.arange(max(1, torch.Size(sizes).numel())).remainder(2)[: torch.Size(sizes).numel()].view(sizes)
     numbers = torch.randn(sizes, generator=generator)
@@ -117,13 +117,15 @@ def _laid_out(numbers: Tensor, sizes: tuple[int, ...], strides: tuple[int, ...])
 
 
 def floats(values: Mapping[Node, Any]) -> dict[Node, Any]:
-    """The values with every tensor of floats in float64."""
+    """The values with every tensor of floats in float64, of complex numbers in complex128."""
 
     def wide(value: Any) -> Any:
         if isinstance(value, (tuple, list)):
             return type(value)(wide(item) for item in value)
         if isinstance(value, Tensor) and value.is_floating_point():
             return value.detach().double()
+        if isinstance(value, Tensor) and value.is_complex():
+            return value.detach().to(torch.complex128)
         return value
 
     return {leaf: wide(value) for leaf, value in values.items()}

@@ -187,6 +187,8 @@ def _evaluate(node: Node, results: Mapping[Node, Any], exact: bool) -> Any:
 
 
 def _widened(value: Any) -> Any:
+    if value is torch.complex64:
+        return torch.complex128
     return torch.float64 if isinstance(value, torch.dtype) and value in _NARROW else value
 
 

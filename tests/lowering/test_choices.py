@@ -270,6 +270,15 @@ def test_the_heuristic_offers_the_launcher_and_its_table() -> None:
     assert not heuristics.runs_well(problem)
 
 
+@pytest.mark.parametrize(
+    ("chosen", "words"),
+    [("kernel_3", "kernel 3 (why)"), ("kernel_-1", "kernel (why)"), ("decomposition", "decomposition (why)")],
+)
+def test_a_decision_of_a_site_is_counted_in_words(chosen: str, words: str) -> None:
+    decisions.record(decisions.Decision("rms_norm", "1x1", chosen, "why", site="0.7"))
+    assert torch._dynamo.utils.counters["inductor"].pop(f"infuse choice 0.7 {words}") == 1
+
+
 def test_decisions_are_bounded() -> None:
     decisions.clear()
     for _ in range(5000):
