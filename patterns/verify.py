@@ -22,7 +22,7 @@ from infuse.patterns import metadata
 from infuse.patterns.canonical import CanonicalGraph
 from infuse.patterns.shadow_inputs import Case, cases, floats, values
 from infuse.patterns.shadow_source import CannotRun, Source, differentiable, sizes_and_strides, source_of
-from infuse.patterns.sites import Site, arguments_of
+from infuse.patterns.sites import Make, Site
 
 # The two errors are independent draws of one distribution, the ratio of their norms rarely over 2; of their maxima, 4.
 _FACTOR_OF_NORMS, _FACTOR_OF_MAXIMA = 2.0, 4.0
@@ -102,7 +102,15 @@ def _undisturbed() -> Iterator[None]:
 
 def _masks(operator: Any, source: Source) -> tuple[Node, ...]:
     names = [argument.name for argument in operator._schema.arguments]
-    return tuple(node for name, arg in zip(names, source.args) if "mask" in name for node in arguments_of(arg))
+    data = (_data(arg) for name, arg in zip(names, source.args) if "mask" in name)
+    return tuple(node for node in data if node is not None)
+
+
+def _data(arg: object) -> Node | None:
+    """The node whose numbers an argument has; others in it may give sizes only."""
+    while isinstance(arg, Make):
+        arg = arg.args[0]
+    return arg if isinstance(arg, Node) else None
 
 
 def _try(trial: Trial) -> Verdict:

@@ -154,6 +154,24 @@ def test_masks_are_tried_with_rows_that_are_hidden_altogether(dtype: torch.dtype
     assert not [record for record in records if "shadow" in record.reason]
 
 
+def test_what_gives_a_mask_its_sizes_is_no_mask() -> None:
+    def flattened(q: Tensor) -> Tensor:
+        heads = q.flatten(0, 1)
+        mask = torch.linspace(-1, 1, 64).view(4, 4, 4)
+        return F.scaled_dot_product_attention(heads, heads, heads, mask)
+
+    assert failures(flattened, torch.randn(2, 2, 4, 8), dynamic=True) == []
+
+
+def test_complex_numbers_are_tried() -> None:
+    def rotated(x: Tensor, turns: Tensor) -> Tensor:
+        pairs = torch.view_as_complex(x.reshape(*x.shape[:-1], -1, 2))
+        return torch.view_as_real(pairs * turns).flatten(-2)
+
+    records = records_of(rotated, torch.randn(2, 3, 4, 8), torch.polar(torch.ones(4, 4), torch.randn(4, 4)))
+    assert [(record.kind, record.verified[:8]) for record in records] == [("rope", "verified")]
+
+
 def test_a_site_that_reads_a_value_twice_is_tried_from_where_both_come() -> None:
     class Twice(nn.Module):
         """The statistic of the float32 copy, multiplied with the original."""
