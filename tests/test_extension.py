@@ -114,7 +114,7 @@ def broadcasting(gate: Tensor, up: Tensor) -> Tensor:
 
 
 def in_place(gate: Tensor, up: Tensor) -> Tensor:
-    return F.softsign(gate).mul_(up)
+    return up.mul_(F.softsign(gate))
 
 
 def with_a_number(gate: Tensor, up: Tensor) -> Tensor:
