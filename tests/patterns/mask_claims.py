@@ -11,6 +11,7 @@ from torch import Tensor
 from infuse.patterns import masks
 from infuse.patterns.canonical import CanonicalGraph
 from infuse.patterns.index_algebra import Element, Linear, Symbol
+from infuse.patterns.mask_views import linear
 from infuse.patterns.masks import VANISHING, MaskFacts
 
 
@@ -53,6 +54,40 @@ class Claim:
         assert_true_of(full, self.facts, lambda value: _number(value, symbols, recorder.kept))
         return mask
 
+    def allows(self, *sizes: int) -> bool:
+        """Whether the graph is valid for these sizes: the guards that came with it hold."""
+        symbols: dict[Any, int] = {}
+        guards: list[Any] = []
+        for value, node in zip(self.inputs_of(*sizes), self.view.nodes):
+            example = node.meta["example_value"]
+            pairs = zip(example.shape, value.shape) if isinstance(example, Tensor) else [(example, value)]
+            for size, number in pairs:
+                if isinstance(size, torch.SymInt):
+                    symbols[size.node._expr] = number  # a size that was fixed later has a symbol still
+                    guards = size.node.shape_env.guards
+        return all(bool(guard.expr.xreplace(symbols)) for guard in guards)
+
+    def inputs_of(self, *sizes: int) -> list[Any]:
+        """Inputs of other sizes, in the order in which the graph names its symbols, of small integers in floats."""
+        remaining = iter(sizes)
+        current: dict[str, int] = {}
+
+        def size_of(size: int | torch.SymInt) -> int:
+            known = linear(size)
+            if known is not None and not known.terms:
+                return known.constant
+            if str(size) not in current:
+                current[str(size)] = next(remaining)
+            return current[str(size)]
+
+        examples = [node.meta["example_value"] for node in self.view.nodes if node.op == "placeholder"]
+        return [
+            torch.randint(0, 3, [size_of(size) for size in example.shape]).to(example.dtype)
+            if isinstance(example, Tensor)
+            else size_of(example)
+            for example in examples
+        ]
+
 
 def _number(value: Linear, symbols: dict[Any, Any], kept: dict[torch.fx.Node, Any]) -> int:
     total = value.constant
@@ -68,7 +103,7 @@ def _number(value: Linear, symbols: dict[Any, Any], kept: dict[torch.fx.Node, An
 
 def assert_true_of(mask: Tensor, facts: MaskFacts, number: Callable[[Linear], int]) -> None:
     """Asserts each claim of `facts` for a mask [B, H, S, T]."""
-    attended = mask if mask.dtype == torch.bool else ~(mask <= VANISHING)
+    attended = mask if mask.dtype == torch.bool else ~(mask.double() <= VANISHING)
     rows, columns = torch.arange(mask.shape[2])[:, None], torch.arange(mask.shape[3])[None]
     bound = torch.ones(mask.shape[2:], dtype=torch.bool)
     if facts.upper is not None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import Any
 
 import pytest
 import torch
@@ -346,20 +345,4 @@ def test_the_lower_right_corner_of_a_dynamic_cache() -> None:
 
     claim = claims(make, torch.zeros(1, 5), torch.zeros(1, 9), dynamic=True)
     assert claim.facts.structure == "causal with offset" and claim.facts.exact and claim.facts.empty_rows is False
-    claim.check(_sized(claim, 6, 4))
-
-
-def _sized(claim: Claim, first: int, second: int) -> list[Any]:
-    """Inputs of other sizes for a graph of two tensors [1, size]."""
-    sizes = iter((first, second))
-    current = {}
-    values: list[Any] = []
-    for node in claim.view.nodes:
-        if node.op == "placeholder":
-            example = node.meta["example_value"]
-            if isinstance(example, torch.SymInt):
-                current[str(example)] = next(sizes)
-                values.append(current[str(example)])
-            else:
-                values.append(torch.zeros(*(current.get(str(size), size) for size in example.shape)))
-    return values
+    claim.check(claim.inputs_of(6, 4))
