@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from tests.patterns.random_programs import attention, gates, norms, rotations
 from tests.patterns.random_programs.tracing import Case, Choices, check, rewritten
 
-PROGRAMS = 400
+PROGRAMS = 160
 FAMILIES = {
     "attention": attention.calls,
     "sdpa": attention.sdpa,
