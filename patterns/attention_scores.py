@@ -13,7 +13,7 @@ from torch.fx import Node
 from infuse.patterns import contractions
 from infuse.patterns.attention import Reading, assemble, refuse
 from infuse.patterns.attention_operands import Operand, Roles
-from infuse.patterns.axes import Axes, flat, fresh, leaves, resolved
+from infuse.patterns.axes import Axes, Axis, flat, fresh, leaves, resolved
 from infuse.patterns.canonical import CanonicalGraph
 from infuse.patterns.contractions import Contraction
 from infuse.patterns.probabilities import Output, leads_to_values, outwards, tests_of_rows
@@ -44,28 +44,62 @@ class _Product:
     inner: Axes
 
 
+@dataclass(frozen=True, slots=True)
+class _Softmax:
+    """A softmax over one dimension: its result, what it is of, and the nodes that compute it."""
+
+    node: Node
+    source: Node
+    dim: int
+    trail: tuple[Node, ...]
+
+
 def match(view: CanonicalGraph, anchor: Node) -> Finding | None:
     """The attention around a softmax; None for any other use of softmax."""
-    call = view.call(anchor, "softmax")
-    if call is None or not leads_to_values(view, anchor):
+    softmax = _softmax(view, anchor)
+    if softmax is None or not leads_to_values(view, softmax.node):
         return None
-    dims, shape = call["dim"], view.shape(anchor)
-    if dims is None or len(dims) != 1:
-        return None
-    axes = tuple(fresh(size) for size in shape)
-    start = Scores(call["input"], axes, axes[dims[0]], trail=(anchor, *tests_of_rows(view, anchor, call["input"])))
-    scores = _inwards(view, start)
+    axes = tuple(
+        (Axis(size),) if dim == softmax.dim else fresh(size) for dim, size in enumerate(view.shape(softmax.node))
+    )
+    trail = (*softmax.trail, *tests_of_rows(view, softmax.node, softmax.source))
+    scores = _inwards(view, Scores(softmax.source, axes, axes[softmax.dim], trail=trail))
     if not isinstance(scores, Scores):
         return scores and replace(scores, node=anchor)
     product = _roles(view, scores)
     if product is None:
-        return refuse(anchor, f"the softmax is over dimension {dims}", "let the keys be the last dimension")
-    output = outwards(view, anchor, call["input"], axes, scores)
+        return refuse(anchor, f"the softmax is over dimension {softmax.dim}", "let the keys be the last dimension")
+    output = outwards(view, softmax.node, softmax.source, axes, scores)
     if not isinstance(output, Output):
         return output
     if _is_router(view, product, output):
         return None
     return assemble(view, _reading(view, scores, product, output))
+
+
+def may_be_softmax(view: CanonicalGraph, anchor: Node) -> bool:
+    """Whether an exponential is divided by its sum, by the words alone; True for a softmax."""
+    return view.word(anchor) != "exp" or {"sum", "div"} <= {view.word(reader) for reader in view.readers(anchor)}
+
+
+def _softmax(view: CanonicalGraph, anchor: Node) -> _Softmax | None:
+    """softmax(x), or exp(x) / exp(x).sum(dim, keepdim=True)."""
+    call = view.call(anchor, "softmax", "exp")
+    if call is None or not isinstance(call["input"], Node):
+        return None
+    if call.name == "softmax":
+        dims = call["dim"]
+        return _Softmax(anchor, call["input"], dims[0], (anchor,)) if dims is not None and len(dims) == 1 else None
+    readers = view.readers(anchor)
+    total = next((reader for reader in readers if view.call(reader, "sum") is not None), None)
+    quotient = next((reader for reader in readers if view.operands(reader, "div") == (anchor, total)), None)
+    found = view.call(total, "sum")
+    if len(readers) != 2 or quotient is None or total is None or found is None or view.readers(total) != [quotient]:
+        return None
+    dims = found["dim"]
+    if dims is None or len(dims) != 1 or not found["keepdim"] or found["dtype"] is not None:
+        return None
+    return _Softmax(quotient, call["input"], dims[0], (quotient, total, anchor))
 
 
 def _reading(view: CanonicalGraph, scores: Scores, product: _Product, output: Output) -> Reading:
@@ -96,7 +130,9 @@ def _inwards(view: CanonicalGraph, scores: Scores) -> Scores | Refusal | None:
     """The scores read back to the product of q and k; None if there is no such product behind them."""
     for _ in range(MAX_STEPS):
         others = [
-            reader for reader in view.readers(scores.node) if reader not in scores.trail and not _reads_shape(reader)
+            reader
+            for reader in view.readers(scores.node)
+            if reader not in scores.trail and not _reads_shape(view, reader, scores.node)
         ]
         if others and reaches_product(view, scores.node):
             return refuse(scores.node, "the attention scores are read elsewhere", "do not return or reuse the scores")
@@ -118,8 +154,10 @@ def _inwards(view: CanonicalGraph, scores: Scores) -> Scores | Refusal | None:
     return refuse(scores.node, reason, remedy)
 
 
-def _reads_shape(node: Node) -> bool:
-    """Whether a node reads a tensor's shape, dtype and device only."""
+def _reads_shape(view: CanonicalGraph, node: Node, tensor: Node) -> bool:
+    """Whether a node reads a tensor's shape, dtype and device only: a constant like it, `x.view_as(tensor)`."""
+    if view.word(node) in ("reshape", "expand", "to") and node.args[0] is not tensor:
+        return True
     return str(getattr(node.target, "__name__", node.target)).partition(".")[0] in _SHAPE_READERS
 
 

@@ -1,8 +1,9 @@
 """Dimensions followed by identity: which axis of one tensor is which axis of another, whatever views lie in between.
 
 A tensor's dimensions are described as `Dims`: for each dimension the axes that it is made of, outermost first; a
-dimension of size 1 is made of none. Reshapes split and join dimensions: splitting an axis refines it everywhere it
-occurs, so that a [B * H, S, D] product and the [B, H, S, T] view of its scores are seen to share B and H.
+dimension of size 1 is made of none, unless it is to be followed all the same. Reshapes split and join dimensions:
+splitting an axis refines it everywhere it occurs, so that a [B * H, S, D] product and the [B, H, S, T] view of its
+scores are seen to share B and H.
 """
 
 from __future__ import annotations
@@ -82,6 +83,8 @@ def regroup(dims: Dims, shape: Sequence[Size], whole: Collection[Axis] = ()) -> 
         if taken is None:
             return None
         result.append(taken)
+    if remaining and result and not result[-1] and same_size(numel(remaining), 1):
+        return (*result[:-1], tuple(remaining))
     return None if remaining else tuple(result)
 
 

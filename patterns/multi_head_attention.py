@@ -23,9 +23,9 @@ from infuse.patterns.score_masks import Added, Filled, Mask, Term, Unfit
 from infuse.patterns.sites import Finding, Make, Refusal, Site
 
 _HALF = (torch.float16, torch.bfloat16)
+# How many nodes behind the probabilities are looked at to see that they are dropped.
+_MAX_DEAD = 16
 _FEATURES = {
-    "bias_k": "a bias is appended to keys and values",
-    "bias_v": "a bias is appended to keys and values",
     "static_k": "keys are given after their projection",
     "static_v": "values are given after their projection",
 }
@@ -36,7 +36,7 @@ def match(view: CanonicalGraph, anchor: Node) -> Finding | None:
     call = view.call(anchor, "multi_head_attention")
     if call is None:
         return None
-    readers = view.readers(anchor)
+    readers = [reader for reader in view.readers(anchor) if not _is_dead(view, reader)]
     outputs = [reader for reader in readers if (found := view.call(reader, "getitem")) and found["index"] == 0]
     refusal = _unfit(view, anchor, call, readers, outputs)
     if refusal is not None:
@@ -45,13 +45,15 @@ def match(view: CanonicalGraph, anchor: Node) -> Finding | None:
     (query, key) = (view.shape(call[name]) for name in ("query", "key"))
     batch = fresh(query[1]) if len(query) == 3 else ()
     scores = (batch, fresh(call["num_heads"]), fresh(query[0]), fresh(key[0]))
-    mask = _mask(view, call, scores)
+    mask = _mask(view, call, scores, _num_appended(call))
     if isinstance(mask, Unfit):
         return refuse(anchor, mask.reason, mask.remedy)
     causal = bool(call["is_causal"]) and call["key_padding_mask"] is None and not _needs_weights(call)
     head_dim = query[-1] // call["num_heads"]
     rounds = _needs_weights(call) and view.dtype(root) in _HALF
-    q, k, v = (_heads(projected, call["num_heads"], len(query)) for projected in _projections(view, call))
+    q, k, v = _projections(view, call)
+    k, v = _appended(view, call, k, call["bias_k"]), _appended(view, call, v, call["bias_v"])
+    q, k, v = (_heads(projected, call["num_heads"], len(query)) for projected in (q, k, v))
     dropout_p = call["dropout_p"] if call["training"] in (None, True) and not view.is_zero(call["dropout_p"]) else 0.0
     arguments = (q, k, v, mask.argument, head_dim**-0.5, causal, 0.0, None, mask.masked_rows, dropout_p, rounds)
     words = ("multi_head_attention_forward", *(["causal"] if causal else ["mask"] if mask.argument is not None else []))
@@ -71,6 +73,19 @@ def match_encoder_layer(view: CanonicalGraph, anchor: Node) -> Finding | None:
     )
 
 
+def _is_dead(view: CanonicalGraph, node: Node) -> bool:
+    """Whether nothing comes of a value: Dynamo leaves in the graph what is computed and dropped."""
+    pending = [node]
+    for _ in range(_MAX_DEAD):
+        if not pending:
+            return True
+        current = pending.pop()
+        if not view.word(current):
+            return False
+        pending += view.readers(current)
+    return False
+
+
 def _needs_weights(call: Call) -> bool:
     return call["need_weights"] is not False
 
@@ -80,9 +95,7 @@ def _unfit(view: CanonicalGraph, anchor: Node, call: Call, readers: list[Node], 
         return refuse(anchor, "the attention probabilities are read elsewhere", "pass need_weights=False")
     for name, reason in _FEATURES.items():
         if call[name] is not None:
-            return refuse(anchor, reason, "leave it off: the operator has keys and values of one length only")
-    if call["add_zero_attn"]:
-        return refuse(anchor, "zeros are appended to keys and values", "pass add_zero_attn=False")
+            return refuse(anchor, reason, "leave it off: projections are part of the call")
     shape = view.shape(call["query"])
     if len(shape) not in (2, 3) or type(shape[-1]) is not int or type(call["num_heads"]) is not int:
         return refuse(anchor, "the embedding's size is not known", "compile with a static embedding size")
@@ -94,8 +107,25 @@ def _unfit(view: CanonicalGraph, anchor: Node, call: Call, readers: list[Node], 
     return None
 
 
-def _mask(view: CanonicalGraph, call: Call, scores: Dims) -> Mask | Unfit:
-    """key_padding_mask and attn_mask, True where masked, or added."""
+def _num_appended(call: Call) -> int:
+    """How many keys are appended."""
+    return (call["bias_k"] is not None) + bool(call["add_zero_attn"])
+
+
+def _appended(view: CanonicalGraph, call: Call, projected: object, bias: object) -> object:
+    """Keys or values [S, B, E] (or [S, E]) with a learned one and a zero behind them."""
+    rank = len(view.shape(call["query"]))
+    if bias is not None:
+        row: object = Make(torch.squeeze, (bias, 1)) if rank == 2 else bias
+        if rank == 3:
+            batch = Relayout(view, [call["query"]]).size(view.shape(call["query"])[1])
+            row = Make(torch.broadcast_to, (bias, (-1, batch, -1)))
+        projected = Make(torch.cat, ((projected, row),))
+    return Make(F.pad, (projected, (0, 0) * (rank - 1) + (0, 1))) if call["add_zero_attn"] else projected
+
+
+def _mask(view: CanonicalGraph, call: Call, scores: Dims, num_appended: int) -> Mask | Unfit:
+    """key_padding_mask and attn_mask, True where masked, or added; appended keys are never masked."""
     batch, heads, queries, keys = scores
     terms: list[Term] = []
     padding, mask = call["key_padding_mask"], call["attn_mask"]
@@ -111,12 +141,15 @@ def _mask(view: CanonicalGraph, call: Call, scores: Dims) -> Mask | Unfit:
         if own is None:
             return Unfit("a mask's shape is not that of the scores", "pass attn_mask [L, S] or [B * H, L, S]")
         is_bool = view.dtype(node) == torch.bool
+        if num_appended and (is_bool or own[-1] != keys):
+            return Unfit("keys are appended beside a bool mask", "pass float masks of the shape of the scores")
         terms.append(Filled(node, own, True, -math.inf) if is_bool else Added(node, own))
     relayout = Relayout(view, [call["query"], call["key"]])
 
     def place(value: object, dims: Dims) -> object | None:
         steps = relayout.plan(dims, scores)
-        return None if steps is None else apply(value, steps)
+        placed = None if steps is None else apply(value, steps)
+        return placed if placed is None or not num_appended else Make(F.pad, (placed, (0, num_appended)))
 
     dtype = view.dtype(call["query"])
     assert dtype is not None

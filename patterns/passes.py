@@ -77,7 +77,7 @@ class Family:
 
 FAMILIES: tuple[Family, ...] = (
     Family(attention.KIND, ("sdpa",), attention.match_call),
-    Family(attention.KIND, ("softmax",), attention_scores.match),
+    Family(attention.KIND, ("softmax", "exp"), attention_scores.match, attention_scores.may_be_softmax),
     Family(attention.KIND, ("multi_head_attention",), multi_head_attention.match),
     Family(attention.KIND, ("encoder_layer",), multi_head_attention.match_encoder_layer),
     Family(rms_norm.KIND, rms_norm.ANCHORS, rms_norm.match, may_be_root),

@@ -166,6 +166,71 @@ def test_safe_softmax_gives_zeros(function: Function) -> None:
         assert_same_results(captured)
 
 
+def written_out(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    scores = q @ k.mT * 0.3
+    weights = torch.exp(scores - scores.amax(dim=-1, keepdim=True))
+    return (weights / weights.sum(-1, keepdim=True)) @ v
+
+
+def written_out_with_a_mask(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    mask = torch.ones(S, T, dtype=torch.bool, device=q.device).tril(1)
+    scores = torch.where(mask, q @ k.mT, torch.finfo(q.dtype).min).float()
+    weights = (scores - torch.max(scores, -1, keepdim=True)[0].detach()).exp()
+    return (weights / torch.sum(weights, dim=-1, keepdim=True)).to(v.dtype) @ v
+
+
+@pytest.mark.parametrize(("dtype", "training", "dynamic"), MODES)
+@pytest.mark.parametrize("function", [written_out, written_out_with_a_mask])
+def test_softmax_written_out(function: Function, dtype: torch.dtype, training: bool, dynamic: bool) -> None:
+    captured = capture(function, *tensors(dtype, training), training=training, dynamic=dynamic)
+    assert captured.refusals == []
+    assert captured.counts == {"attention": 1}
+    assert "exp" not in captured.targets()
+    assert_same_results(captured, training)
+
+
+def sum_of_another(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    weights = torch.exp(q @ k.mT)
+    return (weights / weights.sum(-2, keepdim=True)) @ v
+
+
+def sum_with_an_epsilon(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    weights = torch.exp(q @ k.mT)
+    return (weights / (weights.sum(-1, keepdim=True) + 1e-6)) @ v
+
+
+def normalised_after_the_values(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    weights = torch.exp(q @ k.mT)
+    return weights @ v / weights.sum(-1, keepdim=True)
+
+
+@pytest.mark.parametrize("function", [sum_of_another, sum_with_an_epsilon, normalised_after_the_values])
+def test_exponentials_that_are_no_softmax_over_keys(function: Function) -> None:
+    assert capture(function, *tensors()).counts == {}
+
+
+def test_a_single_key() -> None:
+    for keys in (1, 2):
+        q, k, v = tensors(keys=keys, training=True)
+        captured = capture(lambda q, k, v: torch.softmax(q @ k.mT * 0.3, -1) @ v, q, k, v, training=True)
+        assert captured.counts == {"attention": 1}
+        assert_same_results(captured, training=True)
+
+
+def shape_of_the_scores(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    # SAM: the bias is brought to the scores' shape by them.
+    scores = (q * 0.3) @ k.transpose(-2, -1)
+    scores = scores + torch.linspace(-1, 1, scores.numel(), device=q.device).to(q.dtype).reshape_as(scores)
+    return torch.softmax(scores.float(), -1).type_as(scores) @ v
+
+
+@pytest.mark.parametrize(("dtype", "training", "dynamic"), MODES)
+def test_reading_the_shape_of_the_scores_is_no_reading(dtype: torch.dtype, training: bool, dynamic: bool) -> None:
+    captured = capture(shape_of_the_scores, *tensors(dtype, training), training=training, dynamic=dynamic)
+    assert captured.counts == {"attention": 1}
+    assert_same_results(captured, training)
+
+
 def dropped_out(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     return F.dropout(torch.softmax(q @ k.mT * 0.3, -1), 0.25, True) @ v
 

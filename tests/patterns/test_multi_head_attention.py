@@ -91,6 +91,28 @@ def test_projections_of_other_kinds(options: dict[str, Any]) -> None:
     assert_same_results(captured)
 
 
+@pytest.mark.parametrize("training", [False, True])
+@pytest.mark.parametrize("call", [self_attention, causal, padded])
+@pytest.mark.parametrize("options", [{"add_bias_kv": True}, {"add_zero_attn": True}])
+def test_appended_keys(options: dict[str, Any], call: Callable[..., Tensor], training: bool) -> None:
+    made = module(torch.float32, training, batch_first=True, **options)
+    x, y = torch.randn(BATCH, LENGTH, EMBED), torch.randn(BATCH, KEYS, EMBED)
+    captured = capture(lambda x, y: call(made, x, y), x.requires_grad_(training), y, training=training)
+    assert captured.counts == {"attention": 1}
+    assert_same_results(captured, training)
+
+
+def test_weights_that_are_dropped_do_not_count() -> None:
+    def function(m: Any, x: Tensor) -> Any:
+        out, weights = m(x, x, x)
+        weights = weights[:, None].broadcast_to(BATCH, HEADS, LENGTH, LENGTH)
+        return out
+
+    made = module(torch.float32, False)
+    captured = capture(lambda x: function(made, x), torch.randn(LENGTH, BATCH, EMBED))
+    assert captured.counts == {"attention": 1}
+
+
 def test_sequence_without_a_batch() -> None:
     made = module(torch.float32, False)
     captured = capture(lambda x: made(x, x, x, need_weights=False)[0], torch.randn(LENGTH, EMBED))
@@ -125,16 +147,10 @@ def read_weights(m: Any, x: Tensor) -> Any:
     return m(x, x, x)
 
 
-def appended_bias(m: Any, x: Tensor) -> Any:
-    return m(x, x, x, need_weights=False)[0]
-
-
 @pytest.mark.parametrize(
     ("function", "options", "word"),
     [
         (read_weights, {}, "read elsewhere"),
-        (appended_bias, {"add_bias_kv": True}, "bias is appended"),
-        (appended_bias, {"add_zero_attn": True}, "zeros are appended"),
     ],
 )
 def test_what_the_operator_has_not_is_refused(function: Any, options: dict[str, Any], word: str) -> None:
