@@ -211,7 +211,7 @@ def claims_of(seed: int, rows: int, columns: int, dynamic: bool) -> list[Claim]:
 
 
 @pytest.mark.parametrize(("rows", "columns"), [(6, 6), (5, 8), (8, 5)])
-@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("seed", range(2))
 def test_claims_are_true(seed: int, rows: int, columns: int) -> None:
     found = [claim.facts for claim in claims_of(10 * seed + rows, rows, columns, dynamic=False)]
     assert sum(bool(facts.structure) for facts in found) >= 3
