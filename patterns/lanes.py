@@ -63,8 +63,10 @@ class Lanes:
         if self.is_complex(node):
             trailing.append(2)
         size = int(np.prod(trailing, dtype=np.int64))
-        if size == 0 or size > _MAX_ELEMENTS:
+        if size > _MAX_ELEMENTS:
             return None
+        if size == 0:
+            return np.empty(trailing, dtype=np.int64)
         if node not in self.leaves:
             self.leaves.append(node)
             self.starts.append(self.starts[-1] + size)

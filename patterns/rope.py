@@ -46,7 +46,7 @@ def match(view: CanonicalGraph, anchor: Node) -> Finding | None:
     for level in _levels(view, root):
         found = _at(view, lanes, level, sums)
         if isinstance(found, Site):
-            best = found
+            best = found if best is None or not found.after else best
         elif found:
             reason = found
     return best or Refusal(KIND, anchor, reason, _REMEDY)
@@ -126,10 +126,12 @@ def _levels(view: CanonicalGraph, root: Node) -> Iterator[Node]:
 
 def _at(view: CanonicalGraph, lanes: Lanes, level: Node, sums: Sequence[Sum]) -> Site | str:
     """The site whose result is `level`, or what is wrong with it; "" if it is no result of a rotation."""
-    if len(view.shape(level)) != lanes.lead + 1:
+    if len(view.shape(level)) - lanes.lead not in (1, 2):
         return ""
     codes = lanes.read(level, narrowing=view.dtype(level))
-    rotation = None if codes is None else rotation_of(lanes, codes, sums)
+    # Pairs whose elements are not joined, [..., R / 2, 2] or [..., 2, R / 2], are taken apart behind the operator.
+    after = () if codes is None or codes.ndim == 1 else ((torch.unflatten, (-1, codes.shape)),)
+    rotation = None if codes is None else rotation_of(lanes, codes.ravel(), sums)
     if rotation is None:
         return ""
     tables = _tables(view, rotation)
@@ -151,7 +153,7 @@ def _at(view: CanonicalGraph, lanes: Lanes, level: Node, sums: Sequence[Sum]) ->
     factors = [part.table for part in (*rotation.cos, *rotation.sin)]
     ends = {rotation.leaf, *(node for node in (x, *tables.nodes, *factors) if isinstance(node, Node))}
     interior = _between(lanes, level, tables.compared, ends)
-    return Site(KIND, (level,), level, args, interior, _words(rotation, tables.per_pair, upcast))
+    return Site(KIND, (level,), level, args, interior, _words(rotation, upcast), after=after)
 
 
 @dataclass(frozen=True, slots=True)
@@ -272,7 +274,7 @@ def _is_arithmetic(lanes: Lanes, node: Node) -> bool:
     return lanes.view.call(node, "mul", "neg", "add", "sub", "split") is not None
 
 
-def _words(rotation: Rotation, per_pair: bool, upcast: bool) -> str:
+def _words(rotation: Rotation, upcast: bool) -> str:
     """How the author wrote it."""
     sums = rotation.sums
     formula = "x1 * cos - x2 * sin" if len(sums) == 2 else "x * cos + rotated * sin"

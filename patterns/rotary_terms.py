@@ -101,6 +101,8 @@ def _unsigned(view: CanonicalGraph, node: object) -> tuple[object, int]:
 
 def _term(view: CanonicalGraph, lanes: Lanes, total: Node, operand: object, sign: int) -> Term | None:
     product, own_sign = _unsigned(view, operand)
+    while (scaled := view.operands(product, "mul")) is not None and scaled[1] == 1:
+        product = view.strip(scaled[0])  # A scale that may be set, and is not.
     factors = view.operands(product, "mul")
     if factors is None or not isinstance(product, Node) or view.dtype(product) != view.dtype(total):
         return None

@@ -212,6 +212,20 @@ def complex_parts(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return torch.cat((turned.real, turned.imag), -1).type_as(x)
 
 
+def scaled_by_one(x: Tensor, cos: Tensor, sin: Tensor, scale: float = 1) -> Tensor:
+    """With parts before and behind that may be empty."""
+    before, middle, behind = x[..., :0], x[..., 0:8], x[..., 8:]
+    turned = middle * cos * scale + reshaped_pairs(middle) * sin * scale
+    return torch.cat((before, turned, behind), dim=-1)
+
+
+def pairs_stay_apart(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """The heads are merged with the positions when the pairs are joined."""
+    pairs = x.reshape(*x.shape[:-1], -1, 2)
+    even, odd = pairs[..., 0] * cos - pairs[..., 1] * sin, pairs[..., 1] * cos + pairs[..., 0] * sin
+    return torch.stack([even, odd], -1).reshape(x.shape[0], -1, x.shape[-1])
+
+
 HALVES, PAIRS = "x * cos + rotated * sin", "x1 * cos - x2 * sin"
 SPELLINGS: dict[str, tuple[Rope, int, str]] = {
     "rotate_half": (full(rotate_half), 8, f"halves, {HALVES}"),
@@ -232,6 +246,8 @@ SPELLINGS: dict[str, tuple[Rope, int, str]] = {
     "stacked": (stacked, 4, f"halves, {PAIRS}"),
     "interleaved": (interleaved, 4, f"interleaved, {PAIRS}"),
     "interleaved, strided": (interleaved_strided, 4, f"interleaved, {PAIRS}"),
+    "scaled by one": (scaled_by_one, 8, f"interleaved, {HALVES}"),
+    "pairs stay apart": (pairs_stay_apart, 4, f"interleaved, {PAIRS}"),
     "partial": (partial, 4, f"halves, {HALVES}, 4 of 8 elements"),
     "partial, three parts": (partial_three, 2, f"halves, {PAIRS}, 4 of 8 elements"),
     "de-interleaved": (deinterleaved, 4, f"halves, {PAIRS}"),
