@@ -65,7 +65,8 @@ class MaskFacts:
     padding: there is a condition on the key that is the same for all queries. exact: the mask is nothing but these
     together; otherwise they are necessary only, and the tensor says the rest.
     fills: the constants that stand for "not attended" in a float mask. finite: it is a float mask, and no element is
-    infinite. empty_rows: False if each query attends to some key; None if that is not known.
+    infinite. empty_rows: False if each query attends to some key; None if that is not known. allowed: for a float mask
+    that is 0 where a bool tensor of the graph is true, and a constant of `fills` elsewhere, that tensor.
     """
 
     all_true: bool = False
@@ -77,6 +78,7 @@ class MaskFacts:
     fills: frozenset[float] = frozenset()
     finite: bool = False
     empty_rows: bool | None = None
+    allowed: Node | None = None
 
     @property
     def is_causal(self) -> bool:
@@ -157,6 +159,7 @@ def _facts(reader: MaskReader, mask: object, shape: Sequence[Size], time: int) -
         fills=frozenset(number for number in known if number <= VANISHING),
         finite=bool(numbers) and len(known) == len(numbers) and all(math.isfinite(number) for number in known),
         empty_rows=False if _reaches_all_rows(row_reads, axes[2], shape) else None,
+        allowed=_allowed(reader, mask, value, shape, axes, time) if plain and numbers else None,
     )
 
 
@@ -280,39 +283,32 @@ def prove(
     words = (f"{found.structure} proven",) if found.structure else ("mask kept",)
     if found.empty_rows is False or (found.finite and masked_rows == "nan"):
         masked_rows = no_rows
-    condition = _condition(view, mask, found, shape, readers)
-    if condition is None:
+    if found.allowed is None or (found.empty_rows is not False and found.fills != {-math.inf}):
         return ProvenMask(mask, False, masked_rows, words)
-    return ProvenMask(condition, False, masked_rows, (*words, "bool mask instead of a float one"), rounding)
+    return ProvenMask(found.allowed, False, masked_rows, (*words, "bool mask instead of a float one"), rounding)
 
 
 def _rounding(found: MaskFacts) -> str:
-    """What numerics="exact" has against reading a constant as "not attended"."""
+    """What numerics="exact" has against reading a constant as "not attended"; nothing if no dtype has a lower one."""
     largest = max(found.fills, default=-math.inf)
-    return "" if largest <= -1e30 else f"keys that are masked by {largest:g} are left out"
+    return "" if largest <= torch.finfo(torch.float16).min else f"keys that are masked by {largest:g} are left out"
 
 
-def _condition(
-    view: CanonicalGraph, mask: object, found: MaskFacts, shape: Sequence[Size], readers: Sequence[Node]
+def _allowed(
+    reader: MaskReader, mask: object, value: Value, shape: Sequence[Size], axes: Sequence[Linear], time: int
 ) -> Node | None:
-    """The bool tensor in the graph that a float mask says the same as: c in where(condition, 0, c)."""
-    call = view.call(mask, "where")
-    exact = found.fills == {-math.inf} or found.empty_rows is False
+    """The condition of where(condition, 0, c), if it still is what it was."""
+    call = reader.view.call(mask, "where")
     condition = call["condition"] if call is not None else None
-    if not found.fills or not exact or not isinstance(condition, Node) or not isinstance(mask, Node):
+    tensor = reader.view.tensor(condition)
+    if not isinstance(condition, Node) or not isinstance(mask, Node) or tensor is None:
         return None
-    tensor = view.tensor(condition)
-    if tensor is None or tensor.dtype != torch.bool or not 2 <= tensor.dim() <= 4:
+    own = aligned(tuple(tensor.shape), shape, tuple(axes))
+    if tensor.dtype != torch.bool or not 2 <= tensor.dim() <= 4 or own is None:
         return None
-    reader, _ = _reader(view)
-    indices = tuple(_axis(name, size) for name, size in zip("bhij", shape))
-    own = aligned(tuple(tensor.shape), shape, indices)
-    place = view.index[readers[-1]]
-    if own is None or written_since(view, condition, mask):
+    if written_since(reader.view, condition, mask):
         return None
-    made = made_value(reader, mask, shape, indices, place)
-    same = made is not None and _is_plain(made[0]) and _attended(made[0], True) == reader.value(condition, own, place)
-    return condition if same else None
+    return condition if reader.value(condition, own, time) == _attended(value, otherwise=True) else None
 
 
 def _is_plain(value: Value) -> bool:
