@@ -16,7 +16,7 @@ SOURCES := src ops lowering patterns tests $(wildcard benchmarks) setup.py .ci
 export PIP_CONSTRAINT := constraints.txt
 
 .DEFAULT_GOAL := help
-.PHONY: help venv demo test lint format typecheck build bench clean
+.PHONY: help venv demo test lint format typecheck build bench coverage clean
 
 help:  ## list these targets
 	@grep -hE '^[a-z]+:.*##' Makefile | awk -F ':.*## ' '{ printf "  make %-10s %s\n", $$1, $$2 }'
@@ -57,6 +57,9 @@ build: $(READY)  ## compile the CUDA kernels (needs nvcc, no GPU)
 
 bench: $(READY)  ## run every benchmark; results go to benchmarks/results
 	@set -e; for file in $(BENCHMARKS); do echo "==> $$file"; $(PY) $$file $(ARGS); done
+
+coverage: $(READY)  ## what is recognised in the zoo of models; an hour on two cores; ARGS=--quick: minutes
+	$(PY) benchmarks/coverage.py $(ARGS)
 
 clean:  ## remove what was built; .venv stays
 	rm -rf build dist *.egg-info src/*.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis demo-output
