@@ -22,6 +22,11 @@ MEANS: Mapping[str, Mapping[str, int]] = {
     "gated_rms_norm": {"rms_norm": 1, "swiglu": 1},
     "swiglu": {"swiglu": 1},
     "rope": {"rope": 1},
+    # Sites of the second stage, where there are kernels for them.
+    "qk_norm_rope": {"rms_norm": 1, "rope": 1},
+    "norm_linear": {"rms_norm": 1},
+    "packed_linear": {},
+    "swiglu_linear": {"swiglu": 1},
 }
 
 
@@ -71,9 +76,12 @@ class CoverageRow:
         return {kind: number for kind, number in left.items() if number > 0}
 
     def to_json(self) -> str:
-        """The row as one line, without what is empty."""
-        values = dataclasses.asdict(self)
-        return json.dumps({key: value for key, value in values.items() if value not in ({}, None, "")})
+        """The row as one line, without what is empty; in_graph only where it isn't all of true."""
+        values = {key: value for key, value in dataclasses.asdict(self).items() if value not in ({}, None, "")}
+        if self.in_graph == self.true:
+            values.pop("in_graph", None)
+        errors = {key: float(f"{value:.2e}") for key, value in values.items() if isinstance(value, float)}
+        return json.dumps(values | errors)
 
     @classmethod
     def from_json(cls, line: str) -> CoverageRow:
@@ -82,6 +90,7 @@ class CoverageRow:
         unknown = set(values) - {item.name for item in dataclasses.fields(cls)}
         if unknown:
             raise ValueError(f"CoverageRow: unknown fields {sorted(unknown)}")
+        values.setdefault("in_graph", dict(values.get("true", {})))
         try:
             return cls(**values)
         except TypeError as error:

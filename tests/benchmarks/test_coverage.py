@@ -183,7 +183,9 @@ ROW = CoverageRow(
 def test_rows_survive_a_file(tmp_path: Path) -> None:
     path = tmp_path / "cpu" / "coverage.jsonl"
     coverage_rows.append(path, [ROW])
-    coverage_rows.append(path, [dataclasses.replace(ROW, model="zoo/b")])
+    coverage_rows.append(path, [dataclasses.replace(ROW, model="zoo/b", in_graph=ROW.true)])
+    assert "in_graph" not in path.read_text().splitlines()[1]
+    assert coverage_rows.load(path)[1].in_graph == ROW.true
     assert [row.model for row in coverage_rows.load(path)] == ["zoo/a", "zoo/b"]
     assert coverage_rows.load(path)[0] == ROW
     path.write_text('{"run_id": "run-1", "speed": 1}\n')
