@@ -179,7 +179,7 @@ def subtracts_another_maximum(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         (columns_cut_off_without_a_sink, "read elsewhere"),
         (queries_cut_off, "read elsewhere"),
         (wrong_dimension, "dimension"),
-        (softmax_over_heads, "dimension (1,)"),
+        (softmax_over_heads, "dimension 1"),
         (mask_enlarges_the_batch, "add"),
         (scores_added_up, "cumsum"),
         (subtracts_another_maximum, "read elsewhere"),
