@@ -25,18 +25,17 @@ _OPERATORS: dict[Any, Callable[..., Any]] = {
     operator.itruediv: operator.truediv,
 }
 _METHODS = ("add_", "sub_", "mul_", "div_", "masked_fill_", "tanh_")
-# Under these a write and a new value differ in what autograd records.
-_SWITCHES = frozenset({"_set_grad_enabled", "_enter_inference_mode"})
 
 
 def functionalise(graph: Graph) -> int:
     """Replaces the writes that can be; how many they were."""
     writes = [node for node in graph.nodes if _is_write(node)]
-    if not writes or any(getattr(node.target, "__name__", "") in _SWITCHES for node in graph.nodes):
+    if not writes:
         return 0
+    unrecorded = _unrecorded(graph)
     index = {node: position for position, node in enumerate(graph.nodes)}
     owners = _owners(graph)
-    return sum(_replace(node, index, owners) for node in writes)
+    return sum(_replace(node, index, owners) for node in writes if node not in unrecorded)
 
 
 def _is_write(node: Node) -> bool:
@@ -45,6 +44,20 @@ def _is_write(node: Node) -> bool:
     return (node.op == "call_function" and node.target in _OPERATORS) or (
         node.op == "call_method" and node.target in _METHODS
     )
+
+
+def _unrecorded(graph: Graph) -> set[Node]:
+    """The nodes behind a switch that turned autograd off: a write there keeps a history that a new value lacks."""
+    found: set[Node] = set()
+    off = False
+    for node in graph.nodes:
+        name = getattr(node.target, "__name__", "") if node.op == "call_function" else ""
+        if name == "_set_grad_enabled":
+            off = node.args[0] is not True
+        off = off or name == "_enter_inference_mode"
+        if off:
+            found.add(node)
+    return found
 
 
 def _owners(graph: Graph) -> dict[int, list[Node]]:

@@ -87,6 +87,19 @@ def test_other_writes_stay(function: Function) -> None:
     assert_same_results(captured, training)
 
 
+def test_write_behind_a_closed_block_without_gradients() -> None:
+    def function(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        with torch.no_grad():
+            factor = q.abs().amax()
+        scores = q @ k.mT
+        scores /= 2.0
+        return torch.softmax(scores, -1) @ v * factor
+
+    captured = capture(function, *tensors(training=True), training=True)
+    assert captured.counts == {"attention": 1}
+    assert_same_results(captured, training=True)
+
+
 def test_old_value_that_is_read_before_is_kept() -> None:
     def function(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         scores = q @ k.mT
