@@ -197,6 +197,7 @@ MAKERS: dict[str, _Maker] = {
     "where": _select_where,
     "masked_fill": _fill_masked,
     "cast": _convert,
+    "convert": _convert,
     "cumsum": _accumulate,
     "diff": _differ,
     "pad": _pad,

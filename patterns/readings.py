@@ -1,7 +1,8 @@
 """Readings that need shapes: what a word of the vocabulary is, given the example values around it.
 
-A conversion that changes the dtype alone is a `cast`, one that changes nothing an `alias`; every transposition is a
-`permute`; every reshaping is a `reshape`, whose shape is that of the result.
+A conversion between floats is a `cast`, one to or from integers, truth values or complex numbers a `convert`, one that
+changes nothing an `alias`; every transposition is a `permute`; every reshaping is a `reshape`, whose shape is that of
+the result.
 """
 
 from __future__ import annotations
@@ -35,7 +36,10 @@ def _read_cast(view: CanonicalGraph, node: Node, arguments: Arguments) -> Call |
     before, after = view.tensor(arguments.get("input")), view.tensor(node)
     if before is None or after is None or before.device != after.device or not same_shape(before.shape, after.shape):
         return None
-    return Call("alias" if before.dtype == after.dtype else "cast", {"input": arguments["input"]})
+    if before.dtype == after.dtype:
+        return Call("alias", {"input": arguments["input"]})
+    rounds = (before.is_floating_point() and after.is_floating_point()) or (before.is_complex() and after.is_complex())
+    return Call("cast" if rounds else "convert", {"input": arguments["input"]})
 
 
 def _read_detach(view: CanonicalGraph, node: Node, arguments: Arguments) -> Call | None:

@@ -197,6 +197,18 @@ def test_probabilities_mixed_over_heads_are_not_values() -> None:
     assert captured.counts == {}
 
 
+@pytest.mark.parametrize("convert", [lambda t: t.long(), lambda t: t.bool(), lambda t: t.to(torch.int32)])
+def test_conversions_to_integers_are_no_casts(convert: Callable[[Tensor], Tensor]) -> None:
+    for function in (
+        lambda q, k, v: torch.softmax(convert(q @ k.mT).float(), -1) @ v,
+        lambda q, k, v: convert(torch.softmax(q @ k.mT, -1)).float() @ v,
+        lambda q, k, v: torch.softmax((q @ k.mT + convert(q[..., :1]).float()), -1) @ convert(v).float(),
+    ):
+        captured = capture(function, *tensors(keys=S))
+        assert_same_results(captured)
+    assert captured.counts == {"attention": 1}  # the converted tensors are arguments here
+
+
 def router(x: Tensor, w: Tensor) -> Tensor:
     return torch.softmax(F.linear(x, w), -1).topk(2).values
 

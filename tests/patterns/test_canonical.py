@@ -122,6 +122,13 @@ def test_casts_read_alike(function: Callable[[Tensor], Any]) -> None:
 
 
 @pytest.mark.parametrize(
+    "function", [lambda x: x.long(), lambda x: x.bool(), lambda x: x.to(torch.int32), lambda x: x.to(torch.complex64)]
+)
+def test_conversions_are_no_casts(function: Callable[[Tensor], Any]) -> None:
+    assert read(function, X) == ("convert", {})
+
+
+@pytest.mark.parametrize(
     "function",
     [
         lambda x: x.float(),
