@@ -6,22 +6,13 @@
 #include <cstdint>
 
 #include "infuse/dtype.h"
+#include "infuse/tensor_arg.h"
 #include "rms_norm/params.h"
 #include "rms_norm/plan.h"
 
 namespace infuse::rms_norm {
 
 constexpr char kOp[] = "rms_norm_out";
-constexpr int kMaxDims = 64;  // torch's own limit
-
-struct TensorArg {
-  void* data;
-  DType dtype;
-  int device;
-  int num_dims;
-  const std::int64_t* sizes;    // [num_dims]
-  const std::int64_t* strides;  // [num_dims], elements
-};
 
 // Checks the arguments, plans and launches on `stream` of the current device, which must be x's. No synchronisation,
 // no workspace. Throws std::runtime_error for what the kernels can't take and for a failed launch.

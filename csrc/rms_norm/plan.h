@@ -4,6 +4,8 @@
 
 #include <cstdint>
 
+#include "infuse/access.h"
+
 namespace infuse::rms_norm {
 
 // One way to launch. The rest (vectors a thread, vector width) follows from the problem, so each configuration takes
@@ -40,8 +42,6 @@ constexpr int max_cta_threads(int vecs) { return vecs > 8 ? 256 : vecs > 4 ? 512
 constexpr int kMaxVecsPersistent = 4;
 constexpr int kMaxPersistentThreads = 512;
 
-constexpr int kVectorBytes = 16;  // of x, the widest access
-
 struct Problem {
   std::int64_t rows;
   std::int64_t dim;
@@ -61,13 +61,6 @@ struct Plan {
   bool persistent;
 };
 
-constexpr int smaller(int a, int b) { return a < b ? a : b; }
-
-// An access of `elems` elements is made in pieces of at most 16 bytes, each aligned to its own size.
-constexpr bool is_aligned(int elems, int size_bytes, int alignment_bytes) {
-  return size_bytes == 0 || alignment_bytes % smaller(elems * size_bytes, kVectorBytes) == 0;
-}
-
 // The widest access that divides the rows and fits the alignment of all three tensors: 16 bytes of x, 4 bytes, or
 // one element.
 constexpr int choose_vec_elems(const Problem& problem) {
@@ -81,8 +74,6 @@ constexpr int choose_vec_elems(const Problem& problem) {
   }
   return 1;
 }
-
-constexpr std::int64_t ceil_div(std::int64_t a, std::int64_t b) { return (a + b - 1) / b; }
 
 // Four vectors a thread when there are rows enough to fill the machine (fewer threads meet at the barrier), fewer
 // when there are not (a short row should then be spread over more threads, for latency).

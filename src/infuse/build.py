@@ -120,13 +120,13 @@ def source_root() -> Path:
         BuildError: neither is there.
     """
     checkout = Path(__file__).resolve().parents[2] / "csrc"
-    if (checkout / "register.cpp").is_file():
+    if (checkout / "build_info.cpp").is_file():
         return checkout
     with contextlib.suppress(ModuleNotFoundError):
         installed = Path(str(importlib.resources.files("infuse"))) / "csrc"
-        if (installed / "register.cpp").is_file():
+        if (installed / "build_info.cpp").is_file():
             return installed
-    raise BuildError(f"kernel sources: got none in {checkout} or in the installed package, expected csrc/register.cpp")
+    raise BuildError(f"kernel sources: got none in {checkout} or the installed package, expected csrc/build_info.cpp")
 
 
 def source_files() -> tuple[Path, ...]:

@@ -1,0 +1,76 @@
+// Launches: how many CTAs a device holds, and kernels that start before their predecessor in the stream has ended.
+#pragma once
+
+#include <cuda_runtime_api.h>
+
+#include "infuse/check.h"
+
+namespace infuse {
+
+// CTAs that run at once on the whole device, which is what a persistent kernel starts. The last answer is remembered
+// per kernel, since the question costs about as much as a launch.
+template <typename Kernel>
+unsigned resident_ctas(const char* op, Kernel kernel, int threads, int shared_bytes, int device) {
+  struct Answer {
+    Kernel kernel = nullptr;
+    int threads = 0, shared_bytes = 0, device = -1;
+    unsigned ctas = 0;
+  };
+  static thread_local Answer last;
+  if (last.kernel != kernel || last.threads != threads || last.shared_bytes != shared_bytes || last.device != device) {
+    int per_sm = 0, num_sms = 0;
+    check_cuda(cudaOccupancyMaxActiveBlocksPerMultiprocessor(&per_sm, kernel, threads, shared_bytes), op, "occupancy");
+    check_cuda(cudaDeviceGetAttribute(&num_sms, cudaDevAttrMultiProcessorCount, device), op, "number of SMs");
+    check(per_sm > 0, op, "CTAs of ", threads, " threads and ", shared_bytes,
+          " bytes of shared memory on an SM, got 0, expected at least 1");
+    last = {kernel, threads, shared_bytes, device, static_cast<unsigned>(per_sm) * static_cast<unsigned>(num_sms)};
+  }
+  return last.ctas;
+}
+
+// Whether the kernel's code for this device contains the instructions of infuse/overlap.cuh. Code that was compiled
+// for 8.0 does not wait, also where a newer device runs it, so it must never start early.
+template <typename Kernel>
+bool can_start_early(const char* op, Kernel kernel, int device) {
+  struct Answer {
+    Kernel kernel = nullptr;
+    int device = -1;
+    bool early = false;
+  };
+  static thread_local Answer last;
+  if (last.kernel != kernel || last.device != device) {
+    cudaFuncAttributes attributes;
+    check_cuda(cudaFuncGetAttributes(&attributes, reinterpret_cast<const void*>(kernel)), op, "attributes of a kernel");
+    last = {kernel, device, attributes.ptxVersion >= 90};
+  }
+  return last.early;
+}
+
+struct Launch {
+  dim3 grid, block;
+  int shared_bytes = 0;
+  // Programmatic dependent launch: the kernel may start while its predecessor in the stream still runs, and must call
+  // wait_for_previous_kernel before it touches memory.
+  bool starts_early = false;
+};
+
+// `params` is the kernel's only parameter. `what` names the launch in a message.
+template <typename Params>
+void launch_kernel(const char* op, const char* what, void (*kernel)(Params), const Launch& launch, const Params& params,
+                   int device, cudaStream_t stream) {
+  cudaLaunchAttribute early{};
+  early.id = cudaLaunchAttributeProgrammaticStreamSerialization;
+  early.val.programmaticStreamSerializationAllowed = 1;
+  cudaLaunchConfig_t config{};
+  config.gridDim = launch.grid;
+  config.blockDim = launch.block;
+  config.dynamicSmemBytes = static_cast<std::size_t>(launch.shared_bytes);
+  config.stream = stream;
+  config.attrs = &early;
+  config.numAttrs = launch.starts_early && can_start_early(op, kernel, device) ? 1 : 0;
+  void* arguments[] = {const_cast<Params*>(&params)};
+  check_cuda(cudaLaunchKernelExC(&config, reinterpret_cast<const void*>(kernel), arguments), op,
+             concat("launch of ", what));
+}
+
+}  // namespace infuse
