@@ -64,15 +64,6 @@ def match(view: CanonicalGraph, anchor: Node) -> Finding | None:
     )
 
 
-def match_encoder_layer(view: CanonicalGraph, anchor: Node) -> Finding | None:
-    """torch.nn.TransformerEncoderLayer in evaluation without gradients is one operator of torch."""
-    return refuse(
-        anchor,
-        "the whole encoder layer is one operator (torch's fast path)",
-        "switch the fast path off: torch.backends.mha.set_fastpath_enabled(False)",
-    )
-
-
 def _is_dead(view: CanonicalGraph, node: Node) -> bool:
     """Whether nothing comes of a value: Dynamo leaves in the graph what is computed and dropped."""
     pending = [node]

@@ -35,6 +35,7 @@ from infuse.patterns import (
     add_norm,
     attention,
     attention_scores,
+    encoder_layer,
     gated_norm,
     in_place,
     layer_norm,
@@ -79,7 +80,8 @@ FAMILIES: tuple[Family, ...] = (
     Family(attention.KIND, ("sdpa",), attention.match_call),
     Family(attention.KIND, ("softmax", "exp"), attention_scores.match, attention_scores.may_be_softmax),
     Family(attention.KIND, ("multi_head_attention",), multi_head_attention.match),
-    Family(attention.KIND, ("encoder_layer",), multi_head_attention.match_encoder_layer),
+    # Layers that could not be taken apart: an attention and two norms each.
+    *(Family(kind, ("encoder_layer",), encoder_layer.refusal_of(kind)) for kind in encoder_layer.KINDS),
     Family(rms_norm.KIND, rms_norm.ANCHORS, rms_norm.match, may_be_root),
     Family(layer_norm.KIND, layer_norm.ANCHORS, layer_norm.match, may_be_root),
     Family(swiglu.KIND, swiglu.ANCHORS, swiglu.match),
@@ -122,6 +124,8 @@ def rewrite(
     graph's sites apart from those of others that are compiled with it. note: takes remarks about the graph as a whole.
     Raises StrictError if `settings.strict` and a site was refused, or a kernel is missing.
     """
+    if attention.KIND in settings.patterns and settings.numerics == "fused":
+        encoder_layer.take_apart(graph)
     in_place.functionalise(graph)
     view = CanonicalGraph(graph, inputs)
     findings = [*find(view, settings.patterns)]

@@ -176,7 +176,8 @@ def _reductions(table: _Table) -> None:
     row("matmul", "input other", torch.matmul, operator.matmul, methods="matmul __matmul__", aten="matmul")
     row("bmm", "input other", torch.bmm, torch.mm, methods="bmm mm", aten="bmm mm")
     row("multi_head_attention", _MULTI_HEAD_ATTENTION, F.multi_head_attention_forward)
-    row("encoder_layer", "input rest*", torch._transformer_encoder_layer_fwd)
+    layer = "_transformer_encoder_layer_fwd"
+    row("encoder_layer", "input rest*", getattr(torch, layer), aten=layer)
     row("baddbmm", "input batch1 batch2 beta alpha", torch.baddbmm, methods="baddbmm", aten="baddbmm")
     row("einsum", "equation operands*", torch.einsum, torch.functional.einsum, aten="einsum")
     row("max", "input dim! keepdim", torch.max, methods="max", aten="max.dim")

@@ -158,11 +158,3 @@ def test_what_the_operator_has_not_is_refused(function: Any, options: dict[str, 
     captured = capture(lambda x: function(made, x), torch.randn(LENGTH, BATCH, EMBED))
     assert captured.counts == {}
     assert word in captured.refusals[0]
-
-
-def test_fast_path_of_the_encoder_layer_is_refused_with_its_switch() -> None:
-    layer = nn.TransformerEncoderLayer(EMBED, HEADS, 32, batch_first=True).eval()
-    captured = capture(layer, torch.randn(BATCH, LENGTH, EMBED))
-    assert captured.counts == {}
-    assert "fast path" in captured.refusals[0]
-    assert "set_fastpath_enabled" in captured.records[0].remedy
