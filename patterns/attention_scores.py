@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 
 from torch.fx import Node
 
-from infuse.patterns import contractions
+from infuse.patterns import chunked, contractions
 from infuse.patterns.attention import Reading, assemble, refuse
 from infuse.patterns.attention_operands import Operand, Roles
 from infuse.patterns.axes import Axes, Axis, flat, fresh, leaves, resolved
@@ -57,8 +57,10 @@ class _Softmax:
 def match(view: CanonicalGraph, anchor: Node) -> Finding | None:
     """The attention around a softmax; None for any other use of softmax."""
     softmax = _softmax(view, anchor)
-    if softmax is None or not leads_to_values(view, softmax.node):
+    if softmax is None:
         return None
+    if not leads_to_values(view, softmax.node):
+        return chunked.match(view, softmax.node)
     axes = tuple(
         (Axis(size),) if dim == softmax.dim else fresh(size) for dim, size in enumerate(view.shape(softmax.node))
     )

@@ -152,9 +152,19 @@ def subtracts_another_maximum(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     return torch.softmax(scores - scores.amax(-2, keepdim=True), -1) @ v
 
 
+def banded(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """Longformer: scores copied by bands, probabilities shifted so that a column is another key in each row."""
+    scores = (q @ k.mT).new_zeros(B, H, S, S)
+    scores[..., 1:] = (q @ k.mT)[..., :-1]
+    weights = F.pad(torch.softmax(scores, -1), (0, S + 1))
+    shifted = weights.flatten(-2)[..., : S * 2 * S].view(B, H, S, 2 * S)[..., :S]
+    return shifted @ v
+
+
 @pytest.mark.parametrize(
     ("function", "word"),
     [
+        (banded, "overlapping chunks"),
         (returned_too, "read elsewhere"),
         (read_twice, "read elsewhere"),
         (used_on_both_sides, "not over the dimension"),
@@ -186,7 +196,7 @@ def subtracts_another_maximum(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     ],
 )
 def test_near_miss_is_refused_with_a_reason(function: Function, word: str) -> None:
-    captured = capture(function, *tensors(keys=S if function is used_on_both_sides else T))
+    captured = capture(function, *tensors(keys=S if function in (used_on_both_sides, banded) else T))
     assert captured.counts == {}
     assert [word in reason for reason in captured.refusals] == [True], captured.refusals
     assert captured.records[0].remedy
@@ -230,11 +240,18 @@ def pooling(x: Tensor, w: Tensor) -> Tensor:
     return (torch.softmax(x.mean(-1), -1)[..., None] * x).sum(1)
 
 
+def padded(x: Tensor, w: Tensor) -> Tensor:
+    """A convolution over probabilities: cut, multiplied, but of no product."""
+    return F.pad(torch.softmax(x, -1), (1, 1)).unfold(-1, 8, 2) @ w.mT
+
+
 def projected(x: Tensor, w: Tensor) -> Tensor:
     return F.linear(torch.softmax(x @ w.mT, -1), w.mT)
 
 
-@pytest.mark.parametrize("function", [router, router_with_experts, router_by_matmul, vocabulary, pooling, projected])
+@pytest.mark.parametrize(
+    "function", [router, router_with_experts, router_by_matmul, vocabulary, pooling, padded, projected]
+)
 def test_other_softmaxes_are_no_sites(function: Function) -> None:
     captured = capture(function, torch.randn(2, 5, 8), torch.randn(6, 8))
     assert captured.records == []
