@@ -192,10 +192,14 @@ def residual_chain(x: Tensor, residual: Tensor, weight: Tensor) -> tuple[Tensor,
 
 @pytest.mark.parametrize("mode", ["default", "max-autotune-no-cudagraphs"])
 @pytest.mark.parametrize("function", [hugging_face_norm, residual_chain])
-def test_a_formula_that_wins_gives_the_code_of_stock_to_the_letter(
+def test_a_formula_that_wins_reads_and_writes_what_stock_does(
     cpu_kernel: list[int], monkeypatch: pytest.MonkeyPatch, function: Callable[..., Any], mode: str
 ) -> None:
-    """Nothing else is written to memory than without Infuse."""
+    """The same kernels, allocations, loads and stores.
+
+    Between them stock of torch 2.11 may round once less: a pass of its own takes away a cast to bf16 and back, which an
+    operator that is opened after that pass still has.
+    """
     monkeypatch.setattr(profit, "choose", lambda *rest: ("decomposition", {}))
     args = [torch.randn(shape, dtype=torch.bfloat16) for shape in ((64, 128), (64, 128), (128,))]
 
@@ -203,9 +207,13 @@ def test_a_formula_that_wins_gives_the_code_of_stock_to_the_letter(
         torch._dynamo.reset()
         with torch.no_grad():
             code = run_and_get_code(torch.compile(function, mode=mode, **options), *args)[1][-1]
-        return re.sub(r"cpp_fused\w*|# .*", "", code)
+        code = re.sub(r"cpp_fused\w*|# .*", "", code)
+        accesses = re.findall(r"empty_strided\w*\(.*|for\(.*|loadu\([^)]*|\w+_ptr\d+\[[^]]*\]|store\([^)]*", code)
+        return "\n".join(re.sub(r"tmp\d+", "tmp", access) for access in accesses)
 
-    assert code_of(backend="infuse") == code_of()
+    stock = code_of()
+    assert "store(" in stock and "loadu(" in stock
+    assert code_of(backend="infuse") == stock
 
 
 def test_two_instances_of_an_operator_choose_each_for_itself(cpu_kernel: list[int]) -> None:
