@@ -59,7 +59,7 @@ bench: $(READY)  ## run every benchmark; results go to benchmarks/results
 	@set -e; for file in $(BENCHMARKS); do echo "==> $$file"; $(PY) $$file $(ARGS); done
 
 coverage: $(READY)  ## what is recognised in the zoo of models; an hour on two cores; ARGS=--quick: minutes
-	$(PY) benchmarks/coverage.py $(ARGS)
+	$(PY) benchmarks/coverage.py --processes $(WORKERS) $(ARGS)
 
 clean:  ## remove what was built; .venv stays
 	rm -rf build dist *.egg-info src/*.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis demo-output

@@ -1,6 +1,7 @@
 """How much of a zoo of models Infuse catches: sites that it rewrites against those that an eager run executes.
 
-    python benchmarks/coverage.py [--models GLOB] [--quick] [--all] [--compile] [--misses DIR] [--output DIR] [--list]
+    python benchmarks/coverage.py [--models GLOB] [--quick] [--all] [--compile] [--processes N] [--misses DIR]
+                                  [--output DIR] [--list]
 
 True counts come from a record of an eager run (census/) or, for hand-written models, from their authors. The rewritten
 graphs run as well, and outputs and gradients are compared with float64: their error may not exceed that of the
@@ -14,11 +15,14 @@ from __future__ import annotations
 
 import argparse
 import fnmatch
+import functools
 import itertools
 import logging
 import time
 import warnings
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from multiprocessing import get_context
 from pathlib import Path
 
 import torch
@@ -26,7 +30,7 @@ from census.counting import KINDS
 from coverage_misses import write_misses
 from coverage_rows import CoverageRow, append, fraction, totals
 from coverage_run import Configuration, Result, measure
-from device import Device, describe_device
+from device import describe_device
 from rows import RESULTS, new_run_id, results_file
 from zoo import entries
 from zoo.entry import Entry
@@ -40,6 +44,7 @@ def parser() -> argparse.ArgumentParser:
     result.add_argument("--all", action="store_true", help="dynamic shapes too")
     result.add_argument("--only", default="", metavar="TEXT", help="only configurations with this text in their name")
     result.add_argument("--compile", action="store_true", help="generate code, and compare with stock Inductor")
+    result.add_argument("--processes", type=int, default=1, metavar="N", help="models measured at a time (default: 1)")
     result.add_argument("--output", type=Path, metavar="DIR", help="root of the results (default: benchmarks/results)")
     result.add_argument("--misses", type=Path, metavar="DIR", help="write one file a kind with the sites left over")
     result.add_argument("--list", action="store_true", help="print the models' names, measure nothing")
@@ -101,17 +106,48 @@ def summary(rows: Sequence[CoverageRow]) -> str:
     return "\n".join(lines)
 
 
-def run(zoo: Iterable[Entry], chosen: Sequence[Configuration], compiled: str, path: Path | None) -> list[Result]:
+@dataclass(frozen=True, slots=True)
+class Task:
+    """One model in all configurations; labels: the rows' gpu, torch and commit."""
+
+    name: str
+    files: str
+    chosen: Sequence[Configuration]
+    run_id: str
+    compiled: str
+    labels: Mapping[str, str]
+
+
+@functools.cache
+def _zoo(files: str) -> dict[str, Entry]:
+    return {entry.name: entry for entry in entries(files)}
+
+
+def _measured(task: Task) -> list[Result]:
+    _quiet()
+    entry = _zoo(task.files)[task.name]
+    return [
+        measure(entry, configuration, task.run_id, task.compiled, task.labels)
+        for configuration in task.chosen
+        if entry.trains or not configuration.training
+    ]
+
+
+def _results(tasks: Sequence[Task], processes: int) -> Iterator[list[Result]]:
+    """In the order of the tasks; several processes share the machine, one thread each."""
+    if processes == 1:
+        yield from map(_measured, tasks)
+        return
+    # Not forked: torch's threads do not survive that.
+    with get_context("spawn").Pool(processes, torch.set_num_threads, (1,)) as pool:
+        yield from pool.imap(_measured, tasks)
+
+
+def run(tasks: Sequence[Task], processes: int, path: Path | None) -> list[Result]:
     """Measures each model in each configuration, prints and stores a row at a time."""
-    run_id = new_run_id()
-    device: Device = describe_device("cpu")
-    labels = {"gpu": device.name, "torch": device.torch_version, "commit": device.commit}
     results = []
-    for entry in zoo:
-        for configuration in chosen:
-            if configuration.training and not entry.trains:
-                continue
-            result = measure(entry, configuration, run_id, compiled, labels)
+    for found in _results(tasks, processes):
+        for result in found:
             results.append(result)
             print(line(result.row), flush=True)
             if path is not None:
@@ -123,15 +159,18 @@ def main(argv: Sequence[str] | None = None) -> int:
     begin = time.perf_counter()
     arguments = parser().parse_args(argv)
     _quiet()
-    zoo = (entry for entry in entries(arguments.files) if fnmatch.fnmatch(entry.name, arguments.models))
+    names = fnmatch.filter(_zoo(arguments.files), arguments.models)
     if arguments.list:
-        for entry in zoo:
-            print(entry.name)
+        print("\n".join(names))
         return 0
     is_part = arguments.quick or arguments.only or arguments.models != "*" or arguments.files != "*"
     root = arguments.output or (None if is_part else RESULTS)
-    path = results_file(root, describe_device("cpu").name, "coverage") if root else None
-    results = run(zoo, configurations(arguments), "inductor" if arguments.compile else "", path)
+    device = describe_device("cpu")
+    path = results_file(root, device.name, "coverage") if root else None
+    labels = {"gpu": device.name, "torch": device.torch_version, "commit": device.commit}
+    compiled = "inductor" if arguments.compile else ""
+    plan = (arguments.files, configurations(arguments), new_run_id(), compiled, labels)
+    results = run([Task(name, *plan) for name in names], arguments.processes, path)
     rows = [result.row for result in results]
     print(summary(rows))
     print(f"{time.perf_counter() - begin:.0f} s, results: {path or 'not kept'}")

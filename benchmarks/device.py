@@ -75,13 +75,16 @@ def describe_device(type_: str | None = None) -> Device:
 
 
 def commit() -> str:
-    """The commit that is measured, with "-dirty" if the sources differ from it; INFUSE_COMMIT where there is no git.
+    """The commit that is measured, with "-dirty" if the sources differ from it.
 
-    Results and the README, which the benchmarks themselves write, don't make a tree dirty.
+    INFUSE_COMMIT names it for a copy of a checkout, whose git knows nothing of it. Results and the README, which the
+    benchmarks themselves write, don't make a tree dirty.
     """
+    if named := os.environ.get("INFUSE_COMMIT", ""):
+        return named
     head = _output("git", "rev-parse", "--short=12", "HEAD")
     if not head:
-        return os.environ.get("INFUSE_COMMIT", "") or "unknown"
+        return "unknown"
     written = (":(exclude)benchmarks/results", ":(exclude)README.md")
     changed = _output("git", "status", "--porcelain", "--", ".", *written)
     return f"{head}-dirty" if changed else head
