@@ -114,7 +114,7 @@ def infuse_kernel() -> Function:
 
     def norm(x: Tensor, weight: Tensor) -> Tensor:
         out = torch.empty_like(x)
-        torch.ops.infuse.rms_norm_out(x, weight, EPS, 0.0, True, -1, out)
+        torch.ops.infuse.rms_norm_out(x, weight, EPS, 0.0, True, False, -1, out)
         return out
 
     return norm

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import inspect
 
 import torch
 
@@ -17,7 +18,8 @@ def kernel_dtypes(op: str) -> tuple[str, ...]:
     if not hasattr(torch.ops.infuse, f"{op}_out"):
         return ()
     can_run = importlib.import_module(f"infuse.ops.{op.removesuffix('_bwd')}").can_run
-    names = (dtype for dtype in DTYPES if not can_run(torch.empty(1, 8, dtype=dtype), None, 0.0, False))
+    required = [p for p in inspect.signature(can_run).parameters.values() if p.default is p.empty]
+    names = (dtype for dtype in DTYPES if not can_run(*(torch.empty(1, 8, dtype=dtype) for _ in required)))
     return tuple(str(dtype).removeprefix("torch.") for dtype in names)
 
 

@@ -71,7 +71,7 @@ def _only_formula(args: Sequence[object]) -> str:
 def _place_norm(
     kind: str, x: Tensor, args: Sequence[object], training: bool, settings: Settings, max_autotune: bool
 ) -> Placement:
-    weight, eps, offset, cast, minimum = args[-5:]
+    weight, eps, offset = args[-5:-2]
     if reason := library.missing(x.device):
         return replace(_inline(reason), missing=reason if x.device.type == "cuda" and not training else "")
     if training:
@@ -81,7 +81,7 @@ def _place_norm(
     assert weight is None or isinstance(weight, Tensor)
     # A sum is written contiguously, whatever the strides of its terms.
     taken = x if kind == "rms_norm" else torch.empty_like(x, memory_format=torch.contiguous_format)
-    if reason := norm.can_run(taken, weight, float(offset), bool(cast), bool(minimum)):
+    if reason := norm.can_run(taken, weight):
         return _inline(reason)
     # add_rms_norm has no kernel of its own: the sum stays Inductor's, its norm is kept whole.
     whole, part = ("default", "") if kind == "rms_norm" else ("parts", "sum; norm by ")

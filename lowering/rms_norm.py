@@ -26,11 +26,13 @@ def run_kernel(
     eps: float,
     weight_offset: float,
     cast_before_weight: bool,
+    eps_as_minimum: bool,
     kernel_config: int,
     out: Tensor,
 ) -> Tensor:
     """What generated code calls: the kernel, writing into `out`."""
-    torch.ops.infuse.rms_norm_out(x, weight, eps, weight_offset, cast_before_weight, kernel_config, out)
+    flags = (weight_offset, cast_before_weight, eps_as_minimum)
+    torch.ops.infuse.rms_norm_out(x, weight, eps, *flags, kernel_config, out)
     return out
 
 
@@ -38,9 +40,7 @@ def run_kernel(
 _CHOICE = inductor.kernel_choice(f"infuse_rms_norm_{build.source_id()}", run_kernel)
 
 
-def decline(
-    x: Any, weight: Any, eps: object, weight_offset: object, cast_before_weight: bool, eps_as_minimum: bool
-) -> str:
+def decline(x: Any, weight: Any, eps: object, weight_offset: object) -> str:
     """Why no kernel may run here, "" when one may."""
     if inductor.settings_in_effect().kernels == "never":
         return "kernels are switched off"
@@ -51,7 +51,7 @@ def decline(
     with inductor.fake_mode():
         x_fake = inductor.example(x)
         weight_fake = None if weight is None else inductor.example(weight)
-        return op.can_run(x_fake, weight_fake, weight_offset, cast_before_weight, eps_as_minimum)
+        return op.can_run(x_fake, weight_fake)
 
 
 def lower(
@@ -68,7 +68,8 @@ def lower(
     described = f"{problem.rows}x{problem.row_size} {x.get_dtype()}"
     layout = inductor.output_layout(op.rms_norm_fake, args)
     tensors = [tensor for tensor in (x, weight) if tensor is not None]
-    keywords = {"eps": eps, "weight_offset": weight_offset, "cast_before_weight": cast_before_weight}
+    flags = {"weight_offset": weight_offset, "cast_before_weight": cast_before_weight, "eps_as_minimum": eps_as_minimum}
+    keywords = {"eps": eps, **flags}
 
     def kernel(config: int) -> inductor.Kernel:
         return inductor.Kernel(_CHOICE, {**keywords, "kernel_config": config})
@@ -80,14 +81,14 @@ def lower(
         return inductor.call_kernel(kernel(configs[label]), tensors, layout)
 
     configs = {f"kernel_{config}": config for config in (-1,)}
-    if reason := decline(*args):
+    if reason := decline(x, weight, eps, weight_offset):
         return take(FORMULA, reason)
     if inductor.settings_in_effect().kernels == "always":
         return take("kernel_-1", "kernels are always taken")
     if not inductor.max_autotune():
         well = heuristics.runs_well(problem)
         return take("kernel_-1" if well else FORMULA, "heuristic")
-    names = {-1: "chosen by the launcher", **dict(enumerate(library.configurations("rms_norm")))}
+    names = {-1: "chosen by the launcher", **dict(enumerate(library.configurations("norm")))}
     configs = {f"kernel_{config}": config for config in heuristics.configurations(problem, len(names) - 1)}
     kernels = {label: kernel(config) for label, config in configs.items()}
     timings = inductor.measure("infuse_rms_norm", kernels, {FORMULA: op.rms_norm_ref}, args, layout)

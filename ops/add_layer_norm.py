@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from infuse.ops import checks
+from infuse.ops import checks, library, norm_kernels
 from infuse.ops.layer_norm import (
     FLAGS,
     check_arguments,
@@ -211,6 +211,63 @@ def _implementation(
     return y.contiguous(), total.contiguous()
 
 
+def can_run(x: Tensor, residual: Tensor, weight: Tensor | None = None, bias: Tensor | None = None) -> str:
+    """Why the CUDA kernel cannot take these arguments, "" when it can."""
+    return norm_kernels.can_run(x, weight, bias, residual)
+
+
+def _launch(
+    x: Tensor,
+    residual: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    eps: float,
+    weight_offset: float,
+    cast_before_weight: bool,
+    mean: Tensor | None,
+    rstd: Tensor | None,
+) -> tuple[Tensor, Tensor]:
+    """y and the sum by the kernel, which writes into `mean` and `rstd` too."""
+    y = torch.empty(x.shape, dtype=output_dtype(x, weight, bias, cast_before_weight), device=x.device)
+    total = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    flags = (weight_offset, cast_before_weight)
+    torch.ops.infuse.add_layer_norm_out(x, residual, weight, bias, eps, *flags, -1, y, total, mean, rstd)
+    return y, total
+
+
+def _cuda(
+    x: Tensor,
+    residual: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    eps: float,
+    weight_offset: float = 0.0,
+    cast_before_weight: bool = False,
+) -> tuple[Tensor, Tensor]:
+    _check("add_layer_norm", x, residual, weight, bias, weight_offset, cast_before_weight)
+    flags = (weight_offset, cast_before_weight)
+    if library.missing(x.device) or can_run(x, residual, weight, bias):
+        return _implementation(x, residual, weight, bias, eps, *flags)
+    return _launch(x, residual, weight, bias, eps, *flags, None, None)
+
+
+def _fwd_cuda(
+    x: Tensor,
+    residual: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    eps: float,
+    weight_offset: float,
+    cast_before_weight: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    _check("add_layer_norm_fwd", x, residual, weight, bias, weight_offset, cast_before_weight)
+    flags = (weight_offset, cast_before_weight)
+    if library.missing(x.device) or can_run(x, residual, weight, bias):
+        return add_layer_norm_fwd_ref(x, residual, weight, bias, eps, *flags)
+    mean, rstd = norm_kernels.statistic(x), norm_kernels.statistic(x)
+    return *_launch(x, residual, weight, bias, eps, *flags, mean, rstd), mean, rstd
+
+
 def _rules(x: Any, weight: Any, bias: Any, num_outputs: int, flags: tuple[Any, ...]) -> Placements:
     rest = [whole(weight), whole(bias), *(None for _ in flags)]
     return [([rows] * num_outputs, [rows, rows, *rest]) for rows in row_placements(x)]
@@ -261,6 +318,14 @@ register(
     implementation=add_layer_norm_bwd_ref,
     fake=add_layer_norm_bwd_fake,
 )
+# Implemented by csrc/norm for CUDA alone. config: -1 lets the launcher choose, otherwise an index into its table.
+define(
+    "add_layer_norm_out(Tensor x, Tensor residual, Tensor? weight, Tensor? bias, float eps, float weight_offset,"
+    " bool cast_before_weight, int config, Tensor(a!) out, Tensor(b!) sum, Tensor(c!)? mean=None,"
+    " Tensor(d!)? rstd=None) -> ()"
+)
+implement("add_layer_norm", _cuda, "CUDA")
+implement("add_layer_norm_fwd", _fwd_cuda, "CUDA")
 register_sharding("add_layer_norm", _sharding)
 register_sharding("add_layer_norm_fwd", _fwd_sharding)
 register_sharding("add_layer_norm_bwd", _bwd_sharding)

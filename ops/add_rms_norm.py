@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from infuse.ops import checks
+from infuse.ops import checks, library, norm_kernels
 from infuse.ops.registration import (
     Placements,
     define,
@@ -194,6 +194,62 @@ def _implementation(
     return y.contiguous(), total.contiguous()
 
 
+def can_run(x: Tensor, residual: Tensor, weight: Tensor | None = None) -> str:
+    """Why the CUDA kernel cannot take these arguments, "" when it can."""
+    return norm_kernels.can_run(x, weight, operand=residual)
+
+
+def _launch(
+    x: Tensor,
+    residual: Tensor,
+    weight: Tensor | None,
+    eps: float,
+    weight_offset: float,
+    cast_before_weight: bool,
+    eps_as_minimum: bool,
+    rstd: Tensor | None,
+) -> tuple[Tensor, Tensor]:
+    """y and the sum by the kernel, which writes into `rstd` too."""
+    y = torch.empty(x.shape, dtype=output_dtype(x, weight, cast_before_weight), device=x.device)
+    total = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    flags = (weight_offset, cast_before_weight, eps_as_minimum)
+    torch.ops.infuse.add_rms_norm_out(x, residual, weight, eps, *flags, -1, y, total, rstd)
+    return y, total
+
+
+def _cuda(
+    x: Tensor,
+    residual: Tensor,
+    weight: Tensor | None,
+    eps: float,
+    weight_offset: float = 0.0,
+    cast_before_weight: bool = False,
+    eps_as_minimum: bool = False,
+) -> tuple[Tensor, Tensor]:
+    _check("add_rms_norm", x, residual, weight, weight_offset, cast_before_weight)
+    flags = (weight_offset, cast_before_weight, eps_as_minimum)
+    if library.missing(x.device) or can_run(x, residual, weight):
+        return _implementation(x, residual, weight, eps, *flags)
+    return _launch(x, residual, weight, eps, *flags, None)
+
+
+def _fwd_cuda(
+    x: Tensor,
+    residual: Tensor,
+    weight: Tensor | None,
+    eps: float,
+    weight_offset: float,
+    cast_before_weight: bool,
+    eps_as_minimum: bool = False,
+) -> tuple[Tensor, Tensor, Tensor]:
+    _check("add_rms_norm_fwd", x, residual, weight, weight_offset, cast_before_weight)
+    flags = (weight_offset, cast_before_weight, eps_as_minimum)
+    if library.missing(x.device) or can_run(x, residual, weight):
+        return add_rms_norm_fwd_ref(x, residual, weight, eps, *flags)
+    rstd = norm_kernels.statistic(x)
+    return *_launch(x, residual, weight, eps, *flags, rstd), rstd
+
+
 def _rules(x: Any, weight: Any, num_outputs: int, flags: tuple[Any, ...]) -> Placements:
     from torch.distributed.tensor import Replicate, Shard
 
@@ -251,6 +307,14 @@ register(
     implementation=add_rms_norm_bwd_ref,
     fake=add_rms_norm_bwd_fake,
 )
+# Implemented by csrc/norm for CUDA alone. config: -1 lets the launcher choose, otherwise an index into its table.
+define(
+    "add_rms_norm_out(Tensor x, Tensor residual, Tensor? weight, float eps, float weight_offset,"
+    " bool cast_before_weight, bool eps_as_minimum, int config, Tensor(a!) out, Tensor(b!) sum,"
+    " Tensor(c!)? rstd=None) -> ()"
+)
+implement("add_rms_norm", _cuda, "CUDA")
+implement("add_rms_norm_fwd", _fwd_cuda, "CUDA")
 register_sharding("add_rms_norm", _sharding)
 register_sharding("add_rms_norm_fwd", _fwd_sharding)
 register_sharding("add_rms_norm_bwd", _bwd_sharding)

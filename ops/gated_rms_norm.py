@@ -16,15 +16,24 @@ weight.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from infuse.ops import checks
+from infuse.ops import checks, library, norm_kernels
 from infuse.ops.layer_norm import gradient_of, row_placements, whole
-from infuse.ops.registration import Placements, differentiate, register, register_differentiable, register_sharding
+from infuse.ops.registration import (
+    Placements,
+    define,
+    differentiate,
+    implement,
+    register,
+    register_differentiable,
+    register_sharding,
+)
 from infuse.ops.rms_norm import statistics_dtype
 
 ACTIVATIONS = ("silu", "sigmoid")
@@ -236,6 +245,49 @@ def _implementation(*args: Any) -> Tensor:
     return gated_rms_norm_ref(*args).contiguous()
 
 
+def can_run(x: Tensor, gate: Tensor, weight: Tensor | None = None, groups: int = 1) -> str:
+    """Why the CUDA kernel cannot take these arguments, "" when it can."""
+    return norm_kernels.can_run(x, weight, operand=gate, groups=groups)
+
+
+def _launch(
+    x: Tensor, gate: Tensor, weight: Tensor | None, eps: float, flags: Sequence[Any], rstd: Tensor | None
+) -> Tensor:
+    """y by the kernel, which writes into `rstd` too."""
+    norm_before_gate, activation, groups, *casts = flags
+    y = torch.empty(x.shape, dtype=output_dtype(x, weight, norm_before_gate, casts[0]), device=x.device)
+    numbers = (norm_before_gate, activation == "silu", groups, *casts)
+    torch.ops.infuse.gated_rms_norm_out(x, gate, weight, eps, *numbers, -1, y, rstd)
+    return y
+
+
+def _cuda(
+    x: Tensor,
+    gate: Tensor,
+    weight: Tensor | None,
+    eps: float,
+    norm_before_gate: bool,
+    activation: str = "silu",
+    groups: int = 1,
+    cast_before_weight: bool = False,
+    cast_before_gate: bool = False,
+) -> Tensor:
+    check_arguments("gated_rms_norm", x, gate, weight, activation, groups)
+    flags = (norm_before_gate, activation, groups, cast_before_weight, cast_before_gate)
+    if library.missing(x.device) or can_run(x, gate, weight, groups):
+        return _implementation(x, gate, weight, eps, *flags)
+    return _launch(x, gate, weight, eps, flags, None)
+
+
+def _fwd_cuda(x: Tensor, gate: Tensor, weight: Tensor | None, eps: float, *flags: Any) -> tuple[Tensor, Tensor]:
+    check_arguments("gated_rms_norm_fwd", x, gate, weight, *flags[1:3])
+    groups: int = flags[2]
+    if library.missing(x.device) or can_run(x, gate, weight, groups):
+        return gated_rms_norm_fwd_ref(x, gate, weight, eps, *flags)
+    rstd = norm_kernels.statistic(_grouped(x, groups))
+    return _launch(x, gate, weight, eps, flags, rstd), rstd
+
+
 def _rules(x: Any, weight: Any, num_outputs: int, flags: tuple[Any, ...]) -> Placements:
     rest = [whole(weight), *(None for _ in flags)]
     return [([rows] * num_outputs, [rows, rows, *rest]) for rows in row_placements(x)]
@@ -281,6 +333,14 @@ register(
     implementation=gated_rms_norm_bwd_ref,
     fake=gated_rms_norm_bwd_fake,
 )
+# Implemented by csrc/norm for CUDA alone. config: -1 lets the launcher choose, otherwise an index into its table.
+define(
+    "gated_rms_norm_out(Tensor x, Tensor gate, Tensor? weight, float eps, bool norm_before_gate, bool gate_is_silu,"
+    " int groups, bool cast_before_weight, bool cast_before_gate, int config, Tensor(a!) out,"
+    " Tensor(b!)? rstd=None) -> ()"
+)
+implement("gated_rms_norm", _cuda, "CUDA")
+implement("gated_rms_norm_fwd", _fwd_cuda, "CUDA")
 register_sharding("gated_rms_norm", _sharding)
 register_sharding("gated_rms_norm_fwd", _fwd_sharding)
 register_sharding("gated_rms_norm_bwd", _bwd_sharding)

@@ -16,10 +16,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from infuse.ops import checks
+from infuse.ops import checks, library, norm_kernels
 from infuse.ops.registration import (
     Placements,
+    define,
     differentiate,
+    implement,
     register,
     register_differentiable,
     register_sharding,
@@ -199,6 +201,11 @@ class _LayerNorm(torch.autograd.Function):
         return dx, None if weight is None else dweight, None if bias is None else dbias, None, None, None
 
 
+def can_run(x: Tensor, weight: Tensor | None = None, bias: Tensor | None = None) -> str:
+    """Why the CUDA kernel cannot take these arguments, "" when it can."""
+    return norm_kernels.can_run(x, weight, bias)
+
+
 def _implementation(
     x: Tensor,
     weight: Tensor | None,
@@ -208,6 +215,47 @@ def _implementation(
     cast_before_weight: bool = False,
 ) -> Tensor:
     return layer_norm_ref(x, weight, bias, eps, weight_offset, cast_before_weight).contiguous()
+
+
+def _launch(
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    eps: float,
+    weight_offset: float,
+    cast_before_weight: bool,
+    mean: Tensor | None,
+    rstd: Tensor | None,
+) -> Tensor:
+    """y by the kernel, which writes into `mean` and `rstd` too."""
+    y = torch.empty(x.shape, dtype=output_dtype(x, weight, bias, cast_before_weight), device=x.device)
+    flags = (weight_offset, cast_before_weight)
+    torch.ops.infuse.layer_norm_out(x, weight, bias, eps, *flags, -1, y, mean, rstd)
+    return y
+
+
+def _cuda(
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    eps: float,
+    weight_offset: float = 0.0,
+    cast_before_weight: bool = False,
+) -> Tensor:
+    check_arguments("layer_norm", x, weight, bias, weight_offset, cast_before_weight)
+    if library.missing(x.device) or can_run(x, weight, bias):
+        return _implementation(x, weight, bias, eps, weight_offset, cast_before_weight)
+    return _launch(x, weight, bias, eps, weight_offset, cast_before_weight, None, None)
+
+
+def _fwd_cuda(
+    x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float, weight_offset: float, cast_before_weight: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    check_arguments("layer_norm_fwd", x, weight, bias, weight_offset, cast_before_weight)
+    if library.missing(x.device) or can_run(x, weight, bias):
+        return layer_norm_fwd_ref(x, weight, bias, eps, weight_offset, cast_before_weight)
+    mean, rstd = norm_kernels.statistic(x), norm_kernels.statistic(x)
+    return _launch(x, weight, bias, eps, weight_offset, cast_before_weight, mean, rstd), mean, rstd
 
 
 def row_placements(x: Any) -> list[Any]:
@@ -272,6 +320,13 @@ register(
     implementation=layer_norm_bwd_ref,
     fake=layer_norm_bwd_fake,
 )
+# Implemented by csrc/norm for CUDA alone. config: -1 lets the launcher choose, otherwise an index into its table.
+define(
+    "layer_norm_out(Tensor x, Tensor? weight, Tensor? bias, float eps, float weight_offset, bool cast_before_weight,"
+    " int config, Tensor(a!) out, Tensor(b!)? mean=None, Tensor(c!)? rstd=None) -> ()"
+)
+implement("layer_norm", _cuda, "CUDA")
+implement("layer_norm_fwd", _fwd_cuda, "CUDA")
 register_sharding("layer_norm", _sharding)
 register_sharding("layer_norm_fwd", _fwd_sharding)
 register_sharding("layer_norm_bwd", _bwd_sharding)

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from infuse.ops import checks, library
+from infuse.ops import checks, library, norm_kernels
 from infuse.ops.registration import (
     Placements,
     define,
@@ -198,23 +198,9 @@ class _RMSNorm(torch.autograd.Function):
         return dx, None if weight is None else dweight, None, None, None, None
 
 
-def can_run(
-    x: Tensor, weight: Tensor | None, weight_offset: float, cast_before_weight: bool, eps_as_minimum: bool = False
-) -> str:
-    """Why the CUDA kernel cannot take these arguments, "" when it can. Reads shapes, strides and dtypes only."""
-    if eps_as_minimum:
-        return "no kernel for eps as a minimum"
-    if x.dtype not in (torch.bfloat16, torch.float16, torch.float32):
-        return f"no kernel for x in {x.dtype}"
-    if weight is not None and weight.dtype not in (x.dtype, torch.float32):
-        return f"no kernel for a weight in {weight.dtype} beside x in {x.dtype}"
-    if x.dim() > 4:
-        return f"no kernel for {x.dim()} dimensions"
-    if isinstance(x.shape[-1], int) and x.shape[-1] > 1 and x.stride(-1) != 1:
-        return f"no kernel for a last dimension of stride {x.stride(-1)}"
-    if weight is not None and weight.shape[0] > 1 and weight.stride(0) != 1:
-        return f"no kernel for a weight of stride {weight.stride(0)}"
-    return ""
+def can_run(x: Tensor, weight: Tensor | None = None) -> str:
+    """Why the CUDA kernel cannot take these arguments, "" when it can."""
+    return norm_kernels.can_run(x, weight)
 
 
 def _implementation(
@@ -228,6 +214,21 @@ def _implementation(
     return rms_norm_ref(x, weight, eps, weight_offset, cast_before_weight, eps_as_minimum).contiguous()
 
 
+def _launch(
+    x: Tensor,
+    weight: Tensor | None,
+    eps: float,
+    weight_offset: float,
+    cast_before_weight: bool,
+    eps_as_minimum: bool,
+    rstd: Tensor | None,
+) -> Tensor:
+    """y by the kernel, which writes into `rstd` too."""
+    y = torch.empty(x.shape, dtype=output_dtype(x, weight, cast_before_weight), device=x.device)
+    torch.ops.infuse.rms_norm_out(x, weight, eps, weight_offset, cast_before_weight, eps_as_minimum, -1, y, rstd)
+    return y
+
+
 def _cuda(
     x: Tensor,
     weight: Tensor | None,
@@ -237,11 +238,26 @@ def _cuda(
     eps_as_minimum: bool = False,
 ) -> Tensor:
     check_arguments("rms_norm", x, weight, weight_offset, cast_before_weight)
-    if library.missing(x.device) or can_run(x, weight, weight_offset, cast_before_weight, eps_as_minimum):
-        return _implementation(x, weight, eps, weight_offset, cast_before_weight, eps_as_minimum)
-    y = torch.empty(x.shape, dtype=output_dtype(x, weight, cast_before_weight), device=x.device)
-    torch.ops.infuse.rms_norm_out(x, weight, eps, weight_offset, cast_before_weight, -1, y)
-    return y
+    flags = (weight_offset, cast_before_weight, eps_as_minimum)
+    if library.missing(x.device) or can_run(x, weight):
+        return _implementation(x, weight, eps, *flags)
+    return _launch(x, weight, eps, *flags, None)
+
+
+def _fwd_cuda(
+    x: Tensor,
+    weight: Tensor | None,
+    eps: float,
+    weight_offset: float,
+    cast_before_weight: bool,
+    eps_as_minimum: bool = False,
+) -> tuple[Tensor, Tensor]:
+    check_arguments("rms_norm_fwd", x, weight, weight_offset, cast_before_weight)
+    flags = (weight_offset, cast_before_weight, eps_as_minimum)
+    if library.missing(x.device) or can_run(x, weight):
+        return rms_norm_fwd_ref(x, weight, eps, *flags)
+    rstd = norm_kernels.statistic(x)
+    return _launch(x, weight, eps, *flags, rstd), rstd
 
 
 def _sharding(x: Any, weight: Any, *flags: Any) -> Placements:
@@ -294,12 +310,13 @@ register(
     implementation=rms_norm_bwd_ref,
     fake=rms_norm_bwd_fake,
 )
-# Implemented by csrc/rms_norm for CUDA alone. config: -1 lets the launcher choose, otherwise an index into its table.
+# Implemented by csrc/norm for CUDA alone. config: -1 lets the launcher choose, otherwise an index into its table.
 define(
-    "rms_norm_out(Tensor x, Tensor? weight, float eps, float weight_offset, bool cast_before_weight, int config,"
-    " Tensor(a!) out) -> ()"
+    "rms_norm_out(Tensor x, Tensor? weight, float eps, float weight_offset, bool cast_before_weight,"
+    " bool eps_as_minimum, int config, Tensor(a!) out, Tensor(b!)? rstd=None) -> ()"
 )
 implement("rms_norm", _cuda, "CUDA")
+implement("rms_norm_fwd", _fwd_cuda, "CUDA")
 register_sharding("rms_norm", _sharding)
 register_sharding("rms_norm_fwd", _fwd_sharding)
 register_sharding("rms_norm_bwd", _bwd_sharding)

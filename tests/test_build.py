@@ -651,7 +651,7 @@ import torch
 if sys.argv[2] == "schema":
     library = torch.library.Library("infuse", "DEF")
     library.define("rms_norm_out(Tensor x, Tensor? weight, float eps, float weight_offset, bool cast_before_weight,"
-                   " int config, Tensor(a!) out) -> ()")
+                   " bool eps_as_minimum, int config, Tensor(a!) out, Tensor(b!)? rstd=None) -> ()")
 else:
     import infuse.ops.rms_norm
 torch.ops.load_library(sys.argv[1])
@@ -661,13 +661,13 @@ def text(name, *arguments):
     function.restype = ctypes.c_char_p
     answer = function(*arguments)
     return None if answer is None else answer.decode()
-count = library.infuse_rms_norm_num_configs()
+count = library.infuse_norm_num_configs()
 print(json.dumps({
     "cuda": torch._C._dispatch_has_kernel_for_dispatch_key("infuse::rms_norm_out", "CUDA"),
     "id": text("infuse_build_id"),
     "archs": text("infuse_archs"),
     "version": text("infuse_cuda_version"),
-    "configs": [text("infuse_rms_norm_config_name", config) for config in range(-1, count + 1)],
+    "configs": [text("infuse_norm_config_name", config) for config in range(-1, count + 1)],
 }))
 """
 

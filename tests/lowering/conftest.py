@@ -17,9 +17,9 @@ def cpu_kernel(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[int]]:
     """The list of configurations with which the pretended kernel was called."""
     calls: list[int] = []
 
-    def run(x, weight, eps, weight_offset, cast_before_weight, config, out):  # type: ignore[no-untyped-def]
+    def run(x, weight, eps, weight_offset, cast_before_weight, eps_as_minimum, config, out, rstd=None):  # type: ignore[no-untyped-def]
         calls.append(config)
-        out.copy_(rms_norm_ref(x, weight, eps, weight_offset, cast_before_weight))
+        out.copy_(rms_norm_ref(x, weight, eps, weight_offset, cast_before_weight, eps_as_minimum))
 
     implementation = torch.library.Library("infuse", "IMPL")
     implementation.impl("rms_norm_out", run, "CPU")

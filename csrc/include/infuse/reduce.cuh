@@ -20,28 +20,49 @@ __device__ __forceinline__ float group_sum(float value, int width) {
   return value;
 }
 
-// Where rows of more than one warp exchange their warps' sums. Two buffers taken in turns: a warp that is already at
-// the next row's sum can't overwrite what a slower warp still reads, so one barrier a row is enough.
-struct RowSumStorage {
-  float warp_sums[2][kMaxWarps];
+// Where rows of more than one warp exchange their warps' sums, of up to kValues values at once. Two buffers taken in
+// turns: a warp that is already at the next sum can't overwrite what a slower warp still reads, so one barrier a sum is
+// enough.
+template <int kValues>
+struct RowSumsStorage {
+  float warp_sums[2][kValues][kMaxWarps];
 };
+using RowSumStorage = RowSumsStorage<1>;
 
-// The CTA is blockDim = (threads of a row, rows); every thread of the CTA must call this, with the same `turn`.
-// Every thread gets the sum of its row.
-__device__ __forceinline__ float row_sum(float value, RowSumStorage& storage, int turn) {
+// The CTA is blockDim = (threads of a row, rows); every thread of the CTA must call this, with the same `turn`, the next
+// time with another one modulo 2. Every thread gets the sums of its row in `values`.
+template <int kCount, int kValues>
+__device__ __forceinline__ void row_sums(float (&values)[kCount], RowSumsStorage<kValues>& storage, int turn) {
+  static_assert(kCount <= kValues);
   const int threads_per_row = static_cast<int>(blockDim.x);
-  if (threads_per_row <= kWarpSize) return group_sum(value, threads_per_row);
+#pragma unroll
+  for (int i = 0; i < kCount; ++i) {
+    values[i] = group_sum(values[i], threads_per_row < kWarpSize ? threads_per_row : kWarpSize);
+  }
+  if (threads_per_row <= kWarpSize) return;
 
   const int warps_per_row = threads_per_row / kWarpSize;
   const int lane = static_cast<int>(threadIdx.x) % kWarpSize;
   const int first_warp = static_cast<int>(threadIdx.y) * warps_per_row;
-  float* warp_sums = storage.warp_sums[turn & 1];
-  value = group_sum(value, kWarpSize);
-  if (lane == 0) warp_sums[first_warp + static_cast<int>(threadIdx.x) / kWarpSize] = value;
+  auto& warp_sums = storage.warp_sums[turn & 1];
+  if (lane == 0) {
+#pragma unroll
+    for (int i = 0; i < kCount; ++i) warp_sums[i][first_warp + static_cast<int>(threadIdx.x) / kWarpSize] = values[i];
+  }
   __syncthreads();
-  value = warp_sums[first_warp + (lane & (warps_per_row - 1))];
-  for (int offset = warps_per_row / 2; offset > 0; offset /= 2) value += __shfl_xor_sync(kFullMask, value, offset);
-  return value;
+#pragma unroll
+  for (int i = 0; i < kCount; ++i) values[i] = warp_sums[i][first_warp + (lane & (warps_per_row - 1))];
+  for (int offset = warps_per_row / 2; offset > 0; offset /= 2) {
+#pragma unroll
+    for (int i = 0; i < kCount; ++i) values[i] += __shfl_xor_sync(kFullMask, values[i], offset);
+  }
+}
+
+// Likewise for one value.
+__device__ __forceinline__ float row_sum(float value, RowSumStorage& storage, int turn) {
+  float values[1] = {value};
+  row_sums(values, storage, turn);
+  return values[0];
 }
 
 }  // namespace infuse

@@ -112,6 +112,8 @@ inline std::uint32_t __float_as_uint(float value) {
 }
 
 inline float rsqrtf(float value) { return 1.0f / std::sqrt(value); }
+inline float __expf(float value) { return std::exp(value); }
+inline float __fdividef(float a, float b) { return a / b; }
 
 namespace emulation {
 

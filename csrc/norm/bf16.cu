@@ -1,0 +1,7 @@
+#include "norm/launch_planned.cuh"
+
+namespace infuse::norm {
+
+template void launch_planned<DType::kBFloat16, DType::kBFloat16>(const Target&, Operand, const Plan&, const Params&);
+
+}  // namespace infuse::norm

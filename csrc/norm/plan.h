@@ -1,0 +1,108 @@
+// How a problem is cut up: the table of configurations, the heuristic, and the plan that a configuration gives for a
+// problem. Plain C++ without CUDA, so that it is tested where there is no GPU.
+#pragma once
+
+#include <cstdint>
+
+#include "infuse/access.h"
+
+namespace infuse::norm {
+
+// What a row is combined with.
+enum class Operand { kNone, kResidual, kGate };
+
+// One way to launch. The rest (vectors a thread, vector width) follows from the problem, so each configuration takes
+// every problem.
+struct Config {
+  const char* name;
+  int threads_per_row;  // power of two, 8 to 1024
+  int rows_per_cta;
+};
+
+constexpr Config kConfigs[] = {
+    {"row8x16", 8, 16},    // 0: four rows a warp
+    {"row16x8", 16, 8},    // 1: two rows a warp, head_dim 128
+    {"row32x4", 32, 4},    // 2: a warp a row, no barrier
+    {"row64x2", 64, 2},    // 3
+    {"row128", 128, 1},    // 4
+    {"row256", 256, 1},    // 5
+    {"row512", 512, 1},    // 6
+    {"row1024", 1024, 1},  // 7
+};
+constexpr int kNumConfigs = sizeof(kConfigs) / sizeof(kConfigs[0]);
+constexpr int kHeuristic = -1;
+
+// How many 16-byte vectors of a row a thread may hold, so that the row (and what it is combined with) stays in
+// registers, and how many threads a CTA of such a kernel may have. The two must agree.
+constexpr int kMaxVecs = 8;
+constexpr int max_cta_threads(int vecs, Operand operand) {
+  return vecs >= 8 || (vecs >= 4 && operand != Operand::kNone) ? 512 : 1024;
+}
+constexpr int max_vecs_per_thread(int cta_threads, Operand operand) {
+  return cta_threads <= 512 ? kMaxVecs : operand == Operand::kNone ? 4 : 2;
+}
+
+// Sizes in bytes of one element (0: the tensor is not there), and a power of two that divides the address of each row.
+struct Access {
+  int size_bytes;
+  int alignment_bytes;
+};
+
+struct Problem {
+  std::int64_t rows;
+  std::int64_t dim;
+  Operand operand;
+  Access x, others[5];  // the operand, out, sum, weight and bias, in any order
+};
+
+struct Plan {
+  int config;           // index into kConfigs
+  int vec_elems;        // elements of an access: 16 bytes of x, or one element
+  int vecs_per_thread;  // 0: the row does not fit in registers, or is not aligned; read it twice
+};
+
+// Whether all tensors can be accessed by 16 bytes of x at a time.
+constexpr bool is_vectorised(const Problem& problem) {
+  const int elems = kVectorBytes / problem.x.size_bytes;
+  bool aligned = problem.dim % elems == 0 && is_aligned(elems, problem.x.size_bytes, problem.x.alignment_bytes);
+  for (const Access& other : problem.others) {
+    aligned = aligned && is_aligned(elems, other.size_bytes, other.alignment_bytes);
+  }
+  return aligned;
+}
+
+// Two vectors a thread when there are rows enough to fill the machine, fewer when there are not (a short row should
+// then be spread over more threads, for latency).
+constexpr int choose_config(std::int64_t rows, std::int64_t row_vecs, int num_sms) {
+  const std::int64_t threads_to_fill = std::int64_t{1024} * num_sms;
+  const int vecs_per_thread = rows * row_vecs / 2 < threads_to_fill ? 1 : 2;
+  const std::int64_t threads_per_row = ceil_div(row_vecs, vecs_per_thread);
+  int best = 0;
+  while (best + 1 < kNumConfigs && kConfigs[best].threads_per_row < threads_per_row) ++best;
+  return best;  // the table is sorted; the last one takes what is longer
+}
+
+// Power of two of vectors a thread that holds a row, 0 if that is more than `most`.
+constexpr int choose_vecs_per_thread(std::int64_t row_vecs, int threads_per_row, int most) {
+  for (int vecs = 1; vecs <= most; vecs *= 2) {
+    if (row_vecs <= std::int64_t{vecs} * threads_per_row) return vecs;
+  }
+  return 0;
+}
+
+// `config` is kHeuristic or an index into kConfigs.
+constexpr Plan make_plan(const Problem& problem, int config, int num_sms) {
+  Plan plan{};
+  const bool vectorised = is_vectorised(problem);
+  plan.vec_elems = vectorised ? kVectorBytes / problem.x.size_bytes : 1;
+  const std::int64_t row_vecs = problem.dim / plan.vec_elems;
+  plan.config = config == kHeuristic ? choose_config(problem.rows, row_vecs, num_sms) : config;
+  // Narrow accesses have no kernel that keeps the row in registers: too many vectors.
+  if (!vectorised) return plan;
+  const Config& chosen = kConfigs[plan.config];
+  const int most = max_vecs_per_thread(chosen.threads_per_row * chosen.rows_per_cta, problem.operand);
+  plan.vecs_per_thread = choose_vecs_per_thread(row_vecs, chosen.threads_per_row, most);
+  return plan;
+}
+
+}  // namespace infuse::norm
