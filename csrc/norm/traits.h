@@ -27,7 +27,8 @@ struct RegisterTraits {
   static constexpr int kMaxThreads = max_cta_threads(kVecsPerThread, Types::kOperand);
   // Vectors of weight and bias in registers at a time. The first ones are fetched together with x, so that they are
   // there when the sum is.
-  static constexpr int kChunk = kVecsPerThread >= 8 || Types::kWideWeight ? 1 : smaller(kVecsPerThread, 2);
+  static constexpr bool kCrowded = kVecsPerThread >= (Types::kOperand == Operand::kResidual ? 4 : 8);
+  static constexpr int kChunk = kCrowded || Types::kWideWeight ? 1 : smaller(kVecsPerThread, 2);
   static_assert(kVecsPerThread % kChunk == 0);
 };
 
