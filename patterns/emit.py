@@ -132,7 +132,10 @@ class Emitter:
         if not self._adopt_strides(old, new, is_served):
             new = self._lay_out(new, metadata.value(old), site.outputs[0])
         old.replace_all_uses_with(new, delete_user_cb=is_served)
-        self.replaced[old] = new
+        # A matcher that looks through aliases names the same value by an earlier node.
+        names = [old]
+        names.append(self.view.strip(old, trail=names))
+        self.replaced.update((name, new) for name in names if name is old or name in site.interior)
 
     def _adopt_strides(self, old: Node, new: Node, is_served: Callable[[Node], bool]) -> bool:
         """Carries new's strides through the nodes that read it. False if something may depend on the old ones.

@@ -105,6 +105,8 @@ def capture(
         records = rewrite(module.graph, settings or Settings(), place, training, note=notes.append)
         module.graph.lint()
         module.recompile()
+        unread = [node for node in module.graph.nodes if str(node.target).startswith("infuse.") and not node.users]
+        assert not unread, f"nothing reads what the rewrite put there: {unread}"
 
         def run(*values: Any) -> Any:
             found.append(Captured(original, module, records, values, notes))
