@@ -19,7 +19,7 @@ from infuse.report import Placement
 from infuse.settings import Settings
 
 # Operators that stand for several others and would be no faster than those: their sites are left to their parts.
-WITHOUT_KERNEL = ("qk_norm_rope", "norm_linear", "packed_linear", "swiglu_linear")
+WITHOUT_KERNEL = ("qk_norm_rope", "rope_cache_write", "norm_linear", "packed_linear", "swiglu_linear")
 Placer = Callable[[Sequence[object], bool, Settings, bool], Placement]
 # Operators from outside the package: (args, training, settings, max_autotune) -> form.
 PLACED_ELSEWHERE: dict[str, Placer] = {}

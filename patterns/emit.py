@@ -94,6 +94,8 @@ class Emitter:
                 nodes = [node]
             for output, new in zip(site.outputs, nodes):
                 self._reroute(output, new, site)
+        for write, target in site.writes:
+            self._take_over(write, self.replaced.get(target, target))
         self.dead.update(site.interior)
         return None
 
@@ -136,6 +138,12 @@ class Emitter:
         names = [old]
         names.append(self.view.strip(old, trail=names))
         self.replaced.update((name, new) for name in names if name is old or name in site.interior)
+
+    def _take_over(self, write: Node, target: Node) -> None:
+        """Erases a node whose writing an operator does now; who read its result reads what it wrote to."""
+        write.replace_all_uses_with(target)
+        self.replaced[write] = target
+        self.view.graph.erase_node(write)
 
     def _adopt_strides(self, old: Node, new: Node, is_served: Callable[[Node], bool]) -> bool:
         """Carries new's strides through the nodes that read it. False if something may depend on the old ones.

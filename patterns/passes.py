@@ -29,6 +29,7 @@ from infuse.ops import packed_linear as _op_packed_linear  # noqa: F401
 from infuse.ops import qk_norm_rope as _op_qk_norm_rope  # noqa: F401
 from infuse.ops import rms_norm as _op_rms_norm  # noqa: F401
 from infuse.ops import rope as _op_rope  # noqa: F401
+from infuse.ops import rope_cache_write as _op_rope_cache_write  # noqa: F401
 from infuse.ops import swiglu as _op_swiglu  # noqa: F401
 from infuse.ops import swiglu_linear as _op_swiglu_linear  # noqa: F401
 from infuse.patterns import (
@@ -46,6 +47,7 @@ from infuse.patterns import (
     qk_norm_rope,
     rms_norm,
     rope,
+    rope_cache_write,
     swiglu,
     swiglu_linear,
 )
@@ -103,6 +105,7 @@ RULES: tuple[Rule, ...] = (
     *gated_norm.RULES,
     *add_norm.RULES,
     qk_norm_rope.RULE,
+    rope_cache_write.RULE,
     norm_linear.RULE,
     packed_linear.RULE,
     swiglu_linear.RULE,

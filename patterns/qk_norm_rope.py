@@ -12,21 +12,27 @@ from infuse.patterns.compose import Rule
 from infuse.patterns.sites import Make, Site
 
 KIND = "qk_norm_rope"
-_NORMS = ("rms_norm", "layer_norm")
+NORMS = ("rms_norm", "layer_norm")
 # Views between the two: heads before positions, or after.
 _MAX_VIEWS = 4
 
 
 def propose(view: CanonicalGraph, sites: Sequence[Site]) -> Iterator[Site]:
     """qk_norm_rope in place of each norm and the rotation that reads it."""
-    norms = {site.outputs[0]: site for site in sites if site.kind in _NORMS and not site.after}
+    norms = norms_of(sites)
     for site in sites:
-        composite = _join(view, norms, site) if site.kind == "rope" and not site.after else None
+        composite = join(view, norms, site) if site.kind == "rope" and not site.after else None
         if composite is not None:
             yield composite
 
 
-def _join(view: CanonicalGraph, norms: dict[Node, Site], rope: Site) -> Site | None:
+def norms_of(sites: Sequence[Site]) -> dict[Node, Site]:
+    """The norms that a rotation may take in, by their results."""
+    return {site.outputs[0]: site for site in sites if site.kind in NORMS and not site.after}
+
+
+def join(view: CanonicalGraph, norms: dict[Node, Site], rope: Site) -> Site | None:
+    """The norm and the rotation as one site, if nobody but the rotation reads what the norm makes."""
     found = _behind_views(view, norms, rope)
     if found is None:
         return None
@@ -75,4 +81,4 @@ def _norm_arguments(norm: Site, rest: list[object]) -> tuple[object, ...]:
     return weight, None, eps, False, offset, cast, minimum
 
 
-RULE = Rule(KIND, (*_NORMS, "rope"), propose)
+RULE = Rule(KIND, (*NORMS, "rope"), propose)

@@ -26,6 +26,8 @@ class Site:
     does, outputs included. spelling: how the author wrote it, in words. rounding: where the source rounds and the
     operator does not, "" if nowhere; numerics="exact" refuses such a site. parts: the sites that a composite one
     stands for. after: what makes the output of the operator's only result, (target, arguments behind the tensor) each.
+    writes: nodes that write in place and whose writing the operator does, each with the node that it writes to. They
+    are erased with the site, so whoever proposes them has proven that nobody could tell when they happened.
     """
 
     kind: str
@@ -37,6 +39,7 @@ class Site:
     rounding: str = ""
     parts: tuple[Site, ...] = ()
     after: tuple[tuple[Callable[..., Any], tuple[object, ...]], ...] = ()
+    writes: tuple[tuple[Node, Node], ...] = ()
 
 
 @dataclass(frozen=True, slots=True)

@@ -30,7 +30,7 @@ MODES = (
 
 
 # Kinds that the lowering takes only where a kernel for them pays.
-NEED_KERNELS = ("qk_norm_rope", "norm_linear", "packed_linear", "swiglu_linear")
+NEED_KERNELS = ("qk_norm_rope", "rope_cache_write", "norm_linear", "packed_linear", "swiglu_linear")
 
 
 def default_overload(kind: str, examples: tuple[object, ...], training: bool) -> Placement:

@@ -7,6 +7,12 @@
 
 namespace infuse {
 
+inline int count_sms(const char* op, int device) {
+  int num_sms = 0;
+  check_cuda(cudaDeviceGetAttribute(&num_sms, cudaDevAttrMultiProcessorCount, device), op, "number of SMs");
+  return num_sms;
+}
+
 // CTAs that run at once on the whole device, which is what a persistent kernel starts. The last answer is remembered
 // per kernel, since the question costs about as much as a launch.
 template <typename Kernel>

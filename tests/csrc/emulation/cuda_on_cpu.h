@@ -99,6 +99,14 @@ inline float __shfl_xor_sync(unsigned, float value, int mask) {
   return got;
 }
 
+template <typename T>
+T __ldg(const T* address) {
+  emulation::check_access(address, sizeof(T), alignof(T));
+  return *address;
+}
+
+[[noreturn]] inline void __trap() { emulation::die("__trap"); }
+
 inline float __uint_as_float(std::uint32_t bits) {
   float value;
   std::memcpy(&value, &bits, 4);

@@ -1,0 +1,8 @@
+#include "rope/launch_planned.cuh"
+
+namespace infuse::rope {
+
+template void launch_planned<DType::kBFloat16>(const char*, const Plan&, bool, bool, const Params&, unsigned, int,
+                                        cudaStream_t);
+
+}  // namespace infuse::rope

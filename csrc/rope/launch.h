@@ -1,0 +1,54 @@
+// Host interface of the rotary kernels, free of torch.
+#pragma once
+
+#include <cuda_runtime_api.h>
+
+#include <cstdint>
+
+#include "infuse/dtype.h"
+#include "infuse/tensor_arg.h"
+#include "rope/params.h"
+#include "rope/plan.h"
+
+namespace infuse::rope {
+
+// Where rows go along the sequence dimension of a cache: [seq_len] or [batch, seq_len], int64 or int32.
+struct PositionsArg {
+  const void* data;
+  bool wide;
+  int device;
+  int num_dims;
+  const std::int64_t* sizes;
+  const std::int64_t* strides;
+};
+
+// One tensor: x [..., dim] and out alike. cos, sin null: copied. positions: x [batch, heads, seq_len, dim] goes to out
+// [batch, heads, cache_len, dim].
+struct Operand {
+  TensorArg x, out;
+  const TensorArg* cos = nullptr;
+  const TensorArg* sin = nullptr;
+  const TensorArg* weight = nullptr;
+  const PositionsArg* positions = nullptr;
+  bool has_norm = false;
+};
+
+struct Options {
+  double eps = 0.0, weight_offset = 0.0;
+  bool cast_before_weight = false;
+  bool interleaved = false, per_pair = false, inverse = false, upcast = false;
+  bool is_backward = false;  // the transpose of the rotation, without intermediate rounding
+  std::int64_t config = kHeuristic;
+};
+
+// Checks the arguments, plans and launches on `stream` of the current device, which must be the tensors'. One launch,
+// no synchronisation, no workspace. Throws std::runtime_error for what the kernels can't take and a failed launch.
+void launch(const char* op, const Operand* operands, int count, const Options& options, cudaStream_t stream);
+
+// One instantiation per dtype of x, each in a file of its own so that they compile in parallel. wide_factors: tables
+// are float32.
+template <DType kX>
+void launch_planned(const char* op, const Plan& plan, bool wide_factors, bool has_norm, const Params& params,
+                    unsigned ctas, int device, cudaStream_t stream);
+
+}  // namespace infuse::rope

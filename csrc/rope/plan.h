@@ -1,0 +1,86 @@
+// How a problem is cut up: the table of configurations, the heuristic, and the plan that a configuration gives for a
+// problem. Plain C++ without CUDA, so that it is tested where there is no GPU.
+#pragma once
+
+#include <cstdint>
+
+#include "infuse/access.h"
+
+namespace infuse::rope {
+
+// A lane holds two vectors of a row, so that both elements of each of its pairs are its own, for `heads` heads of one
+// position, which share the factors.
+struct Config {
+  const char* name;
+  int heads;    // 1, 2 or 4
+  int threads;  // of a CTA
+};
+
+constexpr Config kConfigs[] = {
+    {"heads1x64", 1, 64},     // 0: few rows, spread over many SMs
+    {"heads1x256", 1, 256},   // 1
+    {"heads2x128", 2, 128},   // 2
+    {"heads2x256", 2, 256},   // 3
+    {"heads4x128", 4, 128},   // 4
+    {"heads4x256", 4, 256},   // 5
+};
+constexpr int kNumConfigs = sizeof(kConfigs) / sizeof(kConfigs[0]);
+constexpr int kHeuristic = -1;
+constexpr int kMaxThreads = 256;
+constexpr int kWarpLanes = 32;
+constexpr int kNarrowThreads = 128;
+
+struct Problem {
+  std::int64_t dim, rotary_dim;
+  std::int64_t rows;           // of all parts
+  std::int64_t heads;          // of the part that has most rows
+  int x_size_bytes;            // of one element
+  int alignment_bytes;         // of all row starts of x and out, in all parts
+  int weight_size_bytes;       // 0 without
+  int weight_alignment_bytes;  // of all weights
+};
+
+struct Plan {
+  int config;  // index into kConfigs
+  int heads;   // that a lane works on
+  int lanes;   // of a row, a power of two
+  int groups;  // of lanes in a CTA
+  bool narrow;  // one element at a time: odd sizes, or not aligned
+};
+
+// Lanes that hold a row, 0 if it cannot be cut into their vectors.
+constexpr int lanes_of_row(const Problem& problem) {
+  const int elems = kVectorBytes / problem.x_size_bytes;
+  if (problem.dim % elems != 0 || problem.rotary_dim % (2 * elems) != 0) return 0;
+  if (!is_aligned(elems, problem.x_size_bytes, problem.alignment_bytes) ||
+      !is_aligned(elems, problem.weight_size_bytes, problem.weight_alignment_bytes)) {
+    return 0;
+  }
+  const std::int64_t needed =
+      problem.rotary_dim / (2 * elems) + ceil_div(problem.dim - problem.rotary_dim, 2 * elems);
+  int lanes = 1;
+  while (lanes < needed) lanes *= 2;
+  return lanes <= kWarpLanes ? lanes : 0;
+}
+
+// As many heads a lane as leave enough lanes to fill the machine; with few rows small CTAs, so that all SMs work.
+constexpr int choose_config(const Problem& problem, int lanes, int num_sms) {
+  const std::int64_t all = problem.rows * lanes, fill = std::int64_t{1024} * num_sms;
+  if (all < fill) return 0;
+  if (problem.heads >= 4 && all / 4 >= fill) return 5;
+  return problem.heads >= 2 && all / 2 >= fill ? 3 : 1;
+}
+
+// `config` is kHeuristic or an index into kConfigs.
+constexpr Plan make_plan(const Problem& problem, int config, int num_sms) {
+  Plan plan{};
+  plan.lanes = lanes_of_row(problem);
+  plan.narrow = plan.lanes == 0;
+  if (plan.narrow) plan.lanes = kWarpLanes;
+  plan.config = config == kHeuristic ? choose_config(problem, plan.lanes, num_sms) : config;
+  plan.heads = plan.narrow ? 1 : kConfigs[plan.config].heads;
+  plan.groups = (plan.narrow ? kNarrowThreads : kConfigs[plan.config].threads) / plan.lanes;
+  return plan;
+}
+
+}  // namespace infuse::rope

@@ -1,0 +1,82 @@
+// What both rotary kernels share: which rows a group of lanes works on, and the norm of a row.
+#pragma once
+
+#include <cstdint>
+
+#include "infuse/memory.cuh"
+#include "infuse/reduce.cuh"
+#include "infuse/vec.cuh"
+#include "rope/params.h"
+
+namespace infuse::rope {
+
+// Where an item lies: a position [outer, inner] and a block of neighbouring heads.
+struct Place {
+  std::uint32_t outer, inner, block;
+};
+
+__device__ __forceinline__ const Part& part_of_cta(const Params& params) {
+  static_assert(kMaxParts == 3);
+  return params.parts[blockIdx.x >= params.parts[2].first_cta ? 2 : blockIdx.x >= params.parts[1].first_cta ? 1 : 0];
+}
+
+__device__ __forceinline__ Place place_of_item(const Part& part, std::uint32_t item) {
+  const std::uint32_t row = part.head_blocks.divide(item);
+  const std::uint32_t outer = part.inner.divide(row);
+  return {outer, row - outer * part.inner.divisor, item - row * part.head_blocks.divisor};
+}
+
+// Offset in out of the first head at a place. A position counts from the end if it is negative, as an index does; one
+// outside of out stops the kernel with an error, as torch's own index kernels do.
+__device__ __forceinline__ std::int64_t out_offset(const Part& part, Place place) {
+  std::int64_t inner = place.inner;
+  if (part.positions != nullptr) {
+    const std::int64_t at = place.outer * part.position_stride[0] + place.inner * part.position_stride[1];
+    inner = part.wide_positions ? __ldg(static_cast<const long long*>(part.positions) + at)
+                                : __ldg(static_cast<const int*>(part.positions) + at);
+    if (inner < 0) inner += part.num_positions;
+    if (inner < 0 || inner >= part.num_positions) __trap();
+  }
+  return place.outer * part.out_stride[0] + inner * part.out_stride[1];
+}
+
+// Every lane of a row gets the sums over them. The order is fixed: the same input gives the same bits.
+template <int kCount>
+__device__ __forceinline__ void sum_over_lanes(float (&values)[kCount]) {
+  for (unsigned offset = blockDim.x / 2; offset > 0; offset /= 2) {
+#pragma unroll
+    for (int i = 0; i < kCount; ++i) values[i] += __shfl_xor_sync(kFullMask, values[i], static_cast<int>(offset));
+  }
+}
+
+__device__ __forceinline__ float reciprocal_std(const Params& params, float sum_of_squares) {
+  return rsqrtf(fmaf(sum_of_squares, params.inv_dim, params.eps));
+}
+
+// What kElems normalised values are multiplied with: ones where there is no weight.
+template <typename X, int kElems>
+__device__ __forceinline__ void load_scale(const Params& params, const Part& part, std::uint32_t first, bool valid,
+                                           float (&scale)[kElems]) {
+  valid = valid && part.weight != nullptr;
+  if (params.wide_weight) {
+    unpack(load<Reuse::kShared, float, kElems>(static_cast<const float*>(part.weight) + first, valid), scale);
+  } else {
+    unpack(load<Reuse::kShared, X, kElems>(static_cast<const X*>(part.weight) + first, valid), scale);
+  }
+#pragma unroll
+  for (int i = 0; i < kElems; ++i) scale[i] = valid ? params.weight_offset + scale[i] : 1.0f;
+}
+
+// x -> the values that infuse::rms_norm would store, widened again.
+template <typename X, int kElems>
+__device__ __forceinline__ void normalize(const Params& params, const float (&scale)[kElems], float rstd,
+                                          float (&x)[kElems]) {
+#pragma unroll
+  for (int i = 0; i < kElems; ++i) x[i] *= rstd;
+  if (params.cast_before_weight) round_through<X>(x);
+#pragma unroll
+  for (int i = 0; i < kElems; ++i) x[i] *= scale[i];
+  round_through<X>(x);
+}
+
+}  // namespace infuse::rope
