@@ -196,8 +196,21 @@ def attention_sdpa(
     groups = _has_groups(q, k)
     if groups and not _native_groups(q, mask):
         k, v, groups = expand_kv(k, q.shape[1]), expand_kv(v, q.shape[1]), False
-    out = F.scaled_dot_product_attention(q, k, v, mask, dropout_p, is_causal, scale=scale, enable_gqa=groups)
+    added = raised(mask) if mask is not None and q.is_cuda and masked_rows in ("nan", "none") else mask
+    out = F.scaled_dot_product_attention(q, k, v, added, dropout_p, is_causal, scale=scale, enable_gqa=groups)
     return out if mask is None else _fill_masked_rows(out, v, mask, masked_rows)
+
+
+def raised(mask: Tensor) -> Tensor:
+    """A mask whose numbers below float32's lowest half are brought into it, in their order; -inf stays.
+
+    CUDA's kernels multiply scores by log2(e), which makes -inf of the lowest numbers: a row that has nothing else then
+    loses what the softmax gives for it.
+    """
+    if mask.dtype not in (torch.float32, torch.bfloat16):
+        return mask
+    half = torch.finfo(torch.float32).min / 2
+    return torch.maximum(mask, 0.25 * mask + 0.75 * half)
 
 
 def _needs_grad(*tensors: Tensor | None) -> bool:

@@ -11,6 +11,7 @@ from torch.library import opcheck
 
 import infuse
 from infuse.ops import problems
+from infuse.ops.attention_formulas import raised
 from tests.ops.test_attention import attention_inputs, mask_of
 from tests.ops.test_norms import assert_same_layouts
 from tests.tolerances import assert_close_to_fp64
@@ -204,3 +205,32 @@ def test_wrong_arguments_name_what_was_got_and_expected(given: dict[str, Any], w
     q, k, v = attention_inputs(problems.ATTENTIONS["square"], torch.float32)
     with pytest.raises(ValueError, match=words):
         infuse.attention(q, k, v, **given)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_raised_mask_keeps_its_order_and_what_is_masked(dtype: torch.dtype) -> None:
+    lowest = torch.finfo(dtype).min
+    mask = torch.tensor(
+        [float("-inf"), lowest, lowest * 0.75, lowest * 0.51, lowest * 0.25, -1e4, 0.0, 3.0], dtype=dtype
+    )
+    got = raised(mask)
+    assert got.isneginf().tolist() == mask.isneginf().tolist()
+    assert (got[1:] * 1.45).isfinite().all() and (got[:-1] < got[1:]).all()
+    assert torch.equal(got[4:], mask[4:])
+    half = mask.half()
+    assert raised(half) is half
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("masked_rows", ["none", "nan"])
+def test_a_row_of_the_lowest_numbers_is_what_the_softmax_makes_of_it(masked_rows: str, dtype: torch.dtype) -> None:
+    q, k, v = (torch.randn(2, 4, 32, 64, device="cuda", dtype=dtype) for _ in range(3))
+    mask = torch.randn(2, 1, 32, 32, device="cuda", dtype=dtype)
+    mask[..., 20:] = torch.finfo(dtype).min
+    mask[:, :, 3] = torch.finfo(dtype).min
+    out = OPS.attention(q, k, v, mask, 0.3, False, 0.0, None, masked_rows)
+    exact = torch.softmax((q.double() @ k.double().mT * 0.3).to(dtype).double() + mask.double(), -1) @ v.double()
+    eager = torch.softmax((q @ k.mT * 0.3).float() + mask.float(), -1).to(dtype) @ v
+    exact[:, :, 3] = v.double().mean(2)
+    assert_close_to_fp64(out, eager, exact)

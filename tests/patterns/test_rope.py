@@ -558,3 +558,24 @@ def test_a_symbolic_head_dimension_is_refused() -> None:
     tensors = [torch.randn(2, 3, LENGTH, 8), torch.randn(LENGTH, 8), torch.randn(LENGTH, 8)]
     captured = capture(full(rotate_half), *tensors, dynamic=True)
     assert captured.counts == {} and captured.refusals == ["the size of the last dimension is symbolic"]
+
+
+@pytest.mark.parametrize("cast", ["to", "type_as"])
+def test_attention_reads_the_operator_through_a_cast_that_changes_nothing(cast: str) -> None:
+    """In float32 `rotated.type_as(q)` is q's own dtype: an alias, whose input names the same value."""
+
+    def rotated(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        a, b = x.float().chunk(2, dim=-1)
+        turned = torch.stack([a * cos - b * sin, b * cos + a * sin], -2).flatten(-2)
+        return turned.type_as(x) if cast == "type_as" else turned.to(x.dtype)
+
+    def attention(q: Tensor, k: Tensor, v: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        return torch.nn.functional.scaled_dot_product_attention(rotated(q, cos, sin), rotated(k, cos, sin), v)
+
+    q, k, v = (torch.randn(2, 3, 5, 8) for _ in range(3))
+    angles = torch.randn(5, 4)
+    captured = capture(attention, q, k, v, angles.cos(), angles.sin())
+    assert captured.counts == {"rope": 2, "attention": 1}
+    operators = captured.operators()
+    assert [node.args[:2] for node in operators if "attention" in str(node.target)] == [tuple(operators[:2])]
+    assert_same_results(captured)
