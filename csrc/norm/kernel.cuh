@@ -21,7 +21,8 @@
 namespace infuse::norm {
 
 template <typename Traits>
-__global__ __launch_bounds__(Traits::kMaxThreads) void register_kernel(const __grid_constant__ Params params) {
+__global__ __launch_bounds__(Traits::kMaxThreads, Traits::kMinCtas) void register_kernel(
+    const __grid_constant__ Params params) {
   using Vectors = Row<typename Traits::Types, Traits::kVecElems>;
   using XVec = typename Vectors::XVec;
   constexpr int kVecs = Traits::kVecsPerThread;

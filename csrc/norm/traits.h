@@ -25,6 +25,10 @@ struct RegisterTraits {
   static constexpr int kVecElems = kVectorBytes / static_cast<int>(sizeof(typename Types::x_type));
   static constexpr int kVecsPerThread = kVecsPerThread_;
   static constexpr int kMaxThreads = max_cta_threads(kVecsPerThread, Types::kOperand);
+  // 0 leaves it to the compiler, which then saves registers for the sake of more CTAs; of the longest rows it would
+  // spill a few.
+  static constexpr int kMinCtas = kVecsPerThread >= 8 ? 1 : 0;
+
   // Vectors of weight and bias in registers at a time. The first ones are fetched together with x, so that they are
   // there when the sum is.
   static constexpr bool kCrowded = kVecsPerThread >= (Types::kOperand == Operand::kResidual ? 4 : 8);
