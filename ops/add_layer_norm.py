@@ -33,6 +33,7 @@ from infuse.ops.registration import (
     implement,
     register,
     register_differentiable,
+    register_fake,
     register_sharding,
 )
 from infuse.ops.rms_norm import statistics_dtype
@@ -216,25 +217,6 @@ def can_run(x: Tensor, residual: Tensor, weight: Tensor | None = None, bias: Ten
     return norm_kernels.can_run(x, weight, bias, residual)
 
 
-def _launch(
-    x: Tensor,
-    residual: Tensor,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    eps: float,
-    weight_offset: float,
-    cast_before_weight: bool,
-    mean: Tensor | None,
-    rstd: Tensor | None,
-) -> tuple[Tensor, Tensor]:
-    """y and the sum by the kernel, which writes into `mean` and `rstd` too."""
-    y = torch.empty(x.shape, dtype=output_dtype(x, weight, bias, cast_before_weight), device=x.device)
-    total = torch.empty(x.shape, dtype=x.dtype, device=x.device)
-    flags = (weight_offset, cast_before_weight)
-    torch.ops.infuse.add_layer_norm_out(x, residual, weight, bias, eps, *flags, -1, y, total, mean, rstd)
-    return y, total
-
-
 def _cuda(
     x: Tensor,
     residual: Tensor,
@@ -248,7 +230,8 @@ def _cuda(
     flags = (weight_offset, cast_before_weight)
     if library.missing(x.device) or can_run(x, residual, weight, bias):
         return _implementation(x, residual, weight, bias, eps, *flags)
-    return _launch(x, residual, weight, bias, eps, *flags, None, None)
+    y, total = torch.ops.infuse.add_layer_norm_kernel(x, residual, weight, bias, eps, *flags, -1)
+    return y, total
 
 
 def _fwd_cuda(
@@ -264,8 +247,9 @@ def _fwd_cuda(
     flags = (weight_offset, cast_before_weight)
     if library.missing(x.device) or can_run(x, residual, weight, bias):
         return add_layer_norm_fwd_ref(x, residual, weight, bias, eps, *flags)
-    mean, rstd = norm_kernels.statistic(x), norm_kernels.statistic(x)
-    return *_launch(x, residual, weight, bias, eps, *flags, mean, rstd), mean, rstd
+    y, total, mean, rstd = add_layer_norm_fwd_fake(x, residual, weight, bias, eps, *flags)
+    torch.ops.infuse.add_layer_norm_out(x, residual, weight, bias, eps, *flags, -1, y, total, mean, rstd)
+    return y, total, mean, rstd
 
 
 def _rules(x: Any, weight: Any, bias: Any, num_outputs: int, flags: tuple[Any, ...]) -> Placements:
@@ -324,6 +308,12 @@ define(
     " bool cast_before_weight, int config, Tensor(a!) out, Tensor(b!) sum, Tensor(c!)? mean=None,"
     " Tensor(d!)? rstd=None) -> ()"
 )
+# Likewise, with the results in memory of their own; what the lowering puts into a graph.
+define(
+    "add_layer_norm_kernel(Tensor x, Tensor residual, Tensor? weight, Tensor? bias, float eps, float weight_offset,"
+    " bool cast_before_weight, int config) -> (Tensor, Tensor)"
+)
+register_fake("add_layer_norm_kernel", lambda *arguments: add_layer_norm_fake(*arguments[:-1]))
 implement("add_layer_norm", _cuda, "CUDA")
 implement("add_layer_norm_fwd", _fwd_cuda, "CUDA")
 register_sharding("add_layer_norm", _sharding)

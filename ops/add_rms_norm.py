@@ -21,6 +21,7 @@ from infuse.ops.registration import (
     implement,
     register,
     register_differentiable,
+    register_fake,
     register_sharding,
 )
 from infuse.ops.rms_norm import (
@@ -199,24 +200,6 @@ def can_run(x: Tensor, residual: Tensor, weight: Tensor | None = None) -> str:
     return norm_kernels.can_run(x, weight, operand=residual)
 
 
-def _launch(
-    x: Tensor,
-    residual: Tensor,
-    weight: Tensor | None,
-    eps: float,
-    weight_offset: float,
-    cast_before_weight: bool,
-    eps_as_minimum: bool,
-    rstd: Tensor | None,
-) -> tuple[Tensor, Tensor]:
-    """y and the sum by the kernel, which writes into `rstd` too."""
-    y = torch.empty(x.shape, dtype=output_dtype(x, weight, cast_before_weight), device=x.device)
-    total = torch.empty(x.shape, dtype=x.dtype, device=x.device)
-    flags = (weight_offset, cast_before_weight, eps_as_minimum)
-    torch.ops.infuse.add_rms_norm_out(x, residual, weight, eps, *flags, -1, y, total, rstd)
-    return y, total
-
-
 def _cuda(
     x: Tensor,
     residual: Tensor,
@@ -230,7 +213,8 @@ def _cuda(
     flags = (weight_offset, cast_before_weight, eps_as_minimum)
     if library.missing(x.device) or can_run(x, residual, weight):
         return _implementation(x, residual, weight, eps, *flags)
-    return _launch(x, residual, weight, eps, *flags, None)
+    y, total = torch.ops.infuse.add_rms_norm_kernel(x, residual, weight, eps, *flags, -1)
+    return y, total
 
 
 def _fwd_cuda(
@@ -246,8 +230,9 @@ def _fwd_cuda(
     flags = (weight_offset, cast_before_weight, eps_as_minimum)
     if library.missing(x.device) or can_run(x, residual, weight):
         return add_rms_norm_fwd_ref(x, residual, weight, eps, *flags)
-    rstd = norm_kernels.statistic(x)
-    return *_launch(x, residual, weight, eps, *flags, rstd), rstd
+    y, total, rstd = add_rms_norm_fwd_fake(x, residual, weight, eps, *flags)
+    torch.ops.infuse.add_rms_norm_out(x, residual, weight, eps, *flags, -1, y, total, rstd)
+    return y, total, rstd
 
 
 def _rules(x: Any, weight: Any, num_outputs: int, flags: tuple[Any, ...]) -> Placements:
@@ -313,6 +298,12 @@ define(
     " bool cast_before_weight, bool eps_as_minimum, int config, Tensor(a!) out, Tensor(b!) sum,"
     " Tensor(c!)? rstd=None) -> ()"
 )
+# Likewise, with the results in memory of their own; what the lowering puts into a graph.
+define(
+    "add_rms_norm_kernel(Tensor x, Tensor residual, Tensor? weight, float eps, float weight_offset,"
+    " bool cast_before_weight, bool eps_as_minimum, int config) -> (Tensor, Tensor)"
+)
+register_fake("add_rms_norm_kernel", lambda *arguments: add_rms_norm_fake(*arguments[:-1]))
 implement("add_rms_norm", _cuda, "CUDA")
 implement("add_rms_norm_fwd", _fwd_cuda, "CUDA")
 register_sharding("add_rms_norm", _sharding)

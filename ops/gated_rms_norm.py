@@ -250,15 +250,9 @@ def can_run(x: Tensor, gate: Tensor, weight: Tensor | None = None, groups: int =
     return norm_kernels.can_run(x, weight, operand=gate, groups=groups)
 
 
-def _launch(
-    x: Tensor, gate: Tensor, weight: Tensor | None, eps: float, flags: Sequence[Any], rstd: Tensor | None
-) -> Tensor:
-    """y by the kernel, which writes into `rstd` too."""
-    norm_before_gate, activation, groups, *casts = flags
-    y = torch.empty(x.shape, dtype=output_dtype(x, weight, norm_before_gate, casts[0]), device=x.device)
-    numbers = (norm_before_gate, activation == "silu", groups, *casts)
-    torch.ops.infuse.gated_rms_norm_out(x, gate, weight, eps, *numbers, -1, y, rstd)
-    return y
+def _for_kernel(flags: Sequence[Any]) -> tuple[Any, ...]:
+    """(norm_before_gate, activation, ..) with the activation as the kernel is told it."""
+    return (flags[0], flags[1] == "silu", *flags[2:])
 
 
 def _cuda(
@@ -276,7 +270,9 @@ def _cuda(
     flags = (norm_before_gate, activation, groups, cast_before_weight, cast_before_gate)
     if library.missing(x.device) or can_run(x, gate, weight, groups):
         return _implementation(x, gate, weight, eps, *flags)
-    return _launch(x, gate, weight, eps, flags, None)
+    y = gated_rms_norm_fake(x, gate, weight, eps, *flags)
+    torch.ops.infuse.gated_rms_norm_out(x, gate, weight, eps, *_for_kernel(flags), -1, y)
+    return y
 
 
 def _fwd_cuda(x: Tensor, gate: Tensor, weight: Tensor | None, eps: float, *flags: Any) -> tuple[Tensor, Tensor]:
@@ -284,8 +280,9 @@ def _fwd_cuda(x: Tensor, gate: Tensor, weight: Tensor | None, eps: float, *flags
     groups: int = flags[2]
     if library.missing(x.device) or can_run(x, gate, weight, groups):
         return gated_rms_norm_fwd_ref(x, gate, weight, eps, *flags)
-    rstd = norm_kernels.statistic(_grouped(x, groups))
-    return _launch(x, gate, weight, eps, flags, rstd), rstd
+    y, rstd = gated_rms_norm_fwd_fake(x, gate, weight, eps, *flags)
+    torch.ops.infuse.gated_rms_norm_out(x, gate, weight, eps, *_for_kernel(flags), -1, y, rstd)
+    return y, rstd
 
 
 def _rules(x: Any, weight: Any, num_outputs: int, flags: tuple[Any, ...]) -> Placements:

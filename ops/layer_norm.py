@@ -217,23 +217,6 @@ def _implementation(
     return layer_norm_ref(x, weight, bias, eps, weight_offset, cast_before_weight).contiguous()
 
 
-def _launch(
-    x: Tensor,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    eps: float,
-    weight_offset: float,
-    cast_before_weight: bool,
-    mean: Tensor | None,
-    rstd: Tensor | None,
-) -> Tensor:
-    """y by the kernel, which writes into `mean` and `rstd` too."""
-    y = torch.empty(x.shape, dtype=output_dtype(x, weight, bias, cast_before_weight), device=x.device)
-    flags = (weight_offset, cast_before_weight)
-    torch.ops.infuse.layer_norm_out(x, weight, bias, eps, *flags, -1, y, mean, rstd)
-    return y
-
-
 def _cuda(
     x: Tensor,
     weight: Tensor | None,
@@ -243,19 +226,24 @@ def _cuda(
     cast_before_weight: bool = False,
 ) -> Tensor:
     check_arguments("layer_norm", x, weight, bias, weight_offset, cast_before_weight)
+    flags = (weight_offset, cast_before_weight)
     if library.missing(x.device) or can_run(x, weight, bias):
-        return _implementation(x, weight, bias, eps, weight_offset, cast_before_weight)
-    return _launch(x, weight, bias, eps, weight_offset, cast_before_weight, None, None)
+        return _implementation(x, weight, bias, eps, *flags)
+    y = layer_norm_fake(x, weight, bias, eps, *flags)
+    torch.ops.infuse.layer_norm_out(x, weight, bias, eps, *flags, -1, y)
+    return y
 
 
 def _fwd_cuda(
     x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float, weight_offset: float, cast_before_weight: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
     check_arguments("layer_norm_fwd", x, weight, bias, weight_offset, cast_before_weight)
+    flags = (weight_offset, cast_before_weight)
     if library.missing(x.device) or can_run(x, weight, bias):
-        return layer_norm_fwd_ref(x, weight, bias, eps, weight_offset, cast_before_weight)
-    mean, rstd = norm_kernels.statistic(x), norm_kernels.statistic(x)
-    return _launch(x, weight, bias, eps, weight_offset, cast_before_weight, mean, rstd), mean, rstd
+        return layer_norm_fwd_ref(x, weight, bias, eps, *flags)
+    y, mean, rstd = layer_norm_fwd_fake(x, weight, bias, eps, *flags)
+    torch.ops.infuse.layer_norm_out(x, weight, bias, eps, *flags, -1, y, mean, rstd)
+    return y, mean, rstd
 
 
 def row_placements(x: Any) -> list[Any]:

@@ -34,8 +34,3 @@ def can_run(
         if rows is not None and isinstance(rows.shape[-1], int) and rows.shape[-1] > 1 and rows.stride(-1) != 1:
             return f"no kernel for a last dimension of stride {rows.stride(-1)}"
     return ""
-
-
-def statistic(x: Tensor) -> Tensor:
-    """Room for the mean or the rstd of each row of x [..., D], as the kernels write it."""
-    return torch.empty(x.shape[:-1], dtype=torch.float32, device=x.device)

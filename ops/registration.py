@@ -32,11 +32,16 @@ def implement(name: str, function: Function, key: str) -> None:
     _LIBRARY.impl(name, function, key)
 
 
+def register_fake(name: str, function: Function) -> None:
+    """Registers what stands for an operator while tracing: shapes, dtypes and strides of its results."""
+    torch.library.register_fake(f"infuse::{name}", function, lib=_LIBRARY)
+
+
 def register(name: str, arguments: str, returns: str, *, implementation: Function, fake: Function) -> None:
     """Defines an operator with one implementation for all devices, and a fake one for shapes, dtypes and strides."""
     define(f"{name}({arguments}) -> {returns}")
     implement(name, implementation, "CompositeExplicitAutograd")
-    torch.library.register_fake(f"infuse::{name}", fake, lib=_LIBRARY)
+    register_fake(name, fake)
 
 
 def register_differentiable(

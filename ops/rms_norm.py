@@ -214,21 +214,6 @@ def _implementation(
     return rms_norm_ref(x, weight, eps, weight_offset, cast_before_weight, eps_as_minimum).contiguous()
 
 
-def _launch(
-    x: Tensor,
-    weight: Tensor | None,
-    eps: float,
-    weight_offset: float,
-    cast_before_weight: bool,
-    eps_as_minimum: bool,
-    rstd: Tensor | None,
-) -> Tensor:
-    """y by the kernel, which writes into `rstd` too."""
-    y = torch.empty(x.shape, dtype=output_dtype(x, weight, cast_before_weight), device=x.device)
-    torch.ops.infuse.rms_norm_out(x, weight, eps, weight_offset, cast_before_weight, eps_as_minimum, -1, y, rstd)
-    return y
-
-
 def _cuda(
     x: Tensor,
     weight: Tensor | None,
@@ -241,7 +226,9 @@ def _cuda(
     flags = (weight_offset, cast_before_weight, eps_as_minimum)
     if library.missing(x.device) or can_run(x, weight):
         return _implementation(x, weight, eps, *flags)
-    return _launch(x, weight, eps, *flags, None)
+    y = rms_norm_fake(x, weight, eps, *flags)
+    torch.ops.infuse.rms_norm_out(x, weight, eps, *flags, -1, y)
+    return y
 
 
 def _fwd_cuda(
@@ -256,8 +243,9 @@ def _fwd_cuda(
     flags = (weight_offset, cast_before_weight, eps_as_minimum)
     if library.missing(x.device) or can_run(x, weight):
         return rms_norm_fwd_ref(x, weight, eps, *flags)
-    rstd = norm_kernels.statistic(x)
-    return _launch(x, weight, eps, *flags, rstd), rstd
+    y, rstd = rms_norm_fwd_fake(x, weight, eps, *flags)
+    torch.ops.infuse.rms_norm_out(x, weight, eps, *flags, -1, y, rstd)
+    return y, rstd
 
 
 def _sharding(x: Any, weight: Any, *flags: Any) -> Placements:

@@ -2,6 +2,10 @@
 // Python, in ops/.
 //
 // Only the LibTorch Stable ABI is used, so one binary serves torch 2.11 and later.
+#include <torch/csrc/stable/ops.h>
+
+#include <tuple>
+
 #include "infuse/export.h"
 #include "infuse/torch_tensor.h"
 #include "norm/launch.h"
@@ -85,6 +89,34 @@ void add_layer_norm_out(const Tensor& x, const Tensor& residual, const MaybeTens
   run("add_layer_norm_out", {x, weight, bias, &residual}, formula, config, {out, &sum, mean, rstd});
 }
 
+// Room for y.
+Tensor new_out(const Tensor& x, const MaybeTensor& weight, const MaybeTensor& bias, bool cast_before_weight) {
+  using torch::headeronly::ScalarType;
+  const auto is_wide = [](const MaybeTensor& vector) { return vector && vector->scalar_type() == ScalarType::Float; };
+  const bool wide = cast_before_weight && (is_wide(weight) || is_wide(bias));
+  return torch::stable::new_empty(x, x.sizes(), wide ? ScalarType::Float : x.scalar_type());
+}
+
+std::tuple<Tensor, Tensor> add_rms_norm_kernel(const Tensor& x, const Tensor& residual, const MaybeTensor& weight,
+                                               double eps, double weight_offset, bool cast_before_weight,
+                                               bool eps_as_minimum, int64_t config) {
+  const torch::stable::accelerator::DeviceGuard guard(x.get_device_index());
+  Tensor out = new_out(x, weight, std::nullopt, cast_before_weight);
+  Tensor sum = torch::stable::new_empty(x, x.sizes());
+  add_rms_norm_out(x, residual, weight, eps, weight_offset, cast_before_weight, eps_as_minimum, config, out, sum, {});
+  return {out, sum};
+}
+
+std::tuple<Tensor, Tensor> add_layer_norm_kernel(const Tensor& x, const Tensor& residual, const MaybeTensor& weight,
+                                                 const MaybeTensor& bias, double eps, double weight_offset,
+                                                 bool cast_before_weight, int64_t config) {
+  const torch::stable::accelerator::DeviceGuard guard(x.get_device_index());
+  Tensor out = new_out(x, weight, bias, cast_before_weight);
+  Tensor sum = torch::stable::new_empty(x, x.sizes());
+  add_layer_norm_out(x, residual, weight, bias, eps, weight_offset, cast_before_weight, config, out, sum, {}, {});
+  return {out, sum};
+}
+
 void gated_rms_norm_out(const Tensor& x, const Tensor& gate, const MaybeTensor& weight, double eps,
                         bool norm_before_gate, bool gate_is_silu, int64_t groups, bool cast_before_weight,
                         bool cast_before_gate, int64_t config, Tensor out, MaybeTensor rstd) {
@@ -105,6 +137,8 @@ STABLE_TORCH_LIBRARY_IMPL(infuse, CUDA, m) {
   m.impl("layer_norm_out", TORCH_BOX(&layer_norm_out));
   m.impl("add_rms_norm_out", TORCH_BOX(&add_rms_norm_out));
   m.impl("add_layer_norm_out", TORCH_BOX(&add_layer_norm_out));
+  m.impl("add_rms_norm_kernel", TORCH_BOX(&add_rms_norm_kernel));
+  m.impl("add_layer_norm_kernel", TORCH_BOX(&add_layer_norm_kernel));
   m.impl("gated_rms_norm_out", TORCH_BOX(&gated_rms_norm_out));
 }
 
