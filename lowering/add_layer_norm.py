@@ -1,12 +1,20 @@
-"""Lowering of infuse::add_layer_norm: the decomposition, inlined."""
+"""Lowering of infuse::add_layer_norm: the decomposition, inlined, unless the CUDA kernel wins in the graph."""
 
 from __future__ import annotations
 
 import torch
 
-from infuse.lowering import inductor
+from infuse.lowering import inductor, norm_kernels
 from infuse.ops import add_layer_norm as op
 
-inductor.register_inline(torch.ops.infuse.add_layer_norm.default, op.add_layer_norm_ref)
+NORM = norm_kernels.register(
+    "add_layer_norm",
+    rows=2,
+    vectors=2,
+    results=2,
+    formula=op.add_layer_norm_ref,
+    fake=op.add_layer_norm_fake,
+    can_run=op.can_run,
+)
 inductor.register_inline(torch.ops.infuse.add_layer_norm_fwd.default, op.add_layer_norm_fwd_ref)
 inductor.register_inline(torch.ops.infuse.add_layer_norm_bwd.default, op.add_layer_norm_bwd_ref)

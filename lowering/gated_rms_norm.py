@@ -1,12 +1,32 @@
-"""Lowering of infuse::gated_rms_norm: the decomposition, inlined."""
+"""Lowering of infuse::gated_rms_norm: the decomposition, inlined, unless the CUDA kernel wins in the graph."""
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 
-from infuse.lowering import inductor
+from infuse.lowering import inductor, norm_kernels
 from infuse.ops import gated_rms_norm as op
 
-inductor.register_inline(torch.ops.infuse.gated_rms_norm.default, op.gated_rms_norm_ref)
+
+def _numbers(given: dict[str, Any]) -> dict[str, Any]:
+    """For the kernel, which is told the activation by a flag."""
+    return {
+        ("gate_is_silu" if name == "activation" else name): number == "silu" if name == "activation" else number
+        for name, number in given.items()
+    }
+
+
+NORM = norm_kernels.register(
+    "gated_rms_norm",
+    rows=2,
+    vectors=1,
+    results=1,
+    formula=op.gated_rms_norm_ref,
+    fake=op.gated_rms_norm_fake,
+    can_run=op.can_run,
+    numbers=_numbers,
+)
 inductor.register_inline(torch.ops.infuse.gated_rms_norm_fwd.default, op.gated_rms_norm_fwd_ref)
 inductor.register_inline(torch.ops.infuse.gated_rms_norm_bwd.default, op.gated_rms_norm_bwd_ref)

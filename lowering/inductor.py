@@ -10,6 +10,7 @@ import functools
 import itertools
 import logging
 import math
+import operator
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -141,10 +142,11 @@ def kernel_choice(name: str, function: Callable[..., Any]) -> ExternKernelChoice
 
 
 def output_layout(function: Callable[..., Any], args: Sequence[object]) -> Node:
-    """The layout of an operator's single result, from its fake implementation."""
+    """The layout of an operator's result, of the first one if it has several, from its fake implementation."""
     bound, tensors = bind(function, args)
     with V.fake_mode:
         out = bound(*(ir.ir_node_to_tensor(tensor) for tensor in tensors))
+    out = out if isinstance(out, torch.Tensor) else out[0]
     size = [dim.node.expr if isinstance(dim, torch.SymInt) else dim for dim in out.shape]
     stride = [dim.node.expr if isinstance(dim, torch.SymInt) else dim for dim in out.stride()]
     return ir.FixedLayout(out.device, out.dtype, size, stride)
@@ -227,11 +229,21 @@ def _graph_benchmark(choice: Any) -> Callable[..., float]:
     return benchmark
 
 
+def _for_kernel(tensor: Node) -> Node:
+    """In memory, the elements of a row adjacent."""
+    node = ir.ExternKernel.require_stride1(ir.ExternKernel.realize_input(tensor))
+    return node if isinstance(node, ir.TensorBox) else ir.TensorBox(node)
+
+
 def call_kernel(kernel: Kernel, tensors: Sequence[Node], layout: Node) -> Node:
     """The kernel as a node of the graph under construction; its inputs are realised."""
-    realised = [ir.ExternKernel.require_stride1(ir.ExternKernel.realize_input(tensor)) for tensor in tensors]
-    boxed = [tensor if isinstance(tensor, ir.TensorBox) else ir.TensorBox(tensor) for tensor in realised]
-    return kernel.bind(boxed, layout).output_node()
+    return kernel.bind([_for_kernel(tensor) for tensor in tensors], layout).output_node()
+
+
+def call_operator(target: torch._ops.OpOverload, *args: object) -> tuple[Node, ...]:
+    """An operator with several results, which it allocates itself, as a node of the graph under construction."""
+    given = [_for_kernel(arg) if is_tensor(arg) else arg for arg in args]
+    return tuple(ir.TensorBox.create(result) for result in ir.FallbackKernel.create(target, *given))
 
 
 # --- neighbours ------------------------------------------------------------------------------------------------------
@@ -261,13 +273,17 @@ def _is_fusable(target: object) -> bool:
     return name in ("prims::convert_element_type", "aten::sum", "aten::mean", "aten::amax", "aten::clone", "aten::cat")
 
 
+def _is_view(target: object) -> bool:
+    if isinstance(target, torch._ops.OpOverload):
+        return target._schema.name.partition("::")[2] in _VIEWS
+    return target is operator.getitem
+
+
 def _readers(node: torch.fx.Node) -> list[torch.fx.Node]:
     """The nodes that read a value, through views."""
     found: list[torch.fx.Node] = []
     for user in node.users:
-        target = user.target
-        is_view = isinstance(target, torch._ops.OpOverload) and target._schema.name.partition("::")[2] in _VIEWS
-        found.extend(_readers(user) if is_view else [user])
+        found.extend(_readers(user) if _is_view(user.target) else [user])
     return found
 
 
@@ -275,9 +291,9 @@ def _readers(node: torch.fx.Node) -> list[torch.fx.Node]:
 class Neighbours:
     """What a kernel would cut apart, in passes over one tensor that the decomposition saves by fusing.
 
-    producer_passes: 0 when the input is in memory anyway; 1 when its producer could be fused but the input is written
-        in any case, because others read it; 2 when fusion would also save writing it.
-    consumer_passes: likewise for what reads the result.
+    producer_passes: for each input 0 when it is in memory anyway; 1 when its producer could be fused but the input is
+        written in any case, because others read it; 2 when fusion would also save writing it.
+    consumer_passes: likewise for what reads each result, and 1 for a result that nothing reads.
     """
 
     producer_passes: int
@@ -288,14 +304,23 @@ class Neighbours:
         return self.producer_passes + self.consumer_passes
 
 
-def neighbours(tensor: Node, node: torch.fx.Node) -> Neighbours:
-    """What could fuse with the operator `node` that reads `tensor` as its first argument."""
+def neighbours(tensors: Sequence[Node], node: torch.fx.Node, results: int = 1) -> Neighbours:
+    """What could fuse with the operator `node`, whose first arguments are `tensors`."""
     producer = 0
-    if _is_generated(tensor):
-        producer = 2 if len(_readers(node.args[0])) == 1 else 1  # type: ignore[arg-type]
-    fusable = [_is_fusable(reader.target) for reader in _readers(node)]
-    consumer = 0 if not any(fusable) else 2 if all(fusable) else 1
-    return Neighbours(producer, consumer)
+    for tensor, argument in zip(tensors, node.args):
+        if _is_generated(tensor):
+            producer += 2 if len(_readers(argument)) == 1 else 1  # type: ignore[arg-type]
+    if results == 1:
+        return Neighbours(producer, _consumer_passes(_readers(node)))
+    taken = {user.args[1]: _readers(user) for user in node.users}
+    return Neighbours(producer, sum(_consumer_passes(taken.get(index, [])) for index in range(results)))
+
+
+def _consumer_passes(readers: Sequence[torch.fx.Node]) -> int:
+    if not readers:
+        return 1
+    fusable = [_is_fusable(reader.target) for reader in readers]
+    return 0 if not any(fusable) else 2 if all(fusable) else 1
 
 
 def _is_generated(tensor: Node) -> bool:

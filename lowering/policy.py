@@ -12,14 +12,15 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from infuse.lowering.heuristics import rms_norm as norm_heuristics
-from infuse.ops import library
-from infuse.ops import rms_norm as norm
+from infuse.lowering.heuristics import norm as norm_heuristics
+from infuse.ops import library, norm_kernels
 from infuse.report import Placement
 from infuse.settings import Settings
 
 # Operators that stand for several others and would be no faster than those: their sites are left to their parts.
 WITHOUT_KERNEL = ("qk_norm_rope", "rope_cache_write", "norm_linear", "packed_linear", "swiglu_linear")
+# What csrc/norm has kernels for, and where among the operator's arguments its numbers begin.
+NORMS = {"rms_norm": 2, "layer_norm": 3, "add_rms_norm": 3, "add_layer_norm": 4, "gated_rms_norm": 3}
 Placer = Callable[[Sequence[object], bool, Settings, bool], Placement]
 # Operators from outside the package: (args, training, settings, max_autotune) -> form.
 PLACED_ELSEWHERE: dict[str, Placer] = {}
@@ -37,7 +38,7 @@ def place(kind: str, args: Sequence[object], training: bool, *, settings: Settin
     assert isinstance(first, Tensor)
     if kind == "attention":
         return _place_attention(first, args, training, max_autotune)
-    if kind in ("rms_norm", "add_rms_norm"):
+    if kind in NORMS:
         return _place_norm(kind, first, args, training, settings, max_autotune)
     return _inline(f"no {kind} kernel")
 
@@ -71,25 +72,25 @@ def _only_formula(args: Sequence[object]) -> str:
 def _place_norm(
     kind: str, x: Tensor, args: Sequence[object], training: bool, settings: Settings, max_autotune: bool
 ) -> Placement:
-    weight, eps, offset = args[-5:-2]
     if reason := library.missing(x.device):
         return replace(_inline(reason), missing=reason if x.device.type == "cuda" and not training else "")
     if training:
         return _inline("no backward kernel")
-    if not isinstance(eps, float) or not isinstance(offset, (int, float)):
+    numbers = args[NORMS[kind] :]
+    if any(isinstance(number, (torch.SymInt, torch.SymFloat, torch.SymBool)) for number in numbers):
         return _inline("eps is symbolic")
-    assert weight is None or isinstance(weight, Tensor)
-    # A sum is written contiguously, whatever the strides of its terms.
-    taken = x if kind == "rms_norm" else torch.empty_like(x, memory_format=torch.contiguous_format)
-    if reason := norm.can_run(taken, weight):
+    tensors = [arg if isinstance(arg, Tensor) else None for arg in args[: NORMS[kind]]]
+    weight, bias = tensors[-2:] if "layer" in kind else (tensors[-1], None)
+    operand = tensors[1] if kind.startswith(("add_", "gated_")) else None
+    groups = numbers[3] if kind == "gated_rms_norm" and len(numbers) > 3 else 1
+    assert isinstance(groups, int)
+    if reason := norm_kernels.can_run(x, weight, bias, operand, groups):
         return _inline(reason)
-    # add_rms_norm has no kernel of its own: the sum stays Inductor's, its norm is kept whole.
-    whole, part = ("default", "") if kind == "rms_norm" else ("parts", "sum; norm by ")
     if settings.kernels == "always":
-        return Placement(whole, part + "kernel")
+        return Placement("default", "kernel")
     if max_autotune:
-        return Placement(whole, part + "kernel or decomposition, measured")
+        return Placement("default", "kernel or decomposition, measured")
     rows = x.numel() // x.shape[-1] if isinstance(x.numel(), int) and x.numel() else 0
-    if rows and norm_heuristics.runs_well(norm_heuristics.Problem(rows, int(x.shape[-1]), x.dtype.itemsize)):
-        return Placement(whole, part + "kernel")
+    if rows and norm_heuristics.runs_well(norm_heuristics.Problem(kind, rows, int(x.shape[-1]), x.dtype.itemsize)):
+        return Placement("default", "kernel")
     return _inline("Inductor fuses it with its neighbours")

@@ -43,14 +43,14 @@ __global__ __launch_bounds__(Traits::kMaxThreads, Traits::kMinCtas) void registe
       bias[i] = row.load_weight(params.bias, vec_of(first + i));
     }
   };
-  wait_for_previous_kernel();
+  if (params.starts_early) wait_for_previous_kernel();
 #pragma unroll
   for (int i = 0; i < kVecs; ++i) {
     x[i] = row.template load_x<Reuse::kOnce>(vec_of(i));
     if constexpr (Vectors::kHasOperand) operand[i] = row.template load_operand<Reuse::kOnce>(vec_of(i));
   }
   load_weights(0);
-  let_next_kernel_start();
+  if (params.starts_early) let_next_kernel_start();
 
   // From here on x holds h, in fp32 where it was multiplied by the gate: then the gate's registers are free.
   const bool gate_first = Vectors::kHasGate && !params.norm_before_gate;

@@ -164,6 +164,7 @@ void launch(const Target& target, const Tensors& tensors, const Formula& formula
   check_cuda(cudaDeviceGetAttribute(&num_sms, cudaDevAttrMultiProcessorCount, target.device), op, "number of SMs");
   const Plan plan = make_plan(problem, static_cast<int>(config), num_sms);
   params.row_vecs = static_cast<std::uint32_t>(dim / plan.vec_elems);
+  params.starts_early = plan.starts_early;
 
   const TensorArg* vector = tensors.weight != nullptr ? tensors.weight : tensors.bias;
   const bool wide_weight = vector != nullptr && vector->dtype == DType::kFloat32;

@@ -16,7 +16,7 @@ void launch_types(const Target& target, const Plan& plan, const Params& params) 
     Launch launch;
     launch.block = dim3(config.threads_per_row, config.rows_per_cta);
     launch.grid = dim3(static_cast<unsigned>(ceil_div(params.rows, config.rows_per_cta)));
-    launch.starts_early = true;
+    launch.starts_early = params.starts_early;
     launch_kernel(target.op, config.name, kernel, launch, params, target.device, target.stream);
   };
   if (plan.vecs_per_thread == 0) {

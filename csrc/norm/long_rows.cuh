@@ -43,7 +43,7 @@ __global__ __launch_bounds__(Traits::kMaxThreads) void two_pass_kernel(const __g
       }
     }
   };
-  wait_for_previous_kernel();
+  if (params.starts_early) wait_for_previous_kernel();
 
   RunningMoments moments;
   float squares[2] = {0.0f, 0.0f};
@@ -80,7 +80,7 @@ __global__ __launch_bounds__(Traits::kMaxThreads) void two_pass_kernel(const __g
     }
     moments.add(count, mean, deviations);
   }
-  let_next_kernel_start();
+  if (params.starts_early) let_next_kernel_start();
 
   Statistics statistics{};
   if (params.center) {

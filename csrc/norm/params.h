@@ -29,6 +29,7 @@ struct Params {
   float eps;
   float weight_offset;      // 0 when cast_before_weight
   std::uint32_t zero;       // always 0, see keep_packed
+  bool starts_early;        // before the previous kernel of the stream has ended
   bool center;              // layer norm: the mean is subtracted
   bool eps_as_minimum;      // eps bounds the mean of squares from below instead of being added
   bool cast_before_weight;  // round the normalised value to x's dtype before weight and bias

@@ -48,6 +48,9 @@ struct Access {
   int alignment_bytes;
 };
 
+// CTAs on each SM up to which a kernel starts early.
+constexpr int kMaxEarlyCtas = 8;
+
 struct Problem {
   std::int64_t rows;
   std::int64_t dim;
@@ -59,6 +62,7 @@ struct Plan {
   int config;           // index into kConfigs
   int vec_elems;        // elements of an access: 16 bytes of x, or one element
   int vecs_per_thread;  // 0: the row does not fit in registers, or is not aligned; read it twice
+  bool starts_early;    // before the previous kernel of the stream has ended
 };
 
 // Whether all tensors can be accessed by 16 bytes of x at a time.
@@ -71,11 +75,11 @@ constexpr bool is_vectorised(const Problem& problem) {
   return aligned;
 }
 
-// Two vectors a thread when there are rows enough to fill the machine, fewer when there are not (a short row should
-// then be spread over more threads, for latency).
-constexpr int choose_config(std::int64_t rows, std::int64_t row_vecs, int num_sms) {
-  const std::int64_t threads_to_fill = std::int64_t{1024} * num_sms;
-  const int vecs_per_thread = rows * row_vecs / 2 < threads_to_fill ? 1 : 2;
+// Four loads a thread when there are rows enough to fill the machine (fewer threads meet at the barrier), two when there
+// are not (a row should then be spread over more threads, for latency); a short row is spread over half a warp.
+constexpr int choose_config(const Problem& problem, std::int64_t row_vecs, int num_sms) {
+  const bool fills = problem.rows * row_vecs / 4 >= std::int64_t{1024} * num_sms;
+  const std::int64_t vecs_per_thread = row_vecs <= 16 ? 1 : fills && problem.operand == Operand::kNone ? 4 : 2;
   const std::int64_t threads_per_row = ceil_div(row_vecs, vecs_per_thread);
   int best = 0;
   while (best + 1 < kNumConfigs && kConfigs[best].threads_per_row < threads_per_row) ++best;
@@ -96,10 +100,12 @@ constexpr Plan make_plan(const Problem& problem, int config, int num_sms) {
   const bool vectorised = is_vectorised(problem);
   plan.vec_elems = vectorised ? kVectorBytes / problem.x.size_bytes : 1;
   const std::int64_t row_vecs = problem.dim / plan.vec_elems;
-  plan.config = config == kHeuristic ? choose_config(problem.rows, row_vecs, num_sms) : config;
+  plan.config = config == kHeuristic ? choose_config(problem, row_vecs, num_sms) : config;
+  const Config& chosen = kConfigs[plan.config];
+  // That hides the launch, about 0.5 us of 2 us on an H200. Each CTA pays for it by a wait, so not where there are many.
+  plan.starts_early = ceil_div(problem.rows, chosen.rows_per_cta) <= std::int64_t{kMaxEarlyCtas} * num_sms;
   // Narrow accesses have no kernel that keeps the row in registers: too many vectors.
   if (!vectorised) return plan;
-  const Config& chosen = kConfigs[plan.config];
   const int most = max_vecs_per_thread(chosen.threads_per_row * chosen.rows_per_cta, problem.operand);
   plan.vecs_per_thread = choose_vecs_per_thread(row_vecs, chosen.threads_per_row, most);
   return plan;

@@ -16,7 +16,7 @@ import infuse
 from infuse import backend
 from infuse.lowering import decisions, inductor, profit
 from infuse.lowering import rms_norm as lowering
-from infuse.lowering.heuristics import rms_norm as heuristics
+from infuse.lowering.heuristics import norm as heuristics
 from infuse.lowering.policy import place
 from infuse.settings import Settings
 from tests.small_models import Block
@@ -98,7 +98,7 @@ def test_kernels_always_takes_the_kernel(cpu_kernel: list[int]) -> None:
     with infuse.override(kernels="always"):
         out, code = compiled_code(fused_by_both_neighbours, *args)
     torch.testing.assert_close(out, fused_by_both_neighbours(*args))
-    assert cpu_kernel == [-1] and f"{lowering._CHOICE.name}(" in code
+    assert cpu_kernel == [-1] and f"{lowering.NORM.choice.name}(" in code
     assert decisions.decisions()[-1].chosen == "kernel_-1"
 
 
@@ -126,7 +126,7 @@ def test_max_autotune_measures_every_candidate_and_takes_the_winner(
     out, code = compiled_code(alone, *args, mode="max-autotune-no-cudagraphs")
     torch.testing.assert_close(out, alone(*args))
     assert sorted(timed) == ["decomposition", "kernel_-1", "kernel_0", "kernel_1"]
-    assert (f"{lowering._CHOICE.name}(" in code) == (winner == "kernel_1")
+    assert (f"{lowering.NORM.choice.name}(" in code) == (winner == "kernel_1")
     assert "infuse_stand_in" not in code
 
 
@@ -151,8 +151,10 @@ def test_measuring_leaves_nothing_in_the_graph(cpu_kernel: list[int]) -> None:
         (lambda x, w, m: torch.relu(OPS.rms_norm(x, w, 1e-6).view(-1)), 2),
         (lambda x, w, m: (lambda y: (torch.relu(y), y @ m))(OPS.rms_norm(x, w, 1e-6)), 1),
         (lambda x, w, m: OPS.rms_norm(x @ m @ m.t(), w, 1e-6), 0),
-        (lambda x, w, m: OPS.add_rms_norm.parts(x, x + 1, w, 1e-6)[0] @ m, 2),
-        (lambda x, w, m: (lambda y, s: (y @ m, s))(*OPS.add_rms_norm.parts(x, x, w, 1e-6)), 1),
+        (lambda x, w, m: OPS.add_rms_norm(x, x + 1, w, 1e-6)[0] @ m, 3),
+        (lambda x, w, m: (lambda y, s: (y @ m, s))(*OPS.add_rms_norm(x, x, w, 1e-6)), 0),
+        (lambda x, w, m: (lambda y, s: (y @ m, s, s * 2))(*OPS.add_layer_norm(x, x + 1, w, w, 1e-6)), 3),
+        (lambda x, w, m: OPS.gated_rms_norm(x * 2, x + 1, w, 1e-6, True) @ m, 4),
     ],
 )
 def test_neighbours_are_counted(
@@ -224,7 +226,7 @@ def test_two_instances_of_an_operator_choose_each_for_itself(cpu_kernel: list[in
     with infuse.override(kernels="always"):
         out, code = compiled_code(two, *args)
     torch.testing.assert_close(out, two(*args))
-    assert cpu_kernel == [-1, -1] and code.count(f"{lowering._CHOICE.name}(") == 2
+    assert cpu_kernel == [-1, -1] and code.count(f"{lowering.NORM.choice.name}(") == 2
 
 
 def test_a_symbolic_shape_takes_the_kernel_too(cpu_kernel: list[int]) -> None:
@@ -257,7 +259,7 @@ def test_a_kernel_that_cannot_be_had_on_its_own_device_is_missing(monkeypatch: p
 def test_the_policy_keeps_an_operator_whole_only_where_something_else_may_run(cpu_kernel: list[int]) -> None:
     x, w = torch.empty(8, 64), torch.empty(64)
     assert place_on_cpu("rms_norm", x, w, 1e-6, 0.0, False, False).overload == "default"
-    assert place_on_cpu("add_rms_norm", x, x, w, 1e-6, 0.0, False, False).overload == "parts"
+    assert place_on_cpu("add_rms_norm", x, x, w, 1e-6, 0.0, False, False).overload == "default"
     assert "backward" in place_on_cpu("rms_norm", x, w, 1e-6, 0.0, False, False, training=True).kernel
     assert "off" in place_on_cpu("rms_norm", x, w, 1e-6, 0.0, False, False, kernels="never").kernel
     assert "float64" in place_on_cpu("rms_norm", x.double(), w, 1e-6, 0.0, False, False).kernel
@@ -273,7 +275,7 @@ def test_without_a_library_the_policy_says_why() -> None:
 
 
 def test_the_heuristic_offers_the_launcher_and_its_table() -> None:
-    problem = heuristics.Problem(16, 64, 2)
+    problem = heuristics.Problem("rms_norm", 16, 64, 2)
     assert heuristics.configurations(problem, 3) == (-1, 0, 1, 2)
     assert not heuristics.runs_well(problem)
 

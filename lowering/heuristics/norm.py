@@ -1,4 +1,4 @@
-"""When the RMSNorm forward kernel runs well, and with which configurations it competes."""
+"""When the kernels of the norms run well, and with which configurations they compete."""
 
 from __future__ import annotations
 
@@ -7,8 +7,9 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True, slots=True)
 class Problem:
-    """rows x row_size elements of itemsize bytes."""
+    """An operator's kind and rows x row_size elements of itemsize bytes."""
 
+    kind: str
     rows: int
     row_size: int
     itemsize: int

@@ -1,0 +1,134 @@
+"""Every norm with a kernel: the formula where nothing else may run, the kernel where it is chosen, both right."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch._inductor.utils import run_and_get_code
+
+import infuse
+from infuse.lowering import decisions, profit
+from infuse.lowering.policy import NORMS, place
+from infuse.settings import Settings
+
+OPS = torch.ops.infuse
+
+
+def rms(x: Tensor, other: Tensor, weight: Tensor, bias: Tensor) -> tuple[Tensor, ...]:
+    return (OPS.rms_norm(x, None, 1e-6, 0.0, False, True), OPS.rms_norm(x, weight, 1e-6, 1.0))
+
+
+def layer(x: Tensor, other: Tensor, weight: Tensor, bias: Tensor) -> tuple[Tensor, ...]:
+    return (OPS.layer_norm(x, weight, bias, 1e-5), OPS.layer_norm(x, None, bias, 1e-5, 0.0, True))
+
+
+def add_rms(x: Tensor, other: Tensor, weight: Tensor, bias: Tensor) -> tuple[Tensor, ...]:
+    return (*OPS.add_rms_norm(x, other, weight, 1e-6, 0.0, True), *OPS.add_rms_norm(other, x, None, 1e-6))
+
+
+def add_layer(x: Tensor, other: Tensor, weight: Tensor, bias: Tensor) -> tuple[Tensor, ...]:
+    return (*OPS.add_layer_norm(x, other, weight, bias, 1e-6), *OPS.add_layer_norm(other, x, weight, None, 1e-6))
+
+
+def gated(x: Tensor, other: Tensor, weight: Tensor, bias: Tensor) -> tuple[Tensor, ...]:
+    return (
+        OPS.gated_rms_norm(x, other, weight, 1e-6, True, "sigmoid", 2, True, True),
+        OPS.gated_rms_norm(x, other, None, 1e-6, False),
+    )
+
+
+FUNCTIONS: dict[str, Callable[..., tuple[Tensor, ...]]] = {
+    "rms_norm": rms,
+    "layer_norm": layer,
+    "add_rms_norm": add_rms,
+    "add_layer_norm": add_layer,
+    "gated_rms_norm": gated,
+}
+
+
+def run(function: Callable[..., Any], dtype: torch.dtype = torch.float32, **options: Any) -> str:
+    """Compiles and runs, compares with eager; the last code generated."""
+    args = [torch.randn(shape).to(dtype) for shape in ((8, 64), (8, 64), (64,), (64,))]
+    with torch.no_grad():
+        out, codes = run_and_get_code(torch.compile(function, backend="infuse", **options), *args)
+        torch.testing.assert_close(out, function(*args), rtol=1e-5 if dtype == torch.float32 else 2e-2, atol=1e-5)
+        assert [t.stride() for t in out] == [t.stride() for t in function(*args)]
+    return str(codes[-1])
+
+
+def test_the_functions_cover_the_policy() -> None:
+    assert set(FUNCTIONS) == set(NORMS)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("kind", FUNCTIONS)
+def test_kernels_always_takes_the_kernel(cpu_kernel: list[int], kind: str, dtype: torch.dtype) -> None:
+    with infuse.override(kernels="always"):
+        code = run(FUNCTIONS[kind], dtype)
+    assert (cpu_kernel[:2] == [-1, -1] and f"infuse_{kind}" in code) or f"{kind}_kernel" in code
+    assert [decision.chosen for decision in decisions.decisions()] == ["kernel_-1"] * 2
+
+
+@pytest.mark.parametrize("kind", FUNCTIONS)
+def test_symbolic_shapes_take_the_kernel_too(cpu_kernel: list[int], kind: str) -> None:
+    with infuse.override(kernels="always"):
+        run(FUNCTIONS[kind], dynamic=True)
+    assert cpu_kernel[:2] == [-1, -1]
+
+
+@pytest.mark.parametrize("kind", FUNCTIONS)
+def test_the_formula_is_inlined_elsewhere(cpu_kernel: list[int], kind: str) -> None:
+    with infuse.override(kernels="never"):
+        code = run(FUNCTIONS[kind])
+    assert "infuse" not in code
+    assert {decision.chosen for decision in decisions.decisions()} == {"decomposition"}
+
+
+@pytest.mark.parametrize("winner", ["kernel_1", "decomposition"])
+@pytest.mark.parametrize("kind", FUNCTIONS)
+def test_every_candidate_is_timed_and_the_winner_taken(
+    cpu_kernel: list[int], monkeypatch: pytest.MonkeyPatch, kind: str, winner: str
+) -> None:
+    timed: list[str] = []
+
+    def choose(timings: dict[str, float], formula: str, passes: int, lost: int) -> tuple[str, dict[str, float]]:
+        timed.extend(timings)
+        assert passes == {"rms_norm": 2, "layer_norm": 2, "gated_rms_norm": 3}.get(kind, 4)
+        return winner, {}
+
+    monkeypatch.setattr(profit, "choose", choose)
+    code = run(FUNCTIONS[kind], mode="max-autotune-no-cudagraphs")
+    assert sorted(timed) == sorted(["decomposition", "kernel_-1", "kernel_0", "kernel_1"] * 2)
+    assert ("infuse" in code) == (winner == "kernel_1")
+    assert "infuse_stand_in" not in code
+
+
+def test_what_is_computed_before_and_behind_an_add_norm_stays_right(cpu_kernel: list[int]) -> None:
+    """Inputs that are views or not in memory yet, results that are read at once."""
+
+    def function(x: Tensor, other: Tensor, weight: Tensor, bias: Tensor) -> tuple[Tensor, ...]:
+        y, total = OPS.add_layer_norm((x * 2).t().contiguous().t(), other.relu(), weight, bias, 1e-5)
+        return torch.relu(y) + 1, total * y
+
+    with infuse.override(kernels="always"):
+        run(function)
+    assert cpu_kernel == [-1]
+
+
+def test_no_kernel_for_what_it_can_not_take(cpu_kernel: list[int]) -> None:
+    x, w = torch.empty(8, 64), torch.empty(64)
+
+    def kernel(kind: str, *args: object) -> str:
+        return place(kind, args, False, settings=Settings(), max_autotune=True).kernel
+
+    assert "measured" in kernel("layer_norm", x, w, w, 1e-5)
+    assert "weight in torch.float32 and a bias in torch.bfloat16" in kernel(
+        "layer_norm", x.bfloat16(), w, w.bfloat16(), 1e-5
+    )
+    assert "beside" in kernel("gated_rms_norm", x.bfloat16(), x, w, 1e-5, True)
+    assert "dimensions and 4 groups" in kernel("gated_rms_norm", *[x.view(1, 2, 4, 64)] * 2, w, 1e-5, True, "silu", 4)
+    assert "stride" in kernel("add_rms_norm", x, torch.empty(64, 8).t(), w, 1e-5)
