@@ -243,7 +243,8 @@ def call_kernel(kernel: Kernel, tensors: Sequence[Node], layout: Node) -> Node:
 def call_operator(target: torch._ops.OpOverload, *args: object) -> tuple[Node, ...]:
     """An operator with several results, which it allocates itself, as a node of the graph under construction."""
     given = [_for_kernel(arg) if is_tensor(arg) else arg for arg in args]
-    return tuple(ir.TensorBox.create(result) for result in ir.FallbackKernel.create(target, *given))
+    results: Any = ir.FallbackKernel.create(target, *given)
+    return tuple(ir.TensorBox.create(result) for result in results)
 
 
 # --- neighbours ------------------------------------------------------------------------------------------------------

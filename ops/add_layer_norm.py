@@ -70,21 +70,6 @@ def add_layer_norm_ref(
     return layer_norm_ref(total, weight, bias, eps, weight_offset, cast_before_weight), total
 
 
-def add_layer_norm_parts(
-    x: Tensor,
-    residual: Tensor,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    eps: float,
-    weight_offset: float = 0.0,
-    cast_before_weight: bool = False,
-) -> tuple[Tensor, Tensor]:
-    """The sum in plain torch and its norm as infuse::layer_norm, kept whole. Returns y and the sum."""
-    _check("add_layer_norm", x, residual, weight, bias, weight_offset, cast_before_weight)
-    total = x + residual
-    return torch.ops.infuse.layer_norm(total, weight, bias, eps, weight_offset, cast_before_weight), total
-
-
 def add_layer_norm_fwd_ref(
     x: Tensor,
     residual: Tensor,
@@ -285,8 +270,6 @@ register_differentiable(
     fake=add_layer_norm_fake,
     autograd=_AddLayerNorm.apply,
 )
-define(f"add_layer_norm.parts({ARGUMENTS}) -> (Tensor, Tensor)")
-implement("add_layer_norm.parts", add_layer_norm_parts, "CompositeImplicitAutograd")
 register(
     "add_layer_norm_fwd",
     "Tensor x, Tensor residual, Tensor? weight, Tensor? bias, float eps, float weight_offset, bool cast_before_weight",

@@ -60,22 +60,6 @@ def add_rms_norm_ref(
     return rms_norm_ref(total, weight, eps, weight_offset, cast_before_weight, eps_as_minimum), total
 
 
-def add_rms_norm_parts(
-    x: Tensor,
-    residual: Tensor,
-    weight: Tensor | None,
-    eps: float,
-    weight_offset: float = 0.0,
-    cast_before_weight: bool = False,
-    eps_as_minimum: bool = False,
-) -> tuple[Tensor, Tensor]:
-    """The sum in plain torch and its norm as infuse::rms_norm, whose kernel can then compete. Returns y and the sum."""
-    _check("add_rms_norm", x, residual, weight, weight_offset, cast_before_weight)
-    total = x + residual
-    flags = (weight_offset, cast_before_weight, eps_as_minimum)
-    return torch.ops.infuse.rms_norm(total, weight, eps, *flags), total
-
-
 def add_rms_norm_fwd_ref(
     x: Tensor,
     residual: Tensor,
@@ -274,8 +258,6 @@ register_differentiable(
     fake=add_rms_norm_fake,
     autograd=_AddRMSNorm.apply,
 )
-define(f"add_rms_norm.parts({ARGUMENTS}) -> (Tensor, Tensor)")
-implement("add_rms_norm.parts", add_rms_norm_parts, "CompositeImplicitAutograd")
 register(
     "add_rms_norm_fwd",
     "Tensor x, Tensor residual, Tensor? weight, float eps, float weight_offset, bool cast_before_weight,"

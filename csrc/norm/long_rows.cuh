@@ -49,21 +49,21 @@ __global__ __launch_bounds__(Traits::kMaxThreads) void two_pass_kernel(const __g
   float squares[2] = {0.0f, 0.0f};
   for (std::uint32_t first = threadIdx.x; row.holds(first); first += kUnroll * blockDim.x) {
     load_chunk(std::integral_constant<Reuse, Reuse::kShared>{}, first);
-    float h[kUnroll][kElems];
     int vecs = 0;
     float sum = 0.0f;
 #pragma unroll
     for (int i = 0; i < kUnroll; ++i) {
-      row.combine(x[i], operand[i], h[i]);
-      const bool held = row.holds(first + i * blockDim.x);
+      float h[kElems];
+      row.combine(x[i], operand[i], h);
       if constexpr (Vectors::kHasResidual) {
-        if (held) row.store_sum(first + i * blockDim.x, pack<typename Vectors::X>(h[i]));
+        x[i] = pack<typename Vectors::X>(h);
+        row.store_sum(first + i * blockDim.x, x[i]);
       }
-      vecs += held;
+      vecs += row.holds(first + i * blockDim.x);
 #pragma unroll
       for (int j = 0; j < kElems; ++j) {
-        sum = fmaf(h[i][j], params.inv_dim, sum);
-        squares[j % 2] = fmaf(h[i][j], h[i][j], squares[j % 2]);
+        sum = fmaf(h[j], params.inv_dim, sum);
+        squares[j % 2] = fmaf(h[j], h[j], squares[j % 2]);
       }
     }
     if (!params.center) continue;
@@ -72,11 +72,15 @@ __global__ __launch_bounds__(Traits::kMaxThreads) void two_pass_kernel(const __g
     float deviations = 0.0f;
 #pragma unroll
     for (int i = 0; i < kUnroll; ++i) {
+      float h[kElems];  // anew: kept, it would take twice the registers of x
+      if constexpr (Vectors::kHasResidual) {
+        unpack(x[i], h);
+      } else {
+        row.combine(x[i], operand[i], h);
+      }
       const float subtracted = row.holds(first + i * blockDim.x) ? mean : 0.0f;
 #pragma unroll
-      for (int j = 0; j < kElems; ++j) {
-        deviations = fmaf(h[i][j] - subtracted, h[i][j] - subtracted, deviations);
-      }
+      for (int j = 0; j < kElems; ++j) deviations = fmaf(h[j] - subtracted, h[j] - subtracted, deviations);
     }
     moments.add(count, mean, deviations);
   }
