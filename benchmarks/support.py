@@ -19,8 +19,15 @@ def kernel_dtypes(op: str) -> tuple[str, ...]:
         return ()
     can_run = importlib.import_module(f"infuse.ops.{op.removesuffix('_bwd')}").can_run
     required = [p for p in inspect.signature(can_run).parameters.values() if p.default is p.empty]
-    names = (dtype for dtype in DTYPES if not can_run(*(torch.empty(1, 8, dtype=dtype) for _ in required)))
+    names = (dtype for dtype in DTYPES if not can_run(*(_example(p.annotation, dtype) for p in required)))
     return tuple(str(dtype).removeprefix("torch.") for dtype in names)
+
+
+def _example(annotation: str, dtype: torch.dtype) -> object:
+    """A value for a parameter: the smallest tensor, nothing where it is optional, a number that means nothing."""
+    if "None" in annotation:
+        return None
+    return torch.empty(1, 1, 1, 8, dtype=dtype) if annotation == "Tensor" else {"bool": False, "int": 1}.get(annotation)
 
 
 def cell(op: str) -> str:
