@@ -42,6 +42,7 @@ class Shape:
 
 LLAMA = Shape(1, 8192, 32, 8, 128)
 DECODE = (Shape(1, 1, 32, 8, 128), Shape(16, 1, 32, 8, 128), Shape(64, 1, 32, 8, 128))
+PREFILL = (Shape(1, 512, 32, 8, 128), Shape(1, 4096, 32, 8, 128))
 
 
 def norm(x: Tensor, weight: Tensor) -> Tensor:
@@ -294,6 +295,8 @@ def cases(device: Device, quick: bool) -> Iterator[Case]:
     for shape in [Shape(2, 1, 4, 2, 32)] if quick else DECODE:
         yield with_norm(shape, dtype, kernels=on_gpu)
         yield into_cache(shape, 64 if quick else 2048, dtype, kernels=on_gpu)
+    for shape in [] if quick else PREFILL:
+        yield into_cache(shape, 8192, dtype, kernels=on_gpu)
 
 
 if __name__ == "__main__":

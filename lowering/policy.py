@@ -12,13 +12,14 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
+from infuse.lowering import rotary_policy
 from infuse.lowering.heuristics import norm as norm_heuristics
 from infuse.ops import library, norm_kernels
 from infuse.report import Placement
 from infuse.settings import Settings
 
 # Operators that stand for several others and would be no faster than those: their sites are left to their parts.
-WITHOUT_KERNEL = ("qk_norm_rope", "rope_cache_write", "norm_linear", "packed_linear", "swiglu_linear")
+WITHOUT_KERNEL = ("norm_linear", "packed_linear", "swiglu_linear")
 # What csrc/norm has kernels for, and where among the operator's arguments its numbers begin.
 NORMS = {"rms_norm": 2, "layer_norm": 3, "add_rms_norm": 3, "add_layer_norm": 4, "gated_rms_norm": 3}
 Placer = Callable[[Sequence[object], bool, Settings, bool], Placement]
@@ -30,6 +31,8 @@ def place(kind: str, args: Sequence[object], training: bool, *, settings: Settin
     """The form for one site. args: example values (fake tensors, numbers, None) of the operator's arguments."""
     if kind in WITHOUT_KERNEL:
         return Placement("", "", declined=f"no {kind} kernel")
+    if kind in rotary_policy.KINDS:
+        return rotary_policy.place_rotary(kind, args, training, settings, max_autotune)
     if settings.kernels == "never":
         return _inline("kernels are off")
     if kind in PLACED_ELSEWHERE:

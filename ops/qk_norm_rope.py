@@ -10,12 +10,15 @@ Both parts round as infuse.ops.rms_norm, layer_norm and rope do.
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from infuse.ops import library, rope_kernels
 from infuse.ops.composites import register_composite
 from infuse.ops.layer_norm import layer_norm_ref
+from infuse.ops.registration import implement
 from infuse.ops.rms_norm import rms_norm_ref
 from infuse.ops.rope import FLAGS as ROPE_FLAGS
 from infuse.ops.rope import rope_ref
@@ -57,6 +60,39 @@ def _formula(
     return qk_norm_rope
 
 
+def can_run(
+    x: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    eps: object,
+    centered: bool,
+    weight_offset: object,
+    cast_before_weight: bool,
+    eps_as_minimum: bool,
+    *flags: bool,
+) -> str:
+    """Why the CUDA kernel cannot take these arguments, "" when it can. Reads shapes, strides and dtypes only."""
+    if centered or bias is not None:
+        return "no kernel for layer norm and rotation"
+    if eps_as_minimum:
+        return "no kernel for eps as a minimum"
+    if not isinstance(eps, float) or not isinstance(weight_offset, (int, float)):
+        return "eps is symbolic"
+    return rope_kernels.can_rotate(x, cos, sin) or rope_kernels.can_normalise(x, weight, cast_before_weight)
+
+
+def _cuda(x: Tensor, cos: Tensor, sin: Tensor, weight: Tensor | None, *rest: Any) -> Tensor:
+    _, eps, _, weight_offset, cast_before_weight, _, *flags = rest
+    if library.missing(x.device) or can_run(x, cos, sin, weight, *rest):
+        return qk_norm_rope_ref(x, cos, sin, weight, *rest).contiguous()
+    y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    norm = (eps, weight_offset, cast_before_weight)
+    torch.ops.infuse.rope_out(x, None, cos, sin, weight, None, *norm, *flags, False, -1, y, None)
+    return y
+
+
 qk_norm_rope_ref = _formula(rms_norm_ref, layer_norm_ref, rope_ref)
 register_composite(
     "qk_norm_rope",
@@ -66,3 +102,4 @@ register_composite(
     inline=qk_norm_rope_ref,
     parts=_formula(torch.ops.infuse.rms_norm, torch.ops.infuse.layer_norm, torch.ops.infuse.rope),
 )
+implement("qk_norm_rope", _cuda, "CUDA")

@@ -19,8 +19,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from infuse.ops import checks
-from infuse.ops.registration import Placements, register, register_differentiable, register_sharding
+from infuse.ops import checks, library, rope_kernels
+from infuse.ops.registration import (
+    Placements,
+    implement,
+    register,
+    register_differentiable,
+    register_sharding,
+    with_defaults,
+)
 
 FLAGS = "bool interleaved=False, bool per_pair=False, bool inverse=False, bool upcast=False"
 ARGUMENTS = f"Tensor x, Tensor cos, Tensor sin, {FLAGS}"
@@ -213,6 +220,26 @@ def _bwd_implementation(dy: Tensor, cos: Tensor, sin: Tensor, *flags: bool) -> T
     return torch.empty_like(dy).copy_(rope_bwd_ref(dy, cos, sin, *flags))
 
 
+def _cuda(x: Tensor, cos: Tensor, sin: Tensor, *flags: bool) -> Tensor:
+    _check("rope", x, cos, sin, flags[1])
+    return _kernel(x, cos, sin, *flags, is_backward=False)
+
+
+def _bwd_cuda(dy: Tensor, cos: Tensor, sin: Tensor, *flags: bool) -> Tensor:
+    _check("rope_bwd", dy, cos, sin, flags[1])
+    return _kernel(dy, cos, sin, *flags, is_backward=True)
+
+
+def _kernel(x: Tensor, cos: Tensor, sin: Tensor, *flags: bool, is_backward: bool) -> Tensor:
+    """The CUDA kernel's result, the formula's where there is none."""
+    if library.missing(x.device) or rope_kernels.can_rotate(x, cos, sin):
+        return (_bwd_implementation if is_backward else _implementation)(x, cos, sin, *flags)
+    y = torch.empty_like(x)
+    norm = (None, None, None, 0.0, False)
+    torch.ops.infuse.rope_out(x, None, cos, sin, *norm, *flags, is_backward, -1, y, None)
+    return y
+
+
 def _tables_bwd_implementation(dy: Tensor, x: Tensor, cos: Tensor, sin: Tensor, *flags: bool) -> tuple[Tensor, Tensor]:
     dcos, dsin = rope_tables_bwd_ref(dy, x, cos, sin, *flags)
     return dcos.contiguous(), dsin.contiguous()
@@ -272,6 +299,8 @@ register(
     implementation=_tables_bwd_implementation,
     fake=rope_tables_bwd_fake,
 )
+implement("rope", with_defaults(torch.ops.infuse.rope.default, _cuda), "CUDA")
+implement("rope_bwd", _bwd_cuda, "CUDA")
 register_sharding("rope", _sharding)
 register_sharding("rope_bwd", _sharding)
 register_sharding("rope_tables_bwd", _tables_bwd_sharding)

@@ -2,7 +2,7 @@
 
 namespace infuse::rope {
 
-template void launch_planned<DType::kFloat16>(const char*, const Plan&, bool, bool, const Params&, unsigned, int,
+template void launch_planned<DType::kFloat16>(const char*, const Plan&, DType, bool, const Params&, unsigned, int,
                                         cudaStream_t);
 
 }  // namespace infuse::rope

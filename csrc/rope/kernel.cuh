@@ -12,17 +12,22 @@
 
 #include "infuse/memory.cuh"
 #include "infuse/vec.cuh"
+#include "rope/packed.cuh"
 #include "rope/params.h"
 #include "rope/plan.h"
 #include "rope/rows.cuh"
 
 namespace infuse::rope {
 
-template <typename X_, typename Factor_, int kHeads_, bool kNorm_>
+// How n * cos + rotate(n) * sin is computed: in fp32, or in X with every operation rounded to it.
+enum class Arithmetic { kWide, kRounded };
+
+template <typename X_, typename Factor_, Arithmetic kArithmetic_, int kHeads_, bool kNorm_>
 struct Traits {
   using X = X_;
   using Factor = Factor_;  // of the tables: X or float
   static constexpr int kVecElems = kVectorBytes / static_cast<int>(sizeof(X));
+  static constexpr Arithmetic kArithmetic = kArithmetic_;
   static constexpr int kHeads = kHeads_;
   static constexpr bool kNorm = kNorm_;
 };
@@ -97,15 +102,18 @@ __device__ __forceinline__ void load_table(const Params& params, const Table& ta
   const std::uint32_t second = crosswise ? slot.offset[0] : slot.offset[1];
   factors[1] = load_factors<Factor, kElems>(params, row, second, table.step, valid);
   if (swapped && params.interleaved) {
-#pragma unroll
-    for (int i = 0; i < 2; ++i) {
-      float values[kElems], partners[kElems];
-      unpack(factors[i], values);
-#pragma unroll
-      for (int j = 0; j < kElems; ++j) partners[j] = values[j ^ 1];
-      factors[i] = pack<Factor>(partners);
-    }
+    factors[0] = swap_neighbours(factors[0]);
+    factors[1] = swap_neighbours(factors[1]);
   }
+}
+
+// sin with the signs of the rotation: the first element of a pair gets minus its partner.
+template <typename Factor, int kElems>
+__device__ __forceinline__ void load_signed_sin(const Params& params, const Part& part, Place place, const Slot& slot,
+                                                Vec<Factor, kElems> (&sin)[2]) {
+  load_table(params, part.sin, place, slot, params.sin_of_partner, sin);
+  flip_signs(sin[0], !params.inverse, params.interleaved == params.inverse);
+  flip_signs(sin[1], params.interleaved != params.inverse, params.inverse);
 }
 
 template <typename X, int kElems>
@@ -121,34 +129,25 @@ __device__ __forceinline__ float sum_of_squares(const Vec<X, kElems> (&x)[2]) {
   return sums[0] + sums[1];
 }
 
-// y = n * cos + rotate(n) * sin of the lane's two vectors.
-template <typename X, typename Factor, int kElems>
+// y = n * cos + rotate(n) * sin of the lane's two vectors; sin has the signs.
+template <Arithmetic kArithmetic, typename X, typename Factor, int kElems>
 __device__ __forceinline__ void rotate(const Params& params, const Vec<Factor, kElems> (&cos)[2],
-                                       const Vec<Factor, kElems> (&sin)[2], float (&n)[2][kElems]) {
-  float turned[2][kElems];
-#pragma unroll
-  for (int i = 0; i < kElems; ++i) {
-    const float sign = i % 2 == 0 ? -params.sin_sign : params.sin_sign;
-    turned[0][i] = params.interleaved ? sign * n[0][i ^ 1] : -params.sin_sign * n[1][i];
-    turned[1][i] = params.interleaved ? sign * n[1][i ^ 1] : params.sin_sign * n[0][i];
-  }
+                                       const Vec<Factor, kElems> (&sin)[2], Vec<X, kElems> (&n)[2]) {
+  const Vec<X, kElems> partner[2] = {params.interleaved ? swap_neighbours(n[0]) : n[1],
+                                     params.interleaved ? swap_neighbours(n[1]) : n[0]};
 #pragma unroll
   for (int v = 0; v < 2; ++v) {
-    float c[kElems], s[kElems];
-    unpack(cos[v], c);
-    unpack(sin[v], s);
-#pragma unroll
-    for (int i = 0; i < kElems; ++i) turned[v][i] *= s[i];
-    if (params.rounds_products) {
-#pragma unroll
-      for (int i = 0; i < kElems; ++i) n[v][i] *= c[i];
-      round_through<X>(n[v]);
-      round_through<X>(turned[v]);
-#pragma unroll
-      for (int i = 0; i < kElems; ++i) n[v][i] += turned[v][i];
+    if constexpr (kArithmetic == Arithmetic::kRounded) {
+      n[v] = add(multiply(n[v], cos[v]), multiply(partner[v], sin[v]));
     } else {
+      float own[kElems], other[kElems], c[kElems], s[kElems];
+      unpack(n[v], own);
+      unpack(partner[v], other);
+      unpack(cos[v], c);
+      unpack(sin[v], s);
 #pragma unroll
-      for (int i = 0; i < kElems; ++i) n[v][i] = fmaf(n[v][i], c[i], turned[v][i]);
+      for (int i = 0; i < kElems; ++i) own[i] = fmaf(own[i], c[i], other[i] * s[i]);
+      n[v] = pack<X>(own);
     }
   }
 }
@@ -179,12 +178,12 @@ __global__ __launch_bounds__(kMaxThreads) void rope_kernel(const __grid_constant
   }
   Vec<Factor, kVecElems> cos[2], sin[2];
   load_table(params, part.cos, place, slot, false, cos);
-  load_table(params, part.sin, place, slot, params.sin_of_partner, sin);
-  float scale[2][kVecElems];
+  load_signed_sin(params, part, place, slot, sin);
+  Scale<X, kVecElems> scale[2];
   float rstd[kHeads] = {};
   if constexpr (Traits::kNorm) {
 #pragma unroll
-    for (int v = 0; v < 2; ++v) load_scale<X>(params, part, slot.offset[v], slot.valid[v], scale[v]);
+    for (int v = 0; v < 2; ++v) scale[v].load(params, part, slot.offset[v], slot.valid[v]);
 #pragma unroll
     for (int h = 0; h < kHeads; ++h) rstd[h] = sum_of_squares(x[h]);
     sum_over_lanes(rstd);
@@ -200,20 +199,17 @@ __global__ __launch_bounds__(kMaxThreads) void rope_kernel(const __grid_constant
 #pragma unroll
   for (int h = 0; h < kHeads; ++h) {
     const std::uint32_t head = place.block * kHeads + h;
-    float n[2][kVecElems];
-    unpack(x[h][0], n[0]);
-    unpack(x[h][1], n[1]);
     if constexpr (Traits::kNorm) {
       if (part.has_norm) {
-        normalize<X>(params, scale[0], rstd[h], n[0]);
-        normalize<X>(params, scale[1], rstd[h], n[1]);
+#pragma unroll
+        for (int v = 0; v < 2; ++v) x[h][v] = scale[v].normalize(params, x[h][v], rstd[h]);
       }
     }
-    if (slot.rotates) rotate<X>(params, cos, sin, n);
+    if (slot.rotates) rotate<Traits::kArithmetic>(params, cos, sin, x[h]);
 #pragma unroll
     for (int v = 0; v < 2; ++v) {
       if (slot.valid[v] && head < part.heads) {
-        store(out_rows + head * part.out_stride[2] + slot.offset[v], pack<X>(n[v]));
+        store(out_rows + head * part.out_stride[2] + slot.offset[v], x[h][v]);
       }
     }
   }

@@ -42,11 +42,7 @@ void check_cache(const char* op, const Operand& operand) {
     check(out.sizes[i] == x.sizes[i], op, "size of dimension ", i, " of ", out.name, ", got ", out.sizes[i],
           ", expected ", x.sizes[i], " (as ", x.name, ")");
   }
-  const int last = positions.num_dims - 1;
-  const bool fits = (last == 0 || (last == 1 && positions.sizes[0] == x.sizes[0])) &&
-                    positions.sizes[last] == x.sizes[2];
-  check(fits, op, "shape of positions, got ", shape_text(positions.sizes, positions.num_dims), ", expected [",
-        x.sizes[2], "] or [", x.sizes[0], ", ", x.sizes[2], "]");
+  check(positions.size == x.sizes[2], op, "size of positions, got ", positions.size, ", expected ", x.sizes[2]);
   check(positions.device == x.device, op, "device of positions, got cuda:", positions.device, ", expected cuda:",
         x.device, " (as ", x.name, ")");
 }
@@ -133,11 +129,9 @@ Part part_of(const char* op, const Operand& operand) {
   part.has_norm = operand.has_norm;
   if (operand.positions != nullptr) {
     const PositionsArg& positions = *operand.positions;
-    const int last = positions.num_dims - 1;
     part.positions = positions.data;
     part.wide_positions = positions.wide;
-    part.position_stride[0] = last == 1 ? positions.strides[0] : 0;
-    part.position_stride[1] = positions.strides[last];
+    part.position_stride = positions.stride;
     part.num_positions = operand.out.sizes[2];
   }
   return part;
@@ -170,7 +164,7 @@ void set_options(const Operand& first, const Options& options, Params* params) {
   params->eps = static_cast<float>(options.eps);
   params->weight_offset = static_cast<float>(options.weight_offset);
   // The backward turns the other way.
-  params->sin_sign = options.inverse != options.is_backward ? -1.0f : 1.0f;
+  params->inverse = options.inverse != options.is_backward;
   params->cast_before_weight = options.cast_before_weight;
   params->interleaved = options.interleaved;
   params->per_pair = options.per_pair;
@@ -236,8 +230,8 @@ void launch(const char* op, const Operand* operands, int count, const Options& o
   }
   check(ctas <= kMaxRows, op, "CTAs, got ", ctas, ", expected at most ", kMaxRows);
   dispatch_dtype(op, "x", x, [&](auto dtype) {
-    launch_planned<decltype(dtype)::value>(op, plan, cos == DType::kFloat32, has_norm, params,
-                                           static_cast<unsigned>(ctas), first.x.device, stream);
+    launch_planned<decltype(dtype)::value>(op, plan, cos, has_norm, params, static_cast<unsigned>(ctas),
+                                           first.x.device, stream);
   });
 }
 

@@ -12,14 +12,12 @@
 
 namespace infuse::rope {
 
-// Where rows go along the sequence dimension of a cache: [seq_len] or [batch, seq_len], int64 or int32.
+// Where rows go along the sequence dimension of a cache: [seq_len], int64 or int32.
 struct PositionsArg {
   const void* data;
   bool wide;
   int device;
-  int num_dims;
-  const std::int64_t* sizes;
-  const std::int64_t* strides;
+  std::int64_t size, stride;
 };
 
 // One tensor: x [..., dim] and out alike. cos, sin null: copied. positions: x [batch, heads, seq_len, dim] goes to out
@@ -45,10 +43,10 @@ struct Options {
 // no synchronisation, no workspace. Throws std::runtime_error for what the kernels can't take and a failed launch.
 void launch(const char* op, const Operand* operands, int count, const Options& options, cudaStream_t stream);
 
-// One instantiation per dtype of x, each in a file of its own so that they compile in parallel. wide_factors: tables
-// are float32.
+// One instantiation per dtype of x, each in a file of its own so that they compile in parallel. factors: dtype of the
+// tables, x's or float32 unless the plan is a narrow one.
 template <DType kX>
-void launch_planned(const char* op, const Plan& plan, bool wide_factors, bool has_norm, const Params& params,
-                    unsigned ctas, int device, cudaStream_t stream);
+void launch_planned(const char* op, const Plan& plan, DType factors, bool has_norm, const Params& params, unsigned ctas,
+                    int device, cudaStream_t stream);
 
 }  // namespace infuse::rope

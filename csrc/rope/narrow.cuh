@@ -33,11 +33,14 @@ __device__ __forceinline__ float rounded(float value, bool rounds) {
 template <typename X>
 __device__ __forceinline__ float narrow_value(const Params& params, const Part& part, const X* row, std::uint32_t at,
                                               float rstd) {
-  float value[1] = {load_one<X>(row, at)}, scale[1];
+  Vec<X, 1> x = load<Reuse::kShared, X, 1>(row + at, true);
   if (part.has_norm) {
-    load_scale<X>(params, part, at, true, scale);
-    normalize<X>(params, scale, rstd, value);
+    Scale<X, 1> scale;
+    scale.load(params, part, at, true);
+    x = scale.normalize(params, x, rstd);
   }
+  float value[1];
+  unpack(x, value);
   return value[0];
 }
 
@@ -75,7 +78,7 @@ __global__ __launch_bounds__(kNarrowThreads) void narrow_kernel(const __grid_con
       const std::uint32_t own = params.per_pair ? i : at[v], other = params.per_pair ? i : at[1 - v];
       const float cos = factor(part.cos, params.cos_dtype, place, own);
       const float sin = factor(part.sin, params.sin_dtype, place, params.sin_of_partner ? other : own);
-      const float turned = v == 0 ? -params.sin_sign * n[1] : params.sin_sign * n[0];
+      const float turned = (v == 0) != params.inverse ? -n[1 - v] : n[1 - v];
       const bool rounds = params.rounds_products;
       narrow_store(out, at[v], rounded<X>(n[v] * cos, rounds) + rounded<X>(turned * sin, rounds));
     }

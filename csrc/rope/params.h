@@ -24,10 +24,10 @@ struct Part {
   void* out;
   Table cos, sin;      // null: the rows are copied
   const void* weight;  // [dim] contiguous, or null
-  // Where along out's inner dimension each row goes, [outer, inner] of int64 or int32; null: where it was in x.
+  // Where along out's inner dimension each row goes, [inner] of int64 or int32; null: where it was in x.
   const void* positions;
   std::int64_t x_stride[3], out_stride[3];  // elements: outer, inner, heads
-  std::int64_t position_stride[2];
+  std::int64_t position_stride;
   std::int64_t num_positions;  // size of out's inner dimension, where there are positions
   std::uint32_t first_cta;     // kNoCta: there is no such part
   std::uint32_t items;         // outer * inner * head_blocks, what a group of lanes works on
@@ -43,14 +43,14 @@ struct Params {
   float inv_dim;             // 1 / dim
   float eps;
   float weight_offset;      // 0 when cast_before_weight
-  float sin_sign;           // -1: the other way
   std::uint32_t zero;       // always 0, see keep_packed
   bool wide_weight;         // weights are float32 and x is not
   bool cast_before_weight;  // round the normalised value to x's dtype before the weight multiply
   bool interleaved;         // a pair is two neighbours, not an element of each half
   bool per_pair;            // a table has rotary_dim / 2 factors, not rotary_dim
+  bool inverse;             // the other way
   bool sin_of_partner;      // each element takes its partner's sin: the transpose of the rotation
-  bool rounds_products;     // every operation is rounded to x's dtype, which the tables share
+  bool rounds_products;     // every operation is rounded to x's two-byte dtype, which the tables share
   bool table_vectors;       // tables can be read in vectors
   DType cos_dtype, sin_dtype;  // read by the narrow kernel, the others have them in their types
 };

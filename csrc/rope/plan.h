@@ -17,16 +17,16 @@ struct Config {
 };
 
 constexpr Config kConfigs[] = {
-    {"heads1x64", 1, 64},     // 0: few rows, spread over many SMs
-    {"heads1x256", 1, 256},   // 1
-    {"heads2x128", 2, 128},   // 2
-    {"heads2x256", 2, 256},   // 3
-    {"heads4x128", 4, 128},   // 4
-    {"heads4x256", 4, 256},   // 5
+    {"heads1x64", 1, 64},    // 0: few rows, spread over many SMs
+    {"heads1x128", 1, 128},  // 1
+    {"heads2x64", 2, 64},    // 2
+    {"heads2x128", 2, 128},  // 3
+    {"heads4x64", 4, 64},    // 4
+    {"heads4x128", 4, 128},  // 5
 };
 constexpr int kNumConfigs = sizeof(kConfigs) / sizeof(kConfigs[0]);
 constexpr int kHeuristic = -1;
-constexpr int kMaxThreads = 256;
+constexpr int kMaxThreads = 128;
 constexpr int kWarpLanes = 32;
 constexpr int kNarrowThreads = 128;
 

@@ -17,14 +17,9 @@ infuse::rope::PositionsArg positions_arg(const Tensor& positions, const char* op
   infuse::check(positions.is_cuda(), op, "device of ", name, ", got one that is not CUDA, expected CUDA");
   infuse::check(type == ScalarType::Long || type == ScalarType::Int, op, "dtype of ", name, ", got scalar type ",
                 static_cast<int>(type), ", expected int64 or int32");
-  infuse::check(positions.dim() == 1 || positions.dim() == 2, op, "dimensions of ", name, ", got ", positions.dim(),
-                ", expected 1 or 2");
-  return {positions.const_data_ptr(),
-          type == ScalarType::Long,
-          positions.get_device_index(),
-          static_cast<int>(positions.dim()),
-          positions.sizes().data(),
-          positions.strides().data()};
+  infuse::check(positions.dim() == 1, op, "dimensions of ", name, ", got ", positions.dim(), ", expected 1");
+  return {positions.const_data_ptr(), type == ScalarType::Long, positions.get_device_index(), positions.size(0),
+          positions.stride(0)};
 }
 
 Options norm_options(std::optional<double> eps, double weight_offset, bool cast_before_weight) {

@@ -6,6 +6,7 @@
 #include "infuse/memory.cuh"
 #include "infuse/reduce.cuh"
 #include "infuse/vec.cuh"
+#include "rope/packed.cuh"
 #include "rope/params.h"
 
 namespace infuse::rope {
@@ -31,7 +32,7 @@ __device__ __forceinline__ Place place_of_item(const Part& part, std::uint32_t i
 __device__ __forceinline__ std::int64_t out_offset(const Part& part, Place place) {
   std::int64_t inner = place.inner;
   if (part.positions != nullptr) {
-    const std::int64_t at = place.outer * part.position_stride[0] + place.inner * part.position_stride[1];
+    const std::int64_t at = place.inner * part.position_stride;
     inner = part.wide_positions ? __ldg(static_cast<const long long*>(part.positions) + at)
                                 : __ldg(static_cast<const int*>(part.positions) + at);
     if (inner < 0) inner += part.num_positions;
@@ -53,30 +54,54 @@ __device__ __forceinline__ float reciprocal_std(const Params& params, float sum_
   return rsqrtf(fmaf(sum_of_squares, params.inv_dim, params.eps));
 }
 
-// What kElems normalised values are multiplied with: ones where there is no weight.
+// What a row is multiplied with: weight_offset + weight in fp32, or, with cast_before_weight and a narrow X, the weight
+// in X, two to a word. Ones where there is no weight.
 template <typename X, int kElems>
-__device__ __forceinline__ void load_scale(const Params& params, const Part& part, std::uint32_t first, bool valid,
-                                           float (&scale)[kElems]) {
-  valid = valid && part.weight != nullptr;
-  if (params.wide_weight) {
-    unpack(load<Reuse::kShared, float, kElems>(static_cast<const float*>(part.weight) + first, valid), scale);
-  } else {
-    unpack(load<Reuse::kShared, X, kElems>(static_cast<const X*>(part.weight) + first, valid), scale);
-  }
-#pragma unroll
-  for (int i = 0; i < kElems; ++i) scale[i] = valid ? params.weight_offset + scale[i] : 1.0f;
-}
+struct Scale {
+  std::uint32_t words[kElems];
 
-// x -> the values that infuse::rms_norm would store, widened again.
-template <typename X, int kElems>
-__device__ __forceinline__ void normalize(const Params& params, const float (&scale)[kElems], float rstd,
-                                          float (&x)[kElems]) {
+  static __device__ __forceinline__ bool is_packed(const Params& params) {
+    return sizeof(X) == 2 && params.cast_before_weight;
+  }
+
+  __device__ __forceinline__ void load(const Params& params, const Part& part, std::uint32_t first, bool valid) {
+    valid = valid && part.weight != nullptr;
+    float values[kElems];
+    if (params.wide_weight) {
+      unpack(infuse::load<Reuse::kShared, float, kElems>(static_cast<const float*>(part.weight) + first, valid),
+             values);
+    } else {
+      unpack(infuse::load<Reuse::kShared, X, kElems>(static_cast<const X*>(part.weight) + first, valid), values);
+    }
 #pragma unroll
-  for (int i = 0; i < kElems; ++i) x[i] *= rstd;
-  if (params.cast_before_weight) round_through<X>(x);
+    for (int i = 0; i < kElems; ++i) values[i] = valid ? params.weight_offset + values[i] : 1.0f;
+    if (is_packed(params)) {
+      const Vec<X, kElems> packed = pack<X>(values);
 #pragma unroll
-  for (int i = 0; i < kElems; ++i) x[i] *= scale[i];
-  round_through<X>(x);
-}
+      for (int i = 0; i < Vec<X, kElems>::kWords; ++i) words[i] = packed.words[i];
+    } else {
+#pragma unroll
+      for (int i = 0; i < kElems; ++i) words[i] = __float_as_uint(values[i]);
+    }
+  }
+
+  // The values that infuse::rms_norm would store.
+  __device__ __forceinline__ Vec<X, kElems> normalize(const Params& params, const Vec<X, kElems>& x,
+                                                      float rstd) const {
+    float values[kElems];
+    unpack(x, values);
+#pragma unroll
+    for (int i = 0; i < kElems; ++i) values[i] *= rstd;
+    if (is_packed(params)) {
+      Vec<X, kElems> weight;
+#pragma unroll
+      for (int i = 0; i < Vec<X, kElems>::kWords; ++i) weight.words[i] = words[i];
+      return multiply(pack<X>(values), weight);
+    }
+#pragma unroll
+    for (int i = 0; i < kElems; ++i) values[i] *= __uint_as_float(words[i]);
+    return pack<X>(values);
+  }
+};
 
 }  // namespace infuse::rope

@@ -25,7 +25,10 @@ from infuse.patterns.passes import rewrite
 from infuse.report import SiteRecord
 from infuse.settings import Settings, resolve, split_options
 
-_LOWERED = ("rms_norm", "add_rms_norm", "layer_norm", "add_layer_norm", "gated_rms_norm", "swiglu", "rope", "attention")
+_LOWERED = (
+    *("rms_norm", "add_rms_norm", "layer_norm", "add_layer_norm", "gated_rms_norm"),
+    *("swiglu", "rope", "qk_norm_rope", "attention"),
+)
 for _op in _LOWERED:
     importlib.import_module(f"infuse.lowering.{_op}")
 

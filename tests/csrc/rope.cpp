@@ -12,11 +12,11 @@ using namespace infuse;
 using namespace infuse::rope;
 
 namespace infuse::rope {
-template void launch_planned<DType::kBFloat16>(const char*, const Plan&, bool, bool, const Params&, unsigned, int,
+template void launch_planned<DType::kBFloat16>(const char*, const Plan&, DType, bool, const Params&, unsigned, int,
                                                cudaStream_t);
-template void launch_planned<DType::kFloat16>(const char*, const Plan&, bool, bool, const Params&, unsigned, int,
+template void launch_planned<DType::kFloat16>(const char*, const Plan&, DType, bool, const Params&, unsigned, int,
                                               cudaStream_t);
-template void launch_planned<DType::kFloat32>(const char*, const Plan&, bool, bool, const Params&, unsigned, int,
+template void launch_planned<DType::kFloat32>(const char*, const Plan&, DType, bool, const Params&, unsigned, int,
                                               cudaStream_t);
 }  // namespace infuse::rope
 
@@ -196,8 +196,7 @@ void test_cache_write(DType dtype, bool wide_positions, const Options& options) 
   const char* data = wide_positions ? reinterpret_cast<const char*>(wide.data())
                                     : reinterpret_cast<const char*>(narrow.data());
   emulation::ranges.push_back({data, data + (wide_positions ? 24 : 12)});
-  const std::int64_t size = 3, one = 1;
-  const PositionsArg positions{data, wide_positions, 0, 1, &size, &one};
+  const PositionsArg positions{data, wide_positions, 0, 3, 1};
   const TensorArg cos_arg = cos.arg("cos"), sin_arg = sin.arg("sin"), weight_arg = weight.arg("weight");
   const Operand operands[] = {
       {q.arg("q"), out.arg("out"), &cos_arg, &sin_arg, &weight_arg, nullptr, true},

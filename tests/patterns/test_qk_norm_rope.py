@@ -88,7 +88,7 @@ def test_lowering_leaves_it_to_its_parts(training: bool) -> None:
     module = Heads(nn.RMSNorm(DIM, eps=1e-6), full(rotate_half))
     captured = capture(module, torch.randn(2, LENGTH, DIM), training=training, place=place)
     assert captured.counts == {"rms_norm": 1, "rope": 1}
-    assert captured.notes == ["qk_norm_rope: left to its parts (no qk_norm_rope kernel)"]
+    assert captured.notes == ["qk_norm_rope: left to its parts (no qk_norm_rope kernel: no kernel for cpu)"]
 
 
 def norm(x: Tensor) -> Tensor:

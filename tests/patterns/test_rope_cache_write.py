@@ -609,7 +609,8 @@ def test_near_misses_are_left_alone(near_miss: Near) -> None:
     captured = captured_of(near_miss, *inputs())
     assert "rope_cache_write" not in captured.counts
     if near_miss is not caches_share_memory:  # which of two writes to one place wins is for torch to say
-        assert_same_results(captured)
+        with torch.no_grad():  # what one of the graphs leaves switched off
+            assert_same_results(captured)
 
 
 def test_views_of_one_memory_are_left_alone() -> None:
@@ -629,4 +630,4 @@ def test_lowering_leaves_it_to_its_parts_without_a_kernel(training: bool) -> Non
 
     captured = capture(step, *inputs(), training=training, place=place)
     assert captured.counts == {"rope": 2, "attention": 1}
-    assert [note.partition(" (")[0] for note in captured.notes] == ["rope_cache_write: left to its parts"]
+    assert captured.notes == ["rope_cache_write: left to its parts (no rope_cache_write kernel: no kernel for cpu)"]

@@ -1,0 +1,70 @@
+"""Which form the rewrite emits of the operators that end in a rotation; see infuse.lowering.policy."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+from torch import Tensor
+
+from infuse.lowering.heuristics import rope as heuristics
+from infuse.ops import library, qk_norm_rope, rope_cache_write, rope_kernels
+from infuse.report import Placement
+from infuse.settings import Settings
+
+KINDS = ("rope", "qk_norm_rope", "rope_cache_write")
+
+
+def place_rotary(
+    kind: str, args: Sequence[object], training: bool, settings: Settings, max_autotune: bool
+) -> Placement:
+    """A rotation alone is inlined where no kernel may win; the larger operators are then left to their parts."""
+    x = args[0]
+    assert isinstance(x, Tensor)
+    reason = _cannot_run(kind, x, args, training, settings)
+    if not reason and settings.kernels == "always":
+        return Placement("default", "kernel")
+    if not reason and kind == "rope_cache_write":
+        # Nothing is measured: a decomposition would be several kernels, of which each writes what the next one reads.
+        problem = _problem(kind, args)
+        if problem is not None and heuristics.cache_write_runs_well(problem):
+            return Placement("default", "kernel")
+        reason = "Inductor's kernels are as fast for so many rows"
+    elif not reason and max_autotune:
+        return Placement("default", "kernel or decomposition, measured")
+    elif not reason:
+        problem = _problem(kind, args)
+        if problem is not None and heuristics.runs_well(problem):
+            return Placement("default", "kernel, unless its neighbours would lose more by it")
+        reason = "Inductor fuses it with its neighbours"
+    if kind != "rope":
+        return Placement("", "", declined=f"no {kind} kernel: {reason}")
+    missing = reason if reason == library.missing(x.device) and x.device.type == "cuda" and not training else ""
+    return replace(Placement("inline", f"decomposition ({reason})"), missing=missing)
+
+
+def _cannot_run(kind: str, x: Tensor, args: Sequence[object], training: bool, settings: Settings) -> str:
+    """Why no kernel may run, "" when one may."""
+    if settings.kernels == "never":
+        return "kernels are off"
+    if reason := library.missing(x.device):
+        return reason
+    if training:
+        return "no backward kernel"
+    if kind == "rope_cache_write":
+        return rope_cache_write.can_run(*args)  # type: ignore[arg-type]
+    if kind == "qk_norm_rope":
+        return qk_norm_rope.can_run(*args)  # type: ignore[arg-type]
+    _, cos, sin, *_ = args
+    assert isinstance(cos, Tensor) and isinstance(sin, Tensor)
+    return rope_kernels.can_rotate(x, cos, sin)
+
+
+def _problem(kind: str, args: Sequence[object]) -> heuristics.Problem | None:
+    """None where a size is symbolic."""
+    x = args[0]
+    assert isinstance(x, Tensor)
+    if not all(isinstance(size, int) for size in x.shape) or x.numel() == 0:
+        return None
+    has_norm = kind == "qk_norm_rope" or (kind == "rope_cache_write" and args[13] is not None)
+    return heuristics.Problem(x.numel() // x.shape[-1], x.shape[-1], x.dtype.itemsize, has_norm)

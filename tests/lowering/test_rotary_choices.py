@@ -1,0 +1,188 @@
+"""Rotations, with a norm before and a cache behind them: what runs where, and what the graph pays for it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch._inductor.utils import run_and_get_code
+
+import infuse
+from infuse.lowering import decisions, profit
+from infuse.lowering import rope as lowering
+from infuse.lowering.heuristics import rope as heuristics
+from infuse.lowering.policy import place
+from infuse.ops import library
+from infuse.ops.qk_norm_rope import qk_norm_rope_ref
+from infuse.ops.rope import rope_bwd_ref, rope_ref
+from infuse.settings import Settings
+
+OPS = torch.ops.infuse
+FLAGS = (False, False, False, False)
+NORM = (None, 1e-6, False, 0.0, True, False)  # bias, eps, centered, weight_offset, cast_before_weight, eps_as_minimum
+
+
+@pytest.fixture
+def cpu_kernel(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[int]]:
+    """The kernel by its formula; the list of configurations that it was called with."""
+    calls: list[int] = []
+
+    def run(x, other, cos, sin, weight, other_weight, eps, offset, cast, *rest):  # type: ignore[no-untyped-def]
+        *flags, is_backward, config, out, _ = rest
+        calls.append(config)
+        if eps is not None:
+            out.copy_(qk_norm_rope_ref(x, cos, sin, weight, None, eps, False, offset, cast, False, *flags))
+        else:
+            out.copy_((rope_bwd_ref if is_backward else rope_ref)(x, cos, sin, *flags))
+
+    implementation = torch.library.Library("infuse", "IMPL")
+    implementation.impl("rope_out", run, "CPU")
+    monkeypatch.setattr(library, "missing", lambda device: "")
+    monkeypatch.setattr(library, "configurations", lambda op: ("few", "many"))
+    decisions.clear()
+    yield calls
+    implementation._destroy()
+
+
+def compiled_code(function: Callable[..., Any], *args: Tensor, **options: Any) -> tuple[Any, str]:
+    """The result without gradients and the last code generated (the earlier ones are of candidates being timed)."""
+    torch._dynamo.reset()
+    with torch.no_grad():
+        out, codes = run_and_get_code(torch.compile(function, backend="infuse", **options), *args)
+    return out, codes[-1]
+
+
+def between_products(x: Tensor, matrix: Tensor, cos: Tensor, sin: Tensor, weight: Tensor) -> Tensor:
+    heads = (x @ matrix).view(2, 5, 3, 8).transpose(1, 2)
+    y: Tensor = OPS.qk_norm_rope(heads, cos, sin, weight, *NORM, *FLAGS)
+    return y @ y.transpose(-1, -2)
+
+
+def between_pointwise(x: Tensor, matrix: Tensor, cos: Tensor, sin: Tensor, weight: Tensor) -> Tensor:
+    heads = (x @ matrix).exp().view(2, 5, 3, 8).transpose(1, 2)
+    return torch.relu(OPS.qk_norm_rope(heads, cos, sin, weight, *NORM, *FLAGS))
+
+
+def arguments() -> tuple[Tensor, ...]:
+    return torch.randn(2, 5, 24), torch.randn(24, 24), torch.randn(5, 8), torch.randn(5, 8), torch.randn(8)
+
+
+def is_kernel(code: str) -> bool:
+    return f"{lowering._CHOICE.name}(" in code
+
+
+def test_kernel_between_products_is_taken_by_the_heuristic(cpu_kernel: list[int]) -> None:
+    args = arguments()
+    out, code = compiled_code(between_products, *args)
+    torch.testing.assert_close(out, between_products(*args))
+    assert is_kernel(code) and cpu_kernel[0] == -1
+    assert decisions.decisions()[-1].why == "heuristic"
+
+
+def test_neighbours_that_would_fuse_keep_the_formula(cpu_kernel: list[int]) -> None:
+    args = arguments()
+    out, code = compiled_code(between_pointwise, *args)
+    torch.testing.assert_close(out, between_pointwise(*args))
+    assert not is_kernel(code)
+    assert decisions.decisions()[-1].why == "fusing with the neighbours saves 4 passes"
+
+
+@pytest.mark.parametrize("winner", ["kernel_1", "decomposition"])
+def test_max_autotune_measures_every_candidate(
+    cpu_kernel: list[int], monkeypatch: pytest.MonkeyPatch, winner: str
+) -> None:
+    timed: list[str] = []
+
+    def choose(timings: dict[str, float], *rest: Any) -> tuple[str, dict[str, float]]:
+        timed.extend(timings)
+        return winner, {}
+
+    monkeypatch.setattr(profit, "choose", choose)
+    args = arguments()
+    out, code = compiled_code(between_products, *args, mode="max-autotune-no-cudagraphs")
+    torch.testing.assert_close(out, between_products(*args), rtol=1e-4, atol=1e-4)
+    assert sorted(timed) == ["decomposition", "kernel_-1", "kernel_0", "kernel_1"]
+    assert is_kernel(code) == (winner == "kernel_1")
+
+
+@pytest.mark.parametrize("kernels", ["always", "never"])
+def test_settings_decide_first(cpu_kernel: list[int], kernels: str) -> None:
+    args = arguments()
+    with infuse.override(kernels=kernels):
+        out, code = compiled_code(between_pointwise, *args)
+    torch.testing.assert_close(out, between_pointwise(*args))
+    assert is_kernel(code) == (kernels == "always")
+
+
+def test_rotation_alone_is_measured_or_left_to_inductor(cpu_kernel: list[int]) -> None:
+    def function(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        y: Tensor = OPS.rope(x, cos, sin)
+        return y @ y.transpose(-1, -2)
+
+    args = torch.randn(2, 3, 5, 8), torch.randn(5, 8), torch.randn(5, 8)
+    _, code = compiled_code(function, *args)
+    assert not is_kernel(code)
+    with infuse.override(kernels="always"):
+        out, code = compiled_code(function, *args)
+    assert is_kernel(code)
+    torch.testing.assert_close(out, function(*args))
+
+
+# --- which form the rewrite emits ------------------------------------------------------------------------------------
+
+
+def asked(kind: str, args: tuple[object, ...], training: bool = False, autotune: bool = False, **settings: Any) -> str:
+    placement = place(kind, args, training, settings=Settings(**settings), max_autotune=autotune)
+    return placement.declined or placement.overload
+
+
+ROPE = (torch.randn(2, 3, 5, 8), torch.randn(5, 8), torch.randn(5, 8), *FLAGS)
+QK_NORM_ROPE = (*ROPE[:3], torch.randn(8), *NORM, *FLAGS)
+CACHES = (torch.zeros(2, 1, 9, 8), torch.zeros(2, 1, 9, 8))
+POSITIONS = (torch.arange(5), torch.arange(5))
+KV = (torch.randn(2, 1, 5, 8), torch.randn(2, 1, 5, 8))
+TABLES = (*ROPE[1:3], *ROPE[1:3])
+CACHE_WRITE = (ROPE[0], *KV, *TABLES, *CACHES, *POSITIONS, None, None, None, 0.0, False, *FLAGS)
+
+
+def test_without_kernels_everything_is_a_formula() -> None:
+    assert asked("rope", ROPE) == "inline"
+    assert asked("qk_norm_rope", QK_NORM_ROPE) == "no qk_norm_rope kernel: no kernel for cpu"
+    assert asked("rope_cache_write", CACHE_WRITE) == "no rope_cache_write kernel: no kernel for cpu"
+
+
+@pytest.mark.usefixtures("cpu_kernel")
+def test_kernels_are_for_inference() -> None:
+    assert asked("rope", ROPE, training=True, autotune=True) == "inline"
+    for kind, args in (("qk_norm_rope", QK_NORM_ROPE), ("rope_cache_write", CACHE_WRITE)):
+        assert asked(kind, args) == "default"
+        assert asked(kind, args, training=True) == f"no {kind} kernel: no backward kernel"
+        assert asked(kind, args, kernels="never") == f"no {kind} kernel: kernels are off"
+
+
+@pytest.mark.usefixtures("cpu_kernel")
+def test_rotation_alone_needs_a_measurement() -> None:
+    assert asked("rope", ROPE) == "inline"
+    assert asked("rope", ROPE, autotune=True) == "default"
+    assert asked("rope", ROPE, kernels="always") == "default"
+
+
+@pytest.mark.usefixtures("cpu_kernel")
+def test_what_the_kernel_does_not_take_is_left_to_its_parts() -> None:
+    x, cos, sin, *rest = QK_NORM_ROPE
+    assert "layer norm" in asked("qk_norm_rope", (x, cos, sin, rest[0], rest[0], 1e-6, True, 0.0, True, False, *FLAGS))
+    assert "minimum" in asked("qk_norm_rope", (x, cos, sin, rest[0], None, 1e-6, False, 0.0, True, True, *FLAGS))
+    assert "float64" in asked("qk_norm_rope", (x.double(), cos, sin, *rest))
+    assert "stride 2" in asked("qk_norm_rope", (torch.randn(2, 3, 5, 16)[..., ::2], cos, sin, *rest))
+    assert "each head" in asked("qk_norm_rope", (x, torch.randn(2, 3, 5, 8), sin, *rest))
+    q, k, v, *more = CACHE_WRITE
+    assert "each head" in asked("rope_cache_write", (q, k, v, torch.randn(2, 3, 5, 8), *more[1:]))
+    assert "different dtypes" in asked("rope_cache_write", (q, k, v, more[0].double(), *more[1:]))
+
+
+def test_heuristics_are_about_the_norm() -> None:
+    assert heuristics.runs_well(heuristics.Problem(40, 128, 2, has_norm=True))
+    assert not heuristics.runs_well(heuristics.Problem(40, 128, 2, has_norm=False))
