@@ -59,7 +59,7 @@ def choose(
     formula: Callable[..., Tensor],
     args: Sequence[Any],
     tensors: Sequence[Any],
-    keywords: Mapping[str, object],
+    keywords: Mapping[str, Any],
     declined: str,
 ) -> Any:
     """The IR node of the result: the kernel's, called with `tensors` and `keywords`, or the formula's.
@@ -68,7 +68,8 @@ def choose(
     """
     kind, x = target._schema.name.partition("::")[2], args[0]
     rows, row_size = inductor.rows_and_row_size(x)
-    problem = heuristics.Problem(rows, row_size, x.get_dtype().itemsize, has_norm=kind == "qk_norm_rope")
+    has_norm, interleaved = keywords["norm"][0] is not None, keywords["flags"][0]
+    problem = heuristics.Problem(rows, row_size, x.get_dtype().itemsize, interleaved, has_norm)
     layout = inductor.output_layout(target, args)
 
     def kernel(config: int) -> inductor.Kernel:
@@ -97,15 +98,21 @@ def choose(
     return take(label, f"measured; fusing with the neighbours saves {lost} passes", timings, costs)
 
 
-def lower(x: Any, cos: Any, sin: Any, *flags: bool) -> Any:
-    """The IR node of y."""
-    flags = (*flags, *(False for _ in range(4 - len(flags))))
-    keywords = {"norm": (None, 0.0, False), "flags": flags, "is_backward": False}
-    declined = decline(x, lambda: rope_kernels.can_rotate(*(inductor.example(tensor) for tensor in (x, cos, sin))))
-    args = (x, cos, sin, *flags)
-    return choose(torch.ops.infuse.rope.default, op.rope_ref, args, (x, cos, sin), keywords, declined)
+def _lower(target: torch._ops.OpOverload, formula: Callable[..., Tensor], is_backward: bool) -> Callable[..., Any]:
+    def lower(x: Any, cos: Any, sin: Any, *flags: bool) -> Any:
+        """The IR node of y, or of dx."""
+        flags = (*flags, *(False for _ in range(4 - len(flags))))
+        keywords = {"norm": (None, 0.0, False), "flags": flags, "is_backward": is_backward}
+        tensors = (x, cos, sin)
+        declined = decline(x, lambda: rope_kernels.can_rotate(*(inductor.example(tensor) for tensor in tensors)))
+        return choose(target, formula, (*tensors, *flags), tensors, keywords, declined)
+
+    return lower
 
 
-inductor.register(torch.ops.infuse.rope.default, lower)
-inductor.register_inline(torch.ops.infuse.rope_bwd.default, op.rope_bwd_ref)
+for _target, _formula, _is_backward in (
+    (torch.ops.infuse.rope.default, op.rope_ref, False),
+    (torch.ops.infuse.rope_bwd.default, op.rope_bwd_ref, True),
+):
+    inductor.register(_target, _lower(_target, _formula, _is_backward))
 inductor.register_inline(torch.ops.infuse.rope_tables_bwd.default, op.rope_tables_bwd_ref)

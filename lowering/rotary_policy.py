@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import replace
 
@@ -12,7 +13,9 @@ from infuse.ops import library, qk_norm_rope, rope_cache_write, rope_kernels
 from infuse.report import Placement
 from infuse.settings import Settings
 
-KINDS = ("rope", "qk_norm_rope", "rope_cache_write")
+# Where an operator's arguments say that pairs are neighbours.
+_INTERLEAVED = {"rope": 3, "qk_norm_rope": 10, "rope_cache_write": 16}
+KINDS = tuple(_INTERLEAVED)
 
 
 def place_rotary(
@@ -26,15 +29,13 @@ def place_rotary(
         return Placement("default", "kernel")
     if not reason and kind == "rope_cache_write":
         # Nothing is measured: a decomposition would be several kernels, of which each writes what the next one reads.
-        problem = _problem(kind, args)
-        if problem is not None and heuristics.cache_write_runs_well(problem):
+        if heuristics.cache_write_runs_well(_problem(kind, args)):
             return Placement("default", "kernel")
         reason = "Inductor's kernels are as fast for so many rows"
     elif not reason and max_autotune:
         return Placement("default", "kernel or decomposition, measured")
     elif not reason:
-        problem = _problem(kind, args)
-        if problem is not None and heuristics.runs_well(problem):
+        if heuristics.runs_well(_problem(kind, args)):
             return Placement("default", "kernel, unless its neighbours would lose more by it")
         reason = "Inductor fuses it with its neighbours"
     if kind != "rope":
@@ -49,7 +50,7 @@ def _cannot_run(kind: str, x: Tensor, args: Sequence[object], training: bool, se
         return "kernels are off"
     if reason := library.missing(x.device):
         return reason
-    if training:
+    if training and kind != "rope":
         return "no backward kernel"
     if kind == "rope_cache_write":
         return rope_cache_write.can_run(*args)  # type: ignore[arg-type]
@@ -60,11 +61,10 @@ def _cannot_run(kind: str, x: Tensor, args: Sequence[object], training: bool, se
     return rope_kernels.can_rotate(x, cos, sin)
 
 
-def _problem(kind: str, args: Sequence[object]) -> heuristics.Problem | None:
-    """None where a size is symbolic."""
-    x = args[0]
+def _problem(kind: str, args: Sequence[object]) -> heuristics.Problem:
+    """Symbolic sizes count as 1: where it matters the lowering asks again, with their example values."""
+    x, interleaved = args[0], args[_INTERLEAVED[kind]]
     assert isinstance(x, Tensor)
-    if not all(isinstance(size, int) for size in x.shape) or x.numel() == 0:
-        return None
+    *leading, row_size = (size if isinstance(size, int) else 1 for size in x.shape)
     has_norm = kind == "qk_norm_rope" or (kind == "rope_cache_write" and args[13] is not None)
-    return heuristics.Problem(x.numel() // x.shape[-1], x.shape[-1], x.dtype.itemsize, has_norm)
+    return heuristics.Problem(math.prod(leading), row_size, x.dtype.itemsize, bool(interleaved), has_norm)

@@ -120,10 +120,10 @@ def can_run(
         reason = rope_kernels.can_rotate(x, cos, sin) or rope_kernels.can_normalise(x, weight, cast_before_weight)
         if reason:
             return reason
-        if any(table.dim() > 2 and table.shape[-3] != 1 for table in (cos, sin)):
+        if not all(rope_kernels.is_shared(table, x, 1) for table in (cos, sin)):
             return "no kernel for factors of each head"
     for name, tensor in (("v", v), ("k_cache", k_cache), ("v_cache", v_cache)):
-        if tensor.stride(-1) != 1:
+        if not rope_kernels.has_adjacent_elements(tensor):
             return f"no kernel for {name} with a last dimension of stride {tensor.stride(-1)}"
     return ""
 

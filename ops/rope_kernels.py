@@ -30,28 +30,40 @@ define(
     "Tensor(a!) k_cache, Tensor(b!) v_cache, Tensor(c!) out) -> ()"
 )
 
-_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+# The operators that the kernels serve.
+OPERATORS = ("rope", "rope_bwd", "qk_norm_rope", "rope_cache_write")
+DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 _MAX_DIMS = 4  # of a tensor that is rotated: two besides the heads and the last
 
 
 def can_rotate(x: Tensor, cos: Tensor, sin: Tensor) -> str:
     """Why the kernel cannot rotate x, "" when it can. Reads shapes, strides and dtypes only."""
     for name, tensor in (("x", x), ("cos", cos), ("sin", sin)):
-        if tensor.dtype not in _DTYPES:
+        if tensor.dtype not in DTYPES:
             return f"no kernel for {name} in {tensor.dtype}"
     if x.dim() > _MAX_DIMS:
         return f"no kernel for {x.dim()} dimensions"
-    if x.dim() == _MAX_DIMS and not any(_is_shared(cos, x, dim) and _is_shared(sin, x, dim) for dim in range(3)):
+    if x.dim() == _MAX_DIMS and not any(is_shared(cos, x, dim) and is_shared(sin, x, dim) for dim in range(3)):
         return "no kernel for factors of each head"
-    if isinstance(x.shape[-1], int) and x.shape[-1] > 1 and x.stride(-1) != 1:
-        return f"no kernel for a last dimension of stride {x.stride(-1)}"
-    return ""
+    return "" if has_adjacent_elements(x) else f"no kernel for a last dimension of stride {x.stride(-1)}"
 
 
-def _is_shared(table: Tensor, x: Tensor, dim: int) -> bool:
+# Sizes and strides may be symbolic: nothing is asked of those, so that no guard is added.
+
+
+def is_shared(table: Tensor, x: Tensor, dim: int) -> bool:
     """Whether all of x's rows along a dimension meet the same factors."""
     own = dim - (x.dim() - table.dim())
-    return own < 0 or table.shape[own] == 1 or table.stride(own) == 0
+    return own < 0 or _is_number(table.shape[own], 1) or _is_number(table.stride(own), 0)
+
+
+def has_adjacent_elements(x: Tensor) -> bool:
+    """Whether the elements of a row lie side by side."""
+    return _is_number(x.stride(-1), 1) or _is_number(x.shape[-1], 1)
+
+
+def _is_number(value: object, number: int) -> bool:
+    return isinstance(value, int) and value == number
 
 
 def can_normalise(x: Tensor, weight: Tensor | None, cast_before_weight: bool) -> str:
@@ -62,7 +74,7 @@ def can_normalise(x: Tensor, weight: Tensor | None, cast_before_weight: bool) ->
         return f"no kernel for a weight in {weight.dtype} beside x in {x.dtype}"
     if cast_before_weight and weight.dtype != x.dtype:
         return f"no kernel for a cast before a weight in {weight.dtype}"
-    if isinstance(weight.shape[0], int) and weight.shape[0] > 1 and weight.stride(0) != 1:
+    if not has_adjacent_elements(weight):
         return f"no kernel for a weight of stride {weight.stride(0)}"
     return ""
 

@@ -7,21 +7,22 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True, slots=True)
 class Problem:
-    """rows x row_size elements of itemsize bytes, one row a head; has_norm: each is normalised before."""
+    """rows x row_size elements of itemsize bytes, one row a head. interleaved: pairs are neighbours in a row."""
 
     rows: int
     row_size: int
     itemsize: int
+    interleaved: bool
     has_norm: bool
 
 
 def runs_well(problem: Problem) -> bool:
     """Whether the kernel is taken without a measurement, where it costs the neighbours no fusion.
 
-    With a norm: Inductor makes two kernels of it (benchmarks/results/nvidia-h200/rope.jsonl). A rotation alone is one
-    in any case, which fuses with what is around.
+    With a norm, or pairs of neighbours in a row (benchmarks/results/nvidia-h200/rope.jsonl): Inductor reads such pairs
+    in accesses of two bytes, and a row that is both reduced and turned twice. Halves alone it turns as fast.
     """
-    return problem.has_norm
+    return problem.has_norm or problem.interleaved
 
 
 def cache_write_runs_well(problem: Problem) -> bool:

@@ -131,6 +131,22 @@ def test_rotation_alone_is_measured_or_left_to_inductor(cpu_kernel: list[int]) -
     torch.testing.assert_close(out, function(*args))
 
 
+def test_the_gradient_of_a_rotation_is_the_kernel_too(cpu_kernel: list[int]) -> None:
+    def loss(x: Tensor, matrix: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        y: Tensor = OPS.rope((x @ matrix).view(2, 5, 3, 8).transpose(1, 2), cos, sin, True)
+        return (y @ y.transpose(-1, -2)).sum()
+
+    args = [torch.randn(2, 5, 24, requires_grad=True), torch.randn(24, 24), torch.randn(5, 8), torch.randn(5, 8)]
+    (expected,) = torch.autograd.grad(loss(*args), args[:1])
+    cpu_kernel.clear()
+    torch._dynamo.reset()
+    with infuse.override(kernels="always"):
+        compiled = torch.compile(loss, backend="infuse")
+        got, codes = run_and_get_code(lambda: torch.autograd.grad(compiled(*args), args[:1]))
+    torch.testing.assert_close(got[0], expected, rtol=1e-4, atol=1e-5)
+    assert len(cpu_kernel) == 2 and all(is_kernel(code) for code in codes[-2:])
+
+
 # --- which form the rewrite emits ------------------------------------------------------------------------------------
 
 
@@ -155,8 +171,8 @@ def test_without_kernels_everything_is_a_formula() -> None:
 
 
 @pytest.mark.usefixtures("cpu_kernel")
-def test_kernels_are_for_inference() -> None:
-    assert asked("rope", ROPE, training=True, autotune=True) == "inline"
+def test_norms_and_caches_are_for_inference() -> None:
+    assert asked("rope", ROPE, training=True, autotune=True) == "default"
     for kind, args in (("qk_norm_rope", QK_NORM_ROPE), ("rope_cache_write", CACHE_WRITE)):
         assert asked(kind, args) == "default"
         assert asked(kind, args, training=True) == f"no {kind} kernel: no backward kernel"
@@ -183,6 +199,29 @@ def test_what_the_kernel_does_not_take_is_left_to_its_parts() -> None:
     assert "different dtypes" in asked("rope_cache_write", (q, k, v, more[0].double(), *more[1:]))
 
 
-def test_heuristics_are_about_the_norm() -> None:
-    assert heuristics.runs_well(heuristics.Problem(40, 128, 2, has_norm=True))
-    assert not heuristics.runs_well(heuristics.Problem(40, 128, 2, has_norm=False))
+@pytest.mark.usefixtures("cpu_kernel")
+def test_symbolic_sizes_add_no_guards() -> None:
+    placed: list[str] = []
+
+    def function(q: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        y: Tensor = OPS.rope(q, cos, sin)
+        return y
+
+    def backend(module: torch.fx.GraphModule, inputs: list[Any]) -> Any:
+        tensors = [node.meta["example_value"] for node in module.graph.nodes if node.op == "placeholder"]
+        tensors = [tensor for tensor in tensors if isinstance(tensor, Tensor)]
+        shapes = torch._guards.TracingContext.get().fake_mode.shape_env
+        before = len(shapes.guards)
+        placed.append(asked("rope", (*tensors, *FLAGS), autotune=True))
+        assert len(shapes.guards) == before
+        return module.forward
+
+    torch._dynamo.reset()
+    torch.compile(function, backend=backend, dynamic=True)(*ROPE[:3])
+    assert placed == ["default"]
+
+
+def test_heuristics_are_about_norms_and_neighbours() -> None:
+    assert heuristics.runs_well(heuristics.Problem(40, 128, 2, interleaved=False, has_norm=True))
+    assert heuristics.runs_well(heuristics.Problem(40, 128, 2, interleaved=True, has_norm=False))
+    assert not heuristics.runs_well(heuristics.Problem(40, 128, 2, interleaved=False, has_norm=False))
