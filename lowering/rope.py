@@ -86,7 +86,7 @@ def choose(
         return take(FORMULA, declined)
     if inductor.settings_in_effect().kernels == "always":
         return take("kernel_-1", "kernels are always taken")
-    lost = inductor.neighbours(x, inductor.current_node()).passes
+    lost = inductor.neighbours([x], inductor.current_node()).passes
     if not inductor.max_autotune():
         if lost == 0 and heuristics.runs_well(problem):
             return take("kernel_-1", "heuristic")
