@@ -49,7 +49,7 @@ def match(view: CanonicalGraph, anchor: Node) -> Finding | None:
     if isinstance(mask, Unfit):
         return refuse(anchor, mask.reason, mask.remedy)
     causal = bool(call["is_causal"]) and call["key_padding_mask"] is None and not _needs_weights(call)
-    head_dim = query[-1] // call["num_heads"]
+    head_dim = call["embed_dim"] // call["num_heads"]
     rounds = _needs_weights(call) and view.dtype(root) in _HALF
     q, k, v = _projections(view, call)
     k, v = _appended(view, call, k, call["bias_k"]), _appended(view, call, v, call["bias_v"])
@@ -87,8 +87,9 @@ def _unfit(view: CanonicalGraph, anchor: Node, call: Call, readers: list[Node], 
     for name, reason in _FEATURES.items():
         if call[name] is not None:
             return refuse(anchor, reason, "leave it off: projections are part of the call")
-    shape = view.shape(call["query"])
-    if len(shape) not in (2, 3) or type(shape[-1]) is not int or type(call["num_heads"]) is not int:
+    # torch has checked that it is the query's.
+    size = call["embed_dim"]
+    if len(view.shape(call["query"])) not in (2, 3) or type(size) is not int or type(call["num_heads"]) is not int:
         return refuse(anchor, "the embedding's size is not known", "compile with a static embedding size")
     dtypes = {view.dtype(node) for node in (call["query"], call["key"], call["value"], outputs[0])}
     if len(dtypes) != 1:
@@ -151,7 +152,7 @@ def _mask(view: CanonicalGraph, call: Call, scores: Dims, num_appended: int) -> 
 def _projections(view: CanonicalGraph, call: Call) -> list[object]:
     """q, k and v [..., E], with as few linears as torch makes of them."""
     query, key, value, bias = (call[name] for name in ("query", "key", "value", "in_proj_bias"))
-    size = view.shape(query)[-1]
+    size = call["embed_dim"]
 
     def part(tensor: object, first: int, count: int = 1, dim: int = 0) -> object:
         return None if tensor is None else Make(torch.narrow, (tensor, dim, first * size, count * size))

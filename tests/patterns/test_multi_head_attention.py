@@ -158,3 +158,17 @@ def test_what_the_operator_has_not_is_refused(function: Any, options: dict[str, 
     captured = capture(lambda x: function(made, x), torch.randn(LENGTH, BATCH, EMBED))
     assert captured.counts == {}
     assert word in captured.refusals[0]
+
+
+@pytest.mark.parametrize("training", [False, True])
+def test_an_embedding_whose_size_is_a_symbol_is_the_modules(training: bool) -> None:
+    """An input of the graph, with dynamic=True: only the module knows the size, by which torch checks it."""
+    made = module(torch.float32, training)
+    captured = capture(
+        lambda x: made(x, x, x, need_weights=False)[0],
+        torch.randn(LENGTH, BATCH, EMBED),
+        dynamic=True,
+        training=training,
+    )
+    assert captured.counts == {"attention": 1}
+    assert_same_results(captured, training)
