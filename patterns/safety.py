@@ -70,7 +70,8 @@ class Effects:
     def check(self, site: Site) -> Refusal | None:
         """A refusal if the operator cannot stand before `site.before`."""
         position = self.view.index[site.before]
-        if any(self.state[node] != self.state[site.before] for node in site.interior):
+        switches = [self.state[node].switches for node in (site.before, *site.interior)]
+        if any(item != switches[0] for item in switches):
             return Refusal(
                 site.kind,
                 site.outputs[0],
@@ -94,8 +95,7 @@ class Effects:
 
     def autocast(self, node: Node) -> tuple[Node, ...]:
         """The nodes that entered the autocast regions around a node, outermost first."""
-        regions, *_ = self.state[node]
-        return regions if isinstance(regions, tuple) else ()
+        return self.state[node].regions
 
     def conflicting_write(self, interior: tuple[Node, ...], position: int) -> Write | None:
         """A write to what `interior` reads or makes, between its reading there and its reading at `position`."""
@@ -202,20 +202,49 @@ def _in_place_parameter(target: Callable[..., Any]) -> int | None:
     return names.index("inplace") if "inplace" in names else None
 
 
-def _states(view: CanonicalGraph, ambient_grad: bool) -> dict[Node, tuple[object, ...]]:
-    """For each node what is switched on there: the autocast regions it lies in, grad mode, other switches passed."""
-    autocast: tuple[Node, ...] = ()
+@dataclass(frozen=True, slots=True)
+class State:
+    """What is in force at a node. regions: the nodes that entered the autocast regions around it, outermost first.
+
+    switches: the dtypes that autocast casts to by device, grad mode, how many other switches came before. Two nodes
+    with equal ones compute the same, also where a region lies between them that changes nothing.
+    """
+
+    regions: tuple[Node, ...]
+    switches: tuple[object, ...]
+
+
+def _states(view: CanonicalGraph, ambient_grad: bool) -> dict[Node, State]:
+    """The state at each node. Around the graph autocast is as it is now, since Dynamo restores it for a backend."""
+    regions: tuple[Node, ...] = ()
+    dtypes: dict[str, object] = {}
     grad, others = ambient_grad, 0
-    states: dict[Node, tuple[object, ...]] = {}
+    states: dict[Node, State] = {}
     for node in view.nodes:
         name = getattr(node.target, "__name__", "") if node.op == "call_function" else ""
         if name == "_enter_autocast":
-            autocast = (*autocast, node)
+            regions = (*regions, node)
+            dtypes = _autocast_dtypes(regions)
         elif name == "_exit_autocast":
-            autocast = tuple(region for region in autocast if region is not node.args[0])
+            regions = tuple(region for region in regions if region is not node.args[0])
+            dtypes = _autocast_dtypes(regions)
         elif name == "_set_grad_enabled" and isinstance(node.args[0], bool):
             grad = node.args[0]
         elif name in _OTHER_SWITCHES:
             others += 1
-        states[node] = (autocast, grad, others)
+        states[node] = State(regions, (tuple(sorted(dtypes.items(), key=str)), grad, others))
     return states
+
+
+def _autocast_dtypes(regions: tuple[Node, ...]) -> dict[str, object]:
+    """The dtype that each region's device casts to, None where autocast is off, for devices that change from around."""
+    dtypes: dict[str, object] = {}
+    for region in regions:
+        device, dtype, enabled, *_ = region.args
+        dtypes[str(device)] = (dtype or torch.get_autocast_dtype(str(device))) if enabled else None
+    return {device: dtype for device, dtype in dtypes.items() if dtype != _ambient_autocast(device)}
+
+
+def _ambient_autocast(device: str) -> torch.dtype | None:
+    """The dtype that autocast casts to around the graph, None where it is off."""
+    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None

@@ -19,6 +19,10 @@ FILES = (
     "blocks",
     "published",
     "caches_and_own",
+    "image_models",
+    "language_models",
+    "speech_and_science",
+    "unusual_spellings",
 )
 
 

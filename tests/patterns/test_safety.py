@@ -229,6 +229,53 @@ def test_autocast_switch_between_the_operations_is_refused(place: str) -> None:
         assert captured.counts == {"rms_norm": 1}
 
 
+def weighted_outside(x: Tensor, w: Tensor) -> Tensor:
+    """The norm without autocast, its weight after that."""
+    with torch.autocast("cpu", enabled=False):
+        h = x.float()
+        h = (h * torch.rsqrt(h.pow(2).mean(-1, keepdim=True) + 1e-6)).to(x.dtype)
+    return w * h
+
+
+def test_a_region_that_changes_nothing_does_not_separate() -> None:
+    captured = capture(weighted_outside, torch.randn(4, D), torch.randn(D))
+    assert captured.counts == {"rms_norm": 1}
+    assert_same_results(captured)
+
+
+def test_a_second_region_of_the_same_dtype_does_not_separate() -> None:
+    def attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            p = torch.softmax(q @ k.mT, -1)
+            with torch.autocast("cpu"):
+                return p @ v
+
+    q = torch.randn(2, 2, 4, D)
+    captured = capture(attention, q, q + 1, q + 2)
+    assert captured.counts == {"attention": 1}
+    assert_same_results(captured)
+
+
+@pytest.mark.parametrize("dtype", [None, torch.float16])
+def test_a_region_inside_of_another_separates(dtype: torch.dtype | None) -> None:
+    def norm(x: Tensor) -> Tensor:
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            r = torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + 1e-6)
+            with torch.autocast("cpu", dtype=dtype, enabled=dtype is not None):
+                return x * r
+
+    captured = capture(norm, torch.randn(4, D))
+    assert captured.counts == {}
+    assert "autocast or grad mode switch" in captured.refusals[0]
+
+
+def test_autocast_around_the_graph_counts() -> None:
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        captured = capture(weighted_outside, torch.randn(4, D), torch.randn(D))
+    assert captured.counts == {}
+    assert "autocast or grad mode switch" in captured.refusals[0]
+
+
 def test_implicit_cast_by_autocast_is_made_explicit() -> None:
     def attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         with torch.autocast("cpu", dtype=torch.bfloat16):
