@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 
 from torch.fx import Node
 
-from infuse.patterns import chunked, contractions
+from infuse.patterns import chunked, contractions, score_masks
 from infuse.patterns.attention import Reading, assemble, refuse
 from infuse.patterns.attention_operands import Operand, Roles
 from infuse.patterns.axes import Axes, Axis, flat, fresh, leaves, resolved
@@ -119,7 +119,7 @@ def _reading(view: CanonicalGraph, scores: Scores, product: _Product, output: Ou
         scale=scores.scale,
         softcap=scores.softcap,
         sinks=scores.sinks,
-        masks=scores.masks,
+        masks=score_masks.emptied(scores.masks) if output.emptied else scores.masks,
         by=scores.by,
         zero_rows=output.zero_rows or scores.sinks is not None,
         dropout_p=output.dropout_p,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, replace
 
 from torch.fx import Node
@@ -13,7 +14,7 @@ from infuse.patterns.axes import Axes, Dims, flat, leaves, permuted, regroup, re
 from infuse.patterns.canonical import CanonicalGraph
 from infuse.patterns.contractions import PRODUCTS
 from infuse.patterns.scales import constant
-from infuse.patterns.score_masks import Filled
+from infuse.patterns.score_masks import Added, Filled, emptying, never_below
 from infuse.patterns.score_steps import Scores
 from infuse.patterns.sites import Refusal
 from infuse.patterns.sizes import same_size
@@ -25,7 +26,8 @@ _THROUGH = ("alias", "cast", "dropout", "permute", "reshape", "slice", "where", 
 class Output:
     """The product with v, and what happened to the probabilities before.
 
-    root: the node that the operator replaces, a view of the product. values: the axes of v's last dimension.
+    root: the node that the operator replaces, a view of the product. values: the axes of v's last dimension. zero_rows:
+    whether a row that is masked whole gives zeros; emptied: because that is where the last mask overwrote the scores.
     """
 
     product: Node
@@ -36,6 +38,7 @@ class Output:
     trail: tuple[Node, ...]
     dropout_p: object = 0.0
     zero_rows: bool = False
+    emptied: bool = False
     words: tuple[str, ...] = ()
 
 
@@ -49,6 +52,7 @@ class _Weights:
     trail: tuple[Node, ...] = ()
     dropout_p: object = 0.0
     zero_rows: bool = False
+    emptied: bool = False
     sliced: bool = False
     words: tuple[str, ...] = ()
 
@@ -144,15 +148,29 @@ def _safe(view: CanonicalGraph, weights: _Weights, reader: Node, scores: Scores)
     assert call is not None
     zeroed = replace(weights.past(reader), zero_rows=True, words=(*weights.words, "zeros where all is masked"))
     if call.name == "nan_to_num":
-        return zeroed if call["nan"] in (None, 0, 0.0) and call["input"] is weights.node else None
+        zeroes = call["nan"] in (None, 0, 0.0) and call["input"] is weights.node
+        return _without_infinities(view, weights, reader, scores, zeroed) if zeroes else None
     condition, where = _zeroing(view, reader, weights.node)
     if condition is None:
         return None
     if masked_rows.test_of_scores(view, condition, where, weights.scores) is not None:
-        return zeroed
-    if len(scores.masks) != 1 or not isinstance(scores.masks[0], Filled):
+        return _without_infinities(view, weights, reader, scores, zeroed)
+    last = emptying(view, scores.masks)
+    if last is None or not masked_rows.is_test_of_mask(view, condition, where, last):
         return None
-    return zeroed if masked_rows.is_test_of_mask(view, condition, where, scores.masks[0]) else None
+    return replace(zeroed, emptied=True)
+
+
+def _without_infinities(
+    view: CanonicalGraph, weights: _Weights, reader: Node, scores: Scores, zeroed: _Weights
+) -> _Weights | None:
+    """Zeros for a row of -inf: those of a row that is masked whole, or none at all where finite numbers mask it."""
+    numbers = {term.value for term in scores.masks if isinstance(term, Filled)}
+    if scores.floor is None and numbers <= {-math.inf}:
+        return zeroed
+    added = [term for term in scores.masks if isinstance(term, Added)]
+    finite = -math.inf not in numbers and all(never_below(view, term.value, -math.inf) for term in added)
+    return weights.past(reader) if scores.floor is not None or finite else None
 
 
 def _zeroing(view: CanonicalGraph, reader: Node, weights: Node) -> tuple[object, bool]:
@@ -205,6 +223,7 @@ def _values(view: CanonicalGraph, softmax: Node, weights: _Weights, reader: Node
         (*weights.trail, reader, *trail),
         weights.dropout_p,
         weights.zero_rows,
+        weights.emptied,
         weights.words,
     )
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch.fx import Node
@@ -113,6 +113,26 @@ def build(
         total = functools.reduce(_add, [placed[id(term)] for term in added])
         return Mask(_cast(total, view, added, mask_dtype), "zeros" if zero_rows else _rows_of(view, added, trains))
     return _mixed(view, terms, placed, mask_dtype, zero_rows, trains)
+
+
+def emptying(view: CanonicalGraph, terms: Sequence[Term]) -> Filled | None:
+    """The term that is applied last, if zeros for what it overwrites are the same as -inf there and empty rows of 0.
+
+    That is so if its number lies below all scores that it leaves, but for -inf.
+    """
+    if not terms or not isinstance(terms[0], Filled):
+        return None
+    last, rest = terms[0], terms[1:]
+    moderate = all(isinstance(term, Added) and never_below(view, term.value, LOW) for term in rest)
+    absorbs = -math.inf < last.value <= ABSORBING
+    lower = all(isinstance(term, Added) or term.value == -math.inf for term in rest)
+    return last if moderate or (absorbs and lower) else None
+
+
+def emptied(terms: tuple[Term, ...]) -> tuple[Term, ...]:
+    """The same terms, the last applied with -inf where others could leave a weight beside its number."""
+    last = terms[0]
+    return (replace(last, value=-math.inf), *terms[1:]) if isinstance(last, Filled) and len(terms) > 1 else terms
 
 
 def _rows_of(view: CanonicalGraph, added: Sequence[Added], trains: bool) -> str:

@@ -166,6 +166,84 @@ def test_safe_softmax_gives_zeros(function: Function) -> None:
         assert_same_results(captured)
 
 
+def finite_and_nan_to_num(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
+    return torch.softmax((q @ k.mT).masked_fill(~mask, -1e9), -1).nan_to_num(0.0) @ v
+
+
+def lowest_and_a_test_of_the_scores(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
+    scores = (q @ k.mT).masked_fill(~mask, torch.finfo(q.dtype).min)
+    return torch.where((scores == float("-inf")).all(-1, keepdim=True), 0.0, torch.softmax(scores, -1)) @ v
+
+
+def raised_and_nan_to_num(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
+    scores = (q @ k.mT).masked_fill(~mask, float("-inf")).clamp(min=torch.finfo(q.dtype).min)
+    return torch.softmax(scores, -1).nan_to_num(0.0) @ v
+
+
+@pytest.mark.parametrize("function", [finite_and_nan_to_num, lowest_and_a_test_of_the_scores, raised_and_nan_to_num])
+def test_zeros_for_infinite_rows_leave_finite_ones(function: Function) -> None:
+    mask = torch.ones(B, 1, S, T, dtype=torch.bool)
+    mask[0, :, 2], mask[..., 3] = False, False
+    for captured in both(function, *tensors(), mask, training=False, dynamic=False):
+        assert captured.operators()[0].args[8] == "mean"
+        assert_same_results(captured)
+
+
+def content_and_position(q: Tensor, k: Tensor, p: Tensor) -> Tensor:
+    """Conformer's scores."""
+    return (q @ k.mT + q @ p.mT) * 0.3
+
+
+def masked_again_low(q: Tensor, k: Tensor, v: Tensor, p: Tensor, mask: Tensor) -> Tensor:
+    scores = content_and_position(q, k, p).masked_fill(~mask, -1e4)
+    return torch.softmax(scores, -1).masked_fill(~mask, 0.0) @ v
+
+
+def masked_again_lowest(q: Tensor, k: Tensor, v: Tensor, p: Tensor, mask: Tensor) -> Tensor:
+    scores = content_and_position(q, k, p).masked_fill(~mask, torch.finfo(q.dtype).min)
+    return torch.softmax(scores, -1).masked_fill(~mask, 0.0) @ v
+
+
+def masked_again_infinite(q: Tensor, k: Tensor, v: Tensor, p: Tensor, mask: Tensor) -> Tensor:
+    scores = content_and_position(q, k, p).masked_fill(~mask, -torch.inf)
+    return torch.softmax(scores, -1).masked_fill(~mask, 0.0) @ v
+
+
+@pytest.mark.parametrize(("dtype", "training", "dynamic"), MODES)
+@pytest.mark.parametrize("function", [masked_again_low, masked_again_lowest, masked_again_infinite])
+def test_masked_again_beside_a_bias(function: Function, dtype: torch.dtype, training: bool, dynamic: bool) -> None:
+    q, k, v = tensors(dtype, training)
+    mask = torch.ones(B, 1, S, T, dtype=torch.bool)
+    mask[..., 3] = False
+    if function is not masked_again_infinite:
+        mask[0, :, 2] = False  # Beyond that, -inf gives NaN gradients.
+    inputs = (q, k, v, torch.randn_like(k).requires_grad_(training), mask)
+    captured = capture(function, *inputs, training=training, dynamic=dynamic)
+    assert captured.refusals == []
+    assert captured.operators()[0].args[8] == "zeros"
+    assert_same_results(captured, training)
+
+
+def masked_again_above_infinity(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, bias: Tensor) -> Tensor:
+    # A row of -inf in the bias is NaN, and only where the mask is not.
+    scores = (q @ k.mT + bias).masked_fill(~mask, float("-inf"))
+    return torch.softmax(scores, -1).masked_fill(~mask, 0.0) @ v
+
+
+def masked_again_above_lower(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, bias: Tensor) -> Tensor:
+    # Beside a bias of -1e9 it is the overwritten keys that get the weight, and lose it.
+    scores = (q @ k.mT + bias).masked_fill(~mask, -1e4)
+    return torch.softmax(scores, -1).masked_fill(~mask, 0.0) @ v
+
+
+@pytest.mark.parametrize("function", [masked_again_above_infinity, masked_again_above_lower])
+def test_masked_again_beside_an_unknown_bias_is_refused(function: Function) -> None:
+    mask = torch.ones(B, 1, S, T, dtype=torch.bool).tril(1)
+    captured = capture(function, *tensors(), mask, torch.zeros(S, T))
+    assert captured.counts == {}
+    assert captured.refusals
+
+
 def written_out(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     scores = q @ k.mT * 0.3
     weights = torch.exp(scores - scores.amax(dim=-1, keepdim=True))
