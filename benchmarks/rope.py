@@ -292,11 +292,10 @@ def cases(device: Device, quick: bool) -> Iterator[Case]:
     yield with_norm(large, dtype, kernels=on_gpu)
     yield alone(large, dtype, kernels=on_gpu)
     yield interleaved(large, dtype, kernels=on_gpu)
-    for shape in [Shape(2, 1, 4, 2, 32)] if quick else DECODE:
-        yield with_norm(shape, dtype, kernels=on_gpu)
-        yield into_cache(shape, 64 if quick else 2048, dtype, kernels=on_gpu)
-    for shape in [] if quick else PREFILL:
-        yield into_cache(shape, 8192, dtype, kernels=on_gpu)
+    decode = (Shape(2, 1, 4, 2, 32),) if quick else DECODE
+    yield with_norm(decode[0], dtype, kernels=on_gpu)
+    for shape in decode if quick else (*DECODE, *PREFILL):
+        yield into_cache(shape, 64 if quick else 8192, dtype, kernels=on_gpu)
 
 
 if __name__ == "__main__":

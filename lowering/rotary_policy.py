@@ -32,10 +32,11 @@ def place_rotary(
         if heuristics.cache_write_runs_well(_problem(kind, args)):
             return Placement("default", "kernel")
         reason = "Inductor's kernels are as fast for so many rows"
-    elif not reason and max_autotune:
-        return Placement("default", "kernel or decomposition, measured")
     elif not reason:
-        if heuristics.runs_well(_problem(kind, args)):
+        problem = _problem(kind, args)
+        if max_autotune and heuristics.is_large(problem):
+            return Placement("default", "kernel or decomposition, measured")
+        if heuristics.runs_well(problem):
             return Placement("default", "kernel, unless its neighbours would lose more by it")
         reason = "Inductor fuses it with its neighbours"
     if kind != "rope":
@@ -62,7 +63,7 @@ def _cannot_run(kind: str, x: Tensor, args: Sequence[object], training: bool, se
 
 
 def _problem(kind: str, args: Sequence[object]) -> heuristics.Problem:
-    """Symbolic sizes count as 1: where it matters the lowering asks again, with their example values."""
+    """Symbolic sizes count as 1, as in decoding."""
     x, interleaved = args[0], args[_INTERLEAVED[kind]]
     assert isinstance(x, Tensor)
     *leading, row_size = (size if isinstance(size, int) else 1 for size in x.shape)

@@ -19,13 +19,18 @@ Formula = Callable[..., Any]
 
 
 def register_composite(
-    name: str, arguments: str, returns: str, *, formula: Formula, inline: Formula, parts: Formula
+    name: str, arguments: str, returns: str, *, formula: Formula, inline: Formula, parts: Formula, like_x: bool = False
 ) -> None:
     """Defines the three overloads. The formulas take the operator's arguments, lists of tensors among them, and return
     a tensor or a list of them.
+
+    like_x: the result's dimensions lie in memory in the order of the first argument's, instead of contiguously.
     """
 
     def implementation(*args: Any) -> Any:
+        if like_x:
+            result = formula(*args)
+            return torch.empty_like(args[0], dtype=result.dtype).copy_(result)
         return pytree.tree_map_only(Tensor, lambda result: result.contiguous(), formula(*args))
 
     register(name, arguments, returns, implementation=implementation, fake=implementation)

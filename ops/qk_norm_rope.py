@@ -2,7 +2,8 @@
 
     y = rope(norm(x), cos, sin)
 
-Shapes: x, y [..., D], the heads' dimensions in any order; cos, sin as in infuse.ops.rope; weight, bias [D] or None.
+Shapes: x, y [..., D], the heads' dimensions in any order; y is dense, in the memory order of x; cos, sin as
+in infuse.ops.rope; weight, bias [D] or None.
 centered: LayerNorm, which subtracts the mean, instead of RMSNorm. A bias goes with it, eps_as_minimum with RMSNorm.
 Both parts round as infuse.ops.rms_norm, layer_norm and rope do.
 """
@@ -86,8 +87,9 @@ def can_run(
 def _cuda(x: Tensor, cos: Tensor, sin: Tensor, weight: Tensor | None, *rest: Any) -> Tensor:
     _, eps, _, weight_offset, cast_before_weight, _, *flags = rest
     if library.missing(x.device) or can_run(x, cos, sin, weight, *rest):
-        return qk_norm_rope_ref(x, cos, sin, weight, *rest).contiguous()
-    y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+        result = qk_norm_rope_ref(x, cos, sin, weight, *rest)
+        return torch.empty_like(x, dtype=result.dtype).copy_(result)
+    y = torch.empty_like(x)
     norm = (eps, weight_offset, cast_before_weight)
     torch.ops.infuse.rope_out(x, None, cos, sin, weight, None, *norm, *flags, False, -1, y, None)
     return y
@@ -101,5 +103,6 @@ register_composite(
     formula=qk_norm_rope_ref,
     inline=qk_norm_rope_ref,
     parts=_formula(torch.ops.infuse.rms_norm, torch.ops.infuse.layer_norm, torch.ops.infuse.rope),
+    like_x=True,
 )
 implement("qk_norm_rope", _cuda, "CUDA")

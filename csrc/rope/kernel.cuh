@@ -30,6 +30,10 @@ struct Traits {
   static constexpr Arithmetic kArithmetic = kArithmetic_;
   static constexpr int kHeads = kHeads_;
   static constexpr bool kNorm = kNorm_;
+  // Registers for as many CTAs at once as there can be without spills. With no bound the compiler widens all heads to
+  // fp32 at once.
+  static constexpr int kMinCtas = kArithmetic == Arithmetic::kRounded ? (kHeads == 1 ? 8 : kHeads == 2 ? 6 : 4)
+                                                                      : (kHeads == 1 ? 5 : kHeads == 2 ? 4 : 3);
 };
 
 // The two vectors of a lane, as offsets in a row.
@@ -57,61 +61,70 @@ __device__ __forceinline__ Slot slot_of_lane(const Params& params, const Part& p
   return slot;
 }
 
-// kElems factors from one address on, `step` apart.
+// kElems factors of each table, from `first` on in the row of cos and from `first_of_sin` on in that of sin.
 template <typename Factor, int kElems>
-__device__ __forceinline__ Vec<Factor, kElems> load_factors(const Params& params, const Factor* row, std::int64_t first,
-                                                            std::int64_t step, bool valid) {
-  if (params.table_vectors) return load<Reuse::kShared, Factor, kElems>(row + first, valid);
-  float values[kElems];
+__device__ __forceinline__ void load_factors(const Params& params, const Factor* cos_row, const Factor* sin_row,
+                                             std::uint32_t first, std::uint32_t first_of_sin, bool valid,
+                                             Vec<Factor, kElems>& cos, Vec<Factor, kElems>& sin) {
+  if (!params.zipped_tables) {
+    cos = load<Reuse::kShared, Factor, kElems>(cos_row + first, valid);
+    sin = load<Reuse::kShared, Factor, kElems>(sin_row + first_of_sin, valid);
+    return;
+  }
+  float both[2 * kElems], cos_values[kElems], sin_values[kElems];
+  unpack(load<Reuse::kShared, Factor, 2 * kElems>(cos_row + 2 * first, valid), both);
 #pragma unroll
   for (int i = 0; i < kElems; ++i) {
-    const Vec<Factor, 1> one = load<Reuse::kShared, Factor, 1>(row + (first + i) * step, valid);
-    float value[1];
-    unpack(one, value);
-    values[i] = value[0];
+    cos_values[i] = both[2 * i];
+    sin_values[i] = both[2 * i + 1];
   }
+  cos = pack<Factor>(cos_values);
+  sin = pack<Factor>(sin_values);
+}
+
+// Each of kElems / 2 factors twice.
+template <typename Factor, int kElems>
+__device__ __forceinline__ Vec<Factor, kElems> doubled(const Vec<Factor, kElems / 2>& factors) {
+  float pairs[kElems / 2], values[kElems];
+  unpack(factors, pairs);
+#pragma unroll
+  for (int i = 0; i < kElems; ++i) values[i] = pairs[i / 2];
   return pack<Factor>(values);
 }
 
-// The factors of a lane's two vectors, one for each element, in the order in which the elements need them.
+// The factors of a lane's two vectors, one for each element, sin with the signs of the rotation: the first element of a
+// pair gets minus its partner.
 template <typename Factor, int kElems>
-__device__ __forceinline__ void load_table(const Params& params, const Table& table, Place place, const Slot& slot,
-                                           bool swapped, Vec<Factor, kElems> (&factors)[2]) {
-  const Factor* row = static_cast<const Factor*>(table.data) + place.outer * table.outer_stride +
-                      place.inner * table.inner_stride;
+__device__ __forceinline__ void load_tables(const Params& params, const Part& part, Place place, const Slot& slot,
+                                            Vec<Factor, kElems> (&cos)[2], Vec<Factor, kElems> (&sin)[2]) {
+  const Factor* cos_row = static_cast<const Factor*>(part.cos.data) + place.outer * part.cos.outer_stride +
+                          place.inner * part.cos.inner_stride;
+  const Factor* sin_row = static_cast<const Factor*>(part.sin.data) + place.outer * part.sin.outer_stride +
+                          place.inner * part.sin.inner_stride;
   const bool valid = slot.rotates && slot.valid[0];
   if (params.per_pair && params.interleaved) {
 #pragma unroll
-    for (int i = 0; i < 2; ++i) {
-      const auto half = load_factors<Factor, kElems / 2>(params, row, slot.offset[i] / 2, table.step, valid);
-      float pairs[kElems / 2], values[kElems];
-      unpack(half, pairs);
-#pragma unroll
-      for (int j = 0; j < kElems; ++j) values[j] = pairs[j / 2];
-      factors[i] = pack<Factor>(values);
+    for (int v = 0; v < 2; ++v) {
+      const std::uint32_t first = slot.offset[v] / 2;
+      Vec<Factor, kElems / 2> half_cos, half_sin;
+      load_factors(params, cos_row, sin_row, first, first, valid, half_cos, half_sin);
+      cos[v] = doubled<Factor, kElems>(half_cos);
+      sin[v] = doubled<Factor, kElems>(half_sin);
     }
-    return;
+  } else if (params.per_pair) {
+    load_factors(params, cos_row, sin_row, slot.offset[0], slot.offset[0], valid, cos[0], sin[0]);
+    cos[1] = cos[0];
+    sin[1] = sin[0];
+  } else {
+    const bool crosswise = params.sin_of_partner && !params.interleaved;
+    const std::uint32_t firsts[2] = {crosswise ? slot.offset[1] : slot.offset[0],
+                                     crosswise ? slot.offset[0] : slot.offset[1]};
+#pragma unroll
+    for (int v = 0; v < 2; ++v) {
+      load_factors(params, cos_row, sin_row, slot.offset[v], firsts[v], valid, cos[v], sin[v]);
+      if (params.sin_of_partner && params.interleaved) sin[v] = swap_neighbours(sin[v]);
+    }
   }
-  const bool crosswise = swapped && !params.interleaved && !params.per_pair;
-  const std::uint32_t first = crosswise ? slot.offset[1] : slot.offset[0];
-  factors[0] = load_factors<Factor, kElems>(params, row, first, table.step, valid);
-  if (params.per_pair) {
-    factors[1] = factors[0];
-    return;
-  }
-  const std::uint32_t second = crosswise ? slot.offset[0] : slot.offset[1];
-  factors[1] = load_factors<Factor, kElems>(params, row, second, table.step, valid);
-  if (swapped && params.interleaved) {
-    factors[0] = swap_neighbours(factors[0]);
-    factors[1] = swap_neighbours(factors[1]);
-  }
-}
-
-// sin with the signs of the rotation: the first element of a pair gets minus its partner.
-template <typename Factor, int kElems>
-__device__ __forceinline__ void load_signed_sin(const Params& params, const Part& part, Place place, const Slot& slot,
-                                                Vec<Factor, kElems> (&sin)[2]) {
-  load_table(params, part.sin, place, slot, params.sin_of_partner, sin);
   flip_signs(sin[0], !params.inverse, params.interleaved == params.inverse);
   flip_signs(sin[1], params.interleaved != params.inverse, params.inverse);
 }
@@ -130,11 +143,11 @@ __device__ __forceinline__ float sum_of_squares(const Vec<X, kElems> (&x)[2]) {
 }
 
 // y = n * cos + rotate(n) * sin of the lane's two vectors; sin has the signs.
-template <Arithmetic kArithmetic, typename X, typename Factor, int kElems>
-__device__ __forceinline__ void rotate(const Params& params, const Vec<Factor, kElems> (&cos)[2],
-                                       const Vec<Factor, kElems> (&sin)[2], Vec<X, kElems> (&n)[2]) {
-  const Vec<X, kElems> partner[2] = {params.interleaved ? swap_neighbours(n[0]) : n[1],
-                                     params.interleaved ? swap_neighbours(n[1]) : n[0]};
+template <Arithmetic kArithmetic, bool kInterleaved, typename X, typename Factor, int kElems>
+__device__ __forceinline__ void rotate(const Vec<Factor, kElems> (&cos)[2], const Vec<Factor, kElems> (&sin)[2],
+                                       Vec<X, kElems> (&n)[2]) {
+  const Vec<X, kElems> partner[2] = {kInterleaved ? swap_neighbours(n[0]) : n[1],
+                                     kInterleaved ? swap_neighbours(n[1]) : n[0]};
 #pragma unroll
   for (int v = 0; v < 2; ++v) {
     if constexpr (kArithmetic == Arithmetic::kRounded) {
@@ -152,8 +165,79 @@ __device__ __forceinline__ void rotate(const Params& params, const Vec<Factor, k
   }
 }
 
+// A lane's vectors of kHeads neighbouring heads. The branches of its functions are the same for all heads, and stand
+// outside of the loops over them, so that the heads' instructions mix.
 template <typename Traits>
-__global__ __launch_bounds__(kMaxThreads) void rope_kernel(const __grid_constant__ Params params) {
+struct Heads {
+  using X = typename Traits::X;
+  static constexpr int kVecElems = Traits::kVecElems;
+  static constexpr int kHeads = Traits::kHeads;
+  Vec<X, kVecElems> x[kHeads][2];
+
+  // heads: how many there are, from `row` on.
+  __device__ __forceinline__ void load(const X* row, std::int64_t stride, const Slot& slot, std::uint32_t heads) {
+#pragma unroll
+    for (std::uint32_t h = 0; h < kHeads; ++h, row += stride) {
+#pragma unroll
+      for (int v = 0; v < 2; ++v) {
+        x[h][v] = infuse::load<Reuse::kOnce, X, kVecElems>(row + slot.offset[v], slot.valid[v] && h < heads);
+      }
+    }
+  }
+
+  __device__ __forceinline__ void store(X* row, std::int64_t stride, const Slot& slot, std::uint32_t heads) const {
+#pragma unroll
+    for (std::uint32_t h = 0; h < kHeads; ++h, row += stride) {
+#pragma unroll
+      for (int v = 0; v < 2; ++v) {
+        if (slot.valid[v] && h < heads) infuse::store(row + slot.offset[v], x[h][v]);
+      }
+    }
+  }
+
+  __device__ __forceinline__ void normalize(const Params& params, const Scale<X, kVecElems> (&scale)[2]) {
+    float rstd[kHeads];
+#pragma unroll
+    for (int h = 0; h < kHeads; ++h) rstd[h] = sum_of_squares(x[h]);
+    sum_over_lanes(rstd);
+#pragma unroll
+    for (int h = 0; h < kHeads; ++h) {
+      rstd[h] = reciprocal_std(params, rstd[h]);
+#pragma unroll
+      for (int v = 0; v < 2; ++v) keep_packed(x[h][v], params.zero);
+    }
+    if (Scale<X, kVecElems>::is_packed(params)) {
+      normalize_by<true>(scale, rstd);
+    } else {
+      normalize_by<false>(scale, rstd);
+    }
+  }
+
+  template <typename Factor>
+  __device__ __forceinline__ void rotate(const Params& params, const Vec<Factor, kVecElems> (&cos)[2],
+                                         const Vec<Factor, kVecElems> (&sin)[2]) {
+    if (params.interleaved) {
+#pragma unroll
+      for (int h = 0; h < kHeads; ++h) rope::rotate<Traits::kArithmetic, true>(cos, sin, x[h]);
+    } else {
+#pragma unroll
+      for (int h = 0; h < kHeads; ++h) rope::rotate<Traits::kArithmetic, false>(cos, sin, x[h]);
+    }
+  }
+
+ private:
+  template <bool kPacked>
+  __device__ __forceinline__ void normalize_by(const Scale<X, kVecElems> (&scale)[2], const float (&rstd)[kHeads]) {
+#pragma unroll
+    for (int h = 0; h < kHeads; ++h) {
+#pragma unroll
+      for (int v = 0; v < 2; ++v) x[h][v] = scale[v].template normalize<kPacked>(x[h][v], rstd[h]);
+    }
+  }
+};
+
+template <typename Traits>
+__global__ __launch_bounds__(kMaxThreads, Traits::kMinCtas) void rope_kernel(const __grid_constant__ Params params) {
   using X = typename Traits::X;
   using Factor = typename Traits::Factor;
   constexpr int kVecElems = Traits::kVecElems;
@@ -164,54 +248,34 @@ __global__ __launch_bounds__(kMaxThreads) void rope_kernel(const __grid_constant
   const bool has_item = item < part.items;
   const Place place = place_of_item(part, has_item ? item : 0);
   const Slot slot = slot_of_lane<kVecElems>(params, part, has_item);
+  std::uint32_t head = place.block * kHeads * params.batches;
+  std::uint32_t heads = part.heads - head;  // from the first of this batch on
 
-  Vec<X, kVecElems> x[kHeads][2];
-  const X* x_rows = static_cast<const X*>(part.x) + place.outer * part.x_stride[0] + place.inner * part.x_stride[1];
-#pragma unroll
-  for (int h = 0; h < kHeads; ++h) {
-    const std::uint32_t head = place.block * kHeads + h;
-#pragma unroll
-    for (int v = 0; v < 2; ++v) {
-      x[h][v] = load<Reuse::kOnce, X, kVecElems>(x_rows + head * part.x_stride[2] + slot.offset[v],
-                                                 slot.valid[v] && head < part.heads);
-    }
-  }
+  const X* x_row = static_cast<const X*>(part.x) + place.outer * part.x_stride[0] + place.inner * part.x_stride[1] +
+                   head * part.x_stride[2];
+  Heads<Traits> rows;
+  rows.load(x_row, part.x_stride[2], slot, heads);
   Vec<Factor, kVecElems> cos[2], sin[2];
-  load_table(params, part.cos, place, slot, false, cos);
-  load_signed_sin(params, part, place, slot, sin);
+  load_tables(params, part, place, slot, cos, sin);
   Scale<X, kVecElems> scale[2];
-  float rstd[kHeads] = {};
   if constexpr (Traits::kNorm) {
 #pragma unroll
     for (int v = 0; v < 2; ++v) scale[v].load(params, part, slot.offset[v], slot.valid[v]);
-#pragma unroll
-    for (int h = 0; h < kHeads; ++h) rstd[h] = sum_of_squares(x[h]);
-    sum_over_lanes(rstd);
-#pragma unroll
-    for (int h = 0; h < kHeads; ++h) {
-      rstd[h] = reciprocal_std(params, rstd[h]);
-#pragma unroll
-      for (int v = 0; v < 2; ++v) keep_packed(x[h][v], params.zero);
-    }
   }
-  X* out_rows = static_cast<X*>(part.out) + out_offset(part, place);
+  X* out_row = static_cast<X*>(part.out) + out_offset(part, place) + head * part.out_stride[2];
 
-#pragma unroll
-  for (int h = 0; h < kHeads; ++h) {
-    const std::uint32_t head = place.block * kHeads + h;
+  for (std::uint32_t batch = 0;;) {
     if constexpr (Traits::kNorm) {
-      if (part.has_norm) {
-#pragma unroll
-        for (int v = 0; v < 2; ++v) x[h][v] = scale[v].normalize(params, x[h][v], rstd[h]);
-      }
+      if (part.has_norm) rows.normalize(params, scale);
     }
-    if (slot.rotates) rotate<Traits::kArithmetic>(params, cos, sin, x[h]);
-#pragma unroll
-    for (int v = 0; v < 2; ++v) {
-      if (slot.valid[v] && head < part.heads) {
-        store(out_rows + head * part.out_stride[2] + slot.offset[v], x[h][v]);
-      }
-    }
+    if (slot.rotates) rows.rotate(params, cos, sin);
+    rows.store(out_row, part.out_stride[2], slot, heads);
+    // The last block of a row may have fewer batches; all lanes of a warp go on, because they meet in shuffles.
+    if (++batch == params.batches) break;
+    heads = heads > kHeads ? heads - kHeads : 0;
+    x_row += kHeads * part.x_stride[2];
+    out_row += kHeads * part.out_stride[2];
+    rows.load(x_row, part.x_stride[2], slot, heads);
   }
 }
 

@@ -149,10 +149,23 @@ int alignment_of_rows(const Part& part, DType dtype) {
   return smaller(alignment_of(part.x, {x[0], x[1], x[2]}, dtype), alignment_of(part.out, {out[0], out[1], out[2]}, dtype));
 }
 
+// Whether rows of a table start where vectors may.
 bool has_vectors(const Table& table, DType dtype) {
-  return table.data == nullptr ||
-         (table.step == 1 &&
-          alignment_of(table.data, {table.outer_stride, table.inner_stride}, dtype) == kVectorBytes);
+  return alignment_of(table.data, {table.outer_stride, table.inner_stride}, dtype) == kVectorBytes;
+}
+
+enum class Tables { kApart, kZipped, kOther };
+
+// How the factors of a part lie in memory.
+Tables tables_of(const Part& part, const Options& options, DType dtype) {
+  const Table &cos = part.cos, &sin = part.sin;
+  if (cos.step == 1 && sin.step == 1) return has_vectors(cos, dtype) && has_vectors(sin, dtype) ? Tables::kApart : Tables::kOther;
+  const bool side_by_side = static_cast<const char*>(sin.data) == static_cast<const char*>(cos.data) + size_bytes(dtype) &&
+                            cos.step == 2 && sin.step == 2 && cos.outer_stride == sin.outer_stride &&
+                            cos.inner_stride == sin.inner_stride;
+  // The gradient takes cos and sin of different places, unless both elements of a pair have the same.
+  const bool same_place = options.per_pair || !options.is_backward;
+  return side_by_side && same_place && has_vectors(cos, dtype) ? Tables::kZipped : Tables::kOther;
 }
 
 void set_options(const Operand& first, const Options& options, Params* params) {
@@ -174,6 +187,62 @@ void set_options(const Operand& first, const Options& options, Params* params) {
   params->sin_dtype = sin;
 }
 
+// What a launch is made of, part by part.
+struct Work {
+  Params params{};
+  Problem problem{};
+  std::int64_t most_rows = 0;  // of a part
+  bool has_norm = false;
+  bool has_tables[3] = {};  // by Tables
+  int parts = 0;
+};
+
+void add_part(const char* op, const Operand& operand, const Options& options, Work* work) {
+  const std::int64_t rows = count_rows(operand.x);
+  check(rows <= kMaxRows, op, "rows of ", operand.x.name, ", got ", rows, ", expected at most ", kMaxRows);
+  Problem& problem = work->problem;
+  const Part part = work->params.parts[work->parts++] = part_of(op, operand);
+  problem.rows += rows;
+  if (rows > work->most_rows) problem.heads = part.heads;
+  work->most_rows = rows > work->most_rows ? rows : work->most_rows;
+  problem.alignment_bytes = smaller(problem.alignment_bytes, alignment_of_rows(part, operand.x.dtype));
+  if (const TensorArg* weight = operand.weight) {
+    work->params.wide_weight = weight->dtype == DType::kFloat32;
+    problem.weight_size_bytes = size_bytes(weight->dtype);
+    const int alignment = alignment_of(weight->data, {}, weight->dtype);
+    problem.weight_alignment_bytes = smaller(problem.weight_alignment_bytes, alignment);
+  }
+  work->has_norm = work->has_norm || part.has_norm;
+  if (part.rotates) {
+    const Tables tables = tables_of(part, options, operand.cos->dtype);
+    work->has_tables[static_cast<int>(tables)] = true;
+  }
+}
+
+// Whether the kernels that read vectors take the tables: of x's dtype or float32, and lying alike for all parts.
+bool takes_tables(const Operand& first, const Work& work) {
+  const DType cos = first.cos->dtype;
+  if (cos != first.sin->dtype || (cos != first.x.dtype && cos != DType::kFloat32)) return false;
+  const bool apart = work.has_tables[static_cast<int>(Tables::kApart)];
+  const bool zipped = work.has_tables[static_cast<int>(Tables::kZipped)];
+  return !work.has_tables[static_cast<int>(Tables::kOther)] && !(apart && zipped);
+}
+
+// Gives each part its CTAs, one part behind the other; returns how many there are.
+std::int64_t share_ctas(const Plan& plan, int parts, Params* params) {
+  std::int64_t ctas = 0;
+  params->batches = static_cast<std::uint32_t>(plan.batches);
+  for (int i = 0; i < kMaxParts; ++i) {
+    Part& part = params->parts[i];
+    part.first_cta = i < parts ? static_cast<std::uint32_t>(ctas) : kNoCta;
+    if (i >= parts) continue;
+    part.head_blocks = FastDivisor(static_cast<std::uint32_t>(ceil_div(part.heads, plan.heads * plan.batches)));
+    part.items *= part.head_blocks.divisor;
+    ctas += ceil_div(part.items, plan.groups);
+  }
+  return ctas;
+}
+
 }  // namespace
 
 void launch(const char* op, const Operand* operands, int count, const Options& options, cudaStream_t stream) {
@@ -183,54 +252,26 @@ void launch(const char* op, const Operand* operands, int count, const Options& o
   check(!options.cast_before_weight || options.weight_offset == 0.0, op,
         "weight_offset with cast_before_weight, got ", options.weight_offset, ", expected 0");
   for (int i = 0; i < count; ++i) check_operand(op, operands[i], first, options);
-  Params params{};
-  set_options(first, options, &params);
-  const std::int64_t dim = last_size(first.x);
-  check(params.rotary_dim % 2 == 0 && params.rotary_dim <= dim, op, "elements to rotate, got ", params.rotary_dim,
+  const std::int64_t dim = last_size(first.x), factors = last_size(*first.cos);
+  const std::int64_t rotary_dim = options.per_pair ? 2 * factors : factors;
+  check(rotary_dim % 2 == 0 && rotary_dim <= dim, op, "elements to rotate, got ", rotary_dim,
         ", expected an even number of at most ", dim);
 
-  const DType x = first.x.dtype, cos = first.cos->dtype, sin = first.sin->dtype;
-  Problem problem{dim, params.rotary_dim, 0, 0, size_bytes(x), kVectorBytes, 0, kVectorBytes};
-  std::int64_t most_rows = 0;
-  bool has_norm = false;
-  int parts = 0;
-  params.table_vectors = true;
+  const DType x = first.x.dtype;
+  Work work;
+  work.problem = {dim, rotary_dim, 0, 0, size_bytes(x), kVectorBytes, 0, kVectorBytes};
+  set_options(first, options, &work.params);
   for (int i = 0; i < count; ++i) {
-    if (is_empty(operands[i].x)) continue;
-    Part& part = params.parts[parts++];
-    part = part_of(op, operands[i]);
-    const std::int64_t rows = count_rows(operands[i].x);
-    check(rows <= kMaxRows, op, "rows of ", operands[i].x.name, ", got ", rows, ", expected at most ", kMaxRows);
-    problem.rows += rows;
-    if (rows > most_rows) problem.heads = part.heads;
-    most_rows = rows > most_rows ? rows : most_rows;
-    problem.alignment_bytes = smaller(problem.alignment_bytes, alignment_of_rows(part, x));
-    if (const TensorArg* weight = operands[i].weight) {
-      params.wide_weight = weight->dtype == DType::kFloat32;
-      problem.weight_size_bytes = size_bytes(weight->dtype);
-      problem.weight_alignment_bytes =
-          smaller(problem.weight_alignment_bytes, alignment_of(weight->data, {}, weight->dtype));
-    }
-    has_norm = has_norm || part.has_norm;
-    params.table_vectors = params.table_vectors && has_vectors(part.cos, cos) && has_vectors(part.sin, sin);
+    if (!is_empty(operands[i].x)) add_part(op, operands[i], options, &work);
   }
-  if (parts == 0) return;
-
-  const bool known_tables = cos == sin && (cos == x || cos == DType::kFloat32);
-  if (!known_tables) problem.alignment_bytes = 1;  // only the narrow kernel takes any dtype
-  const Plan plan = make_plan(problem, static_cast<int>(options.config), count_sms(op, first.x.device));
-  std::int64_t ctas = 0;
-  for (int i = 0; i < kMaxParts; ++i) {
-    Part& part = params.parts[i];
-    part.first_cta = i < parts ? static_cast<std::uint32_t>(ctas) : kNoCta;
-    if (i >= parts) continue;
-    part.head_blocks = FastDivisor(static_cast<std::uint32_t>(ceil_div(part.heads, plan.heads)));
-    part.items *= part.head_blocks.divisor;
-    ctas += ceil_div(part.items, plan.groups);
-  }
+  if (work.parts == 0) return;
+  if (!takes_tables(first, work)) work.problem.alignment_bytes = 1;  // the narrow kernel takes any
+  work.params.zipped_tables = work.has_tables[static_cast<int>(Tables::kZipped)];
+  const Plan plan = make_plan(work.problem, static_cast<int>(options.config), count_sms(op, first.x.device));
+  const std::int64_t ctas = share_ctas(plan, work.parts, &work.params);
   check(ctas <= kMaxRows, op, "CTAs, got ", ctas, ", expected at most ", kMaxRows);
   dispatch_dtype(op, "x", x, [&](auto dtype) {
-    launch_planned<decltype(dtype)::value>(op, plan, cos, has_norm, params, static_cast<unsigned>(ctas),
+    launch_planned<decltype(dtype)::value>(op, plan, first.cos->dtype, work.has_norm, work.params, static_cast<unsigned>(ctas),
                                            first.x.device, stream);
   });
 }

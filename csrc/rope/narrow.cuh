@@ -37,7 +37,7 @@ __device__ __forceinline__ float narrow_value(const Params& params, const Part& 
   if (part.has_norm) {
     Scale<X, 1> scale;
     scale.load(params, part, at, true);
-    x = scale.normalize(params, x, rstd);
+    x = scale.is_packed(params) ? scale.template normalize<true>(x, rstd) : scale.template normalize<false>(x, rstd);
   }
   float value[1];
   unpack(x, value);

@@ -40,6 +40,7 @@ struct Params {
   Part parts[kMaxParts];
   std::uint32_t dim;         // of a row
   std::uint32_t rotary_dim;  // its first elements, which are rotated; even
+  std::uint32_t batches;     // of a lane's heads, worked on one after the other
   float inv_dim;             // 1 / dim
   float eps;
   float weight_offset;      // 0 when cast_before_weight
@@ -51,7 +52,7 @@ struct Params {
   bool inverse;             // the other way
   bool sin_of_partner;      // each element takes its partner's sin: the transpose of the rotation
   bool rounds_products;     // every operation is rounded to x's two-byte dtype, which the tables share
-  bool table_vectors;       // tables can be read in vectors
+  bool zipped_tables;       // cos and sin of an element side by side, in one table
   DType cos_dtype, sin_dtype;  // read by the narrow kernel, the others have them in their types
 };
 

@@ -9,20 +9,25 @@
 namespace infuse::rope {
 
 // A lane holds two vectors of a row, so that both elements of each of its pairs are its own, for `heads` heads of one
-// position, which share the factors.
+// position, which share the factors; `batches` times one after the other.
 struct Config {
   const char* name;
-  int heads;    // 1, 2 or 4
+  int heads;  // 1, 2 or 4
+  int batches;
   int threads;  // of a CTA
 };
 
 constexpr Config kConfigs[] = {
-    {"heads1x64", 1, 64},    // 0: few rows, spread over many SMs
-    {"heads1x128", 1, 128},  // 1
-    {"heads2x64", 2, 64},    // 2
-    {"heads2x128", 2, 128},  // 3
-    {"heads4x64", 4, 64},    // 4
-    {"heads4x128", 4, 128},  // 5
+    {"heads1x64", 1, 1, 64},      // 0: few rows, spread over many SMs
+    {"heads2x64", 2, 1, 64},      // 1
+    {"heads2x128", 2, 1, 128},    // 2
+    {"heads2x2x64", 2, 2, 64},    // 3
+    {"heads2x4x64", 2, 4, 64},    // 4
+    {"heads4x64", 4, 1, 64},      // 5
+    {"heads4x128", 4, 1, 128},    // 6
+    {"heads4x2x64", 4, 2, 64},    // 7
+    {"heads1x4x64", 1, 4, 64},    // 8
+    {"heads1x4x128", 1, 4, 128},  // 9
 };
 constexpr int kNumConfigs = sizeof(kConfigs) / sizeof(kConfigs[0]);
 constexpr int kHeuristic = -1;
@@ -42,7 +47,8 @@ struct Problem {
 
 struct Plan {
   int config;  // index into kConfigs
-  int heads;   // that a lane works on
+  int heads;   // that a lane works on at a time
+  int batches;
   int lanes;   // of a row, a power of two
   int groups;  // of lanes in a CTA
   bool narrow;  // one element at a time: odd sizes, or not aligned
@@ -66,9 +72,8 @@ constexpr int lanes_of_row(const Problem& problem) {
 // As many heads a lane as leave enough lanes to fill the machine; with few rows small CTAs, so that all SMs work.
 constexpr int choose_config(const Problem& problem, int lanes, int num_sms) {
   const std::int64_t all = problem.rows * lanes, fill = std::int64_t{1024} * num_sms;
-  if (all < fill) return 0;
   if (problem.heads >= 4 && all / 4 >= fill) return 5;
-  return problem.heads >= 2 && all / 2 >= fill ? 3 : 1;
+  return problem.heads >= 2 && all >= fill ? 2 : 0;
 }
 
 // `config` is kHeuristic or an index into kConfigs.
@@ -79,6 +84,7 @@ constexpr Plan make_plan(const Problem& problem, int config, int num_sms) {
   if (plan.narrow) plan.lanes = kWarpLanes;
   plan.config = config == kHeuristic ? choose_config(problem, plan.lanes, num_sms) : config;
   plan.heads = plan.narrow ? 1 : kConfigs[plan.config].heads;
+  plan.batches = plan.narrow ? 1 : kConfigs[plan.config].batches;
   plan.groups = (plan.narrow ? kNarrowThreads : kConfigs[plan.config].threads) / plan.lanes;
   return plan;
 }

@@ -85,14 +85,14 @@ struct Scale {
     }
   }
 
-  // The values that infuse::rms_norm would store.
-  __device__ __forceinline__ Vec<X, kElems> normalize(const Params& params, const Vec<X, kElems>& x,
-                                                      float rstd) const {
+  // The values that infuse::rms_norm would store. kPacked: is_packed.
+  template <bool kPacked>
+  __device__ __forceinline__ Vec<X, kElems> normalize(const Vec<X, kElems>& x, float rstd) const {
     float values[kElems];
     unpack(x, values);
 #pragma unroll
     for (int i = 0; i < kElems; ++i) values[i] *= rstd;
-    if (is_packed(params)) {
+    if constexpr (kPacked) {
       Vec<X, kElems> weight;
 #pragma unroll
       for (int i = 0; i < Vec<X, kElems>::kWords; ++i) weight.words[i] = words[i];

@@ -16,19 +16,29 @@ class Problem:
     has_norm: bool
 
 
+# Below, launches count and not bytes: Inductor puts q's and k's rotations, and what is around them, into one kernel.
+_MANY_ELEMENTS = 2**20
+# Above, a launch more or less does not count.
+_MANY_ROWS_OF_A_CACHE_WRITE = 2**14
+
+
+def is_large(problem: Problem) -> bool:
+    """Whether a rotation may leave the graph that Inductor fuses at all."""
+    return problem.rows * problem.row_size >= _MANY_ELEMENTS
+
+
 def runs_well(problem: Problem) -> bool:
     """Whether the kernel is taken without a measurement, where it costs the neighbours no fusion.
 
-    With a norm, or pairs of neighbours in a row (benchmarks/results/nvidia-h200/rope.jsonl): Inductor reads such pairs
-    in accesses of two bytes, and a row that is both reduced and turned twice. Halves alone it turns as fast.
+    Pairs of neighbours in a row Inductor reads in accesses of two bytes; halves it turns as fast, after a norm too
+    (benchmarks/results/nvidia-h200/rope.jsonl).
     """
-    return problem.has_norm or problem.interleaved
+    return is_large(problem) and problem.interleaved
 
 
 def cache_write_runs_well(problem: Problem) -> bool:
     """Whether rotations and cache writes are taken out of the graph for one kernel. problem: q's."""
-    del problem
-    return True
+    return problem.rows <= _MANY_ROWS_OF_A_CACHE_WRITE
 
 
 def configurations(problem: Problem, available: int) -> tuple[int, ...]:

@@ -82,8 +82,10 @@ struct Case {
   bool heads_first;  // x [batch, heads, seq_len, dim], else [batch, seq_len, heads, dim]
   std::int64_t padding;
   int offset;
-  std::int64_t step;  // between factors
+  std::int64_t step;  // between factors; kZipped: cos and sin side by side
 };
+
+constexpr std::int64_t kZipped = -1;
 
 double value_of(const Tensor& x, const Tensor* weight, const Norm& norm, const Options& options, Sizes index,
                 std::int64_t element) {
@@ -162,7 +164,13 @@ void test(const Case& c, const Norm& norm, Options options) {
   const Tensor out = make_x(c, shape(heads), true), other_out = make_x(c, shape(other_heads), true);
   const std::int64_t factors = options.per_pair ? c.rotary_dim / 2 : c.rotary_dim;
   const Sizes table = c.heads_first ? Sizes{seq_len, factors} : Sizes{seq_len, 1, factors};
-  const Tensor cos(c.cos, table, dense(table, c.step), 0, false), sin(c.sin, table, dense(table, c.step), 0, false);
+  const std::int64_t step = c.step == kZipped ? 2 : c.step;
+  Tensor both(c.cos, {table[0], factors, 2}, dense({table[0], factors, 2}), 0, false);
+  Tensor cos(c.cos, table, dense(table, step), 0, false), sin(c.sin, table, dense(table, step), 0, false);
+  if (c.step == kZipped) {
+    cos.data = both.data;
+    sin.data = both.data + size_bytes(c.cos);
+  }
   const DType weight_dtype = norm.wide_weight ? DType::kFloat32 : c.x;
   const Tensor weight(weight_dtype, {c.dim}, {1}, 0, false), other_weight(weight_dtype, {c.dim}, {1}, 0, false);
 
@@ -249,6 +257,9 @@ int main() {
       test({kBFloat16, kFloat32, kFloat32, 80, 32, heads_first, 8, 0, 1}, norm, options);
       test({kFloat16, kFloat16, kFloat16, 96, 64, heads_first, 0, 0, 2}, cast, options);
       test({kFloat16, kFloat32, kFloat32, 32, 32, heads_first, 0, 1, 2}, wide, options);
+      test({kBFloat16, kFloat32, kFloat32, 64, 32, heads_first, 0, 0, kZipped}, plain, options);
+      test({kBFloat16, kBFloat16, kBFloat16, 64, 64, heads_first, 0, 0, kZipped}, norm, options);
+      test({kFloat32, kFloat32, kFloat32, 64, 48, heads_first, 0, 0, kZipped}, bare, options);
       test({kFloat32, kFloat32, kFloat32, 40, 24, heads_first, 4, 0, 1}, bare, options);
       test({kFloat32, kBFloat16, kFloat16, 40, 24, heads_first, 4, 0, 1}, norm, options);
       test({kBFloat16, kBFloat16, kBFloat16, 21, 6, heads_first, 0, 0, 1}, wide, options);

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import itertools
 from collections.abc import Iterator
 
@@ -9,6 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
+import infuse
 from infuse.ops import library, rope_kernels
 from infuse.ops.qk_norm_rope import qk_norm_rope_ref
 from infuse.ops.rope import rope_bwd_ref, rope_ref
@@ -297,3 +299,57 @@ def test_cache_write_in_a_cuda_graph_follows_the_positions() -> None:
     written = caches[1].abs().sum((0, 1, 3)) > 0
     assert written.tolist() == [True] * 5 + [False] * 11
     assert torch.equal(caches[1][:, :, 4:5], v)
+
+
+# --- compiled --------------------------------------------------------------------------------------------------------
+
+
+class Layer(torch.nn.Module):
+    """Attention with q/k norm over a static cache, as Hugging Face's models decode."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.qkv = torch.nn.Linear(256, (8 + 2 * 2) * 64, bias=False)
+        self.out = torch.nn.Linear(512, 256, bias=False)
+        self.q_norm, self.k_norm = torch.nn.RMSNorm(64, eps=EPS), torch.nn.RMSNorm(64, eps=EPS)
+        self.register_buffer("k_cache", torch.zeros(1, 2, 32, 64))
+        self.register_buffer("v_cache", torch.zeros(1, 2, 32, 64))
+
+    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, positions: Tensor, mask: Tensor) -> Tensor:
+        q, k, v = self.qkv(x).unflatten(-1, (-1, 64)).split((8, 2, 2), dim=2)
+        q, k = self.q_norm(q).transpose(1, 2), self.k_norm(k).transpose(1, 2)
+        q, k = (t * cos + torch.cat((-t[..., 32:], t[..., :32]), -1) * sin for t in (q, k))
+        self.k_cache.index_copy_(2, positions, k)
+        self.v_cache.index_copy_(2, positions, v.transpose(1, 2))
+        y = torch.nn.functional.scaled_dot_product_attention(
+            q, self.k_cache, self.v_cache, attn_mask=mask, enable_gqa=True
+        )
+        return x + self.out(y.transpose(1, 2).flatten(2))
+
+
+@pytest.mark.parametrize("mode", [None, "reduce-overhead"])
+def test_compiled_layers_decode_as_eager_ones(mode: str | None) -> None:
+    layers = torch.nn.Sequential(Layer(), Layer()).cuda().to(BF16)
+    eager = copy.deepcopy(layers)
+    angles = torch.randn(8, 32, device="cuda")
+    tables = torch.cat((angles, angles), -1)
+
+    def step(layers: torch.nn.Sequential, x: Tensor, position: Tensor, mask: Tensor) -> Tensor:
+        cos, sin = tables[position].cos().to(BF16), tables[position].sin().to(BF16)
+        for layer in layers:
+            x = layer(x, cos, sin, position, mask)
+        return x
+
+    torch._dynamo.reset()
+    compiled = torch.compile(lambda *args: step(layers, *args), backend="infuse", mode=mode, fullgraph=True)
+    with torch.no_grad():
+        for position in range(8):
+            at = torch.tensor([position], device="cuda")
+            mask = (torch.arange(32, device="cuda") <= at)[None, None, None]
+            x = random(1, 1, 256)
+            torch.testing.assert_close(compiled(x, at, mask), step(eager, x, at, mask), rtol=5e-2, atol=5e-2)
+    for mine, theirs in zip(layers.buffers(), eager.buffers()):
+        torch.testing.assert_close(mine, theirs, rtol=5e-2, atol=5e-2)
+        assert torch.equal(mine[:, :, 8:], torch.zeros_like(mine[:, :, 8:]))
+    written = [decision for decision in infuse.last_report().sites if decision.kind == "rope_cache_write"]
+    assert len(written) == 2 and all(site.status == "rewritten" for site in written)
