@@ -132,3 +132,17 @@ def test_no_kernel_for_what_it_can_not_take(cpu_kernel: list[int]) -> None:
     assert "beside" in kernel("gated_rms_norm", x.bfloat16(), x, w, 1e-5, True)
     assert "dimensions and 4 groups" in kernel("gated_rms_norm", *[x.view(1, 2, 4, 64)] * 2, w, 1e-5, True, "silu", 4)
     assert "stride" in kernel("add_rms_norm", x, torch.empty(64, 8).t(), w, 1e-5)
+
+
+def test_heads_of_a_packed_projection_are_read_where_they_lie(cpu_kernel: list[int]) -> None:
+    def function(x: Tensor, projection: Tensor, weight: Tensor) -> tuple[Tensor, ...]:
+        packed = (x @ projection).view(4, 2, 8, 16)
+        q, k = packed[:, :, :4], packed.transpose(1, 2)[:, 4:6]
+        return OPS.rms_norm(q, weight, 1e-6).transpose(1, 2), OPS.layer_norm(k, weight, None, 1e-5)
+
+    args = torch.randn(8, 32), torch.randn(32, 128), torch.randn(16)
+    with infuse.override(kernels="always"), torch.no_grad():
+        out, codes = run_and_get_code(torch.compile(function, backend="infuse"), *args)
+        torch.testing.assert_close(out, function(*args))
+    assert cpu_kernel == [-1, -1]
+    assert "cpp_fused" not in codes[-1].partition("def call")[2]
