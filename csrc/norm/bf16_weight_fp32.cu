@@ -3,6 +3,7 @@
 
 namespace infuse::norm {
 
-template void launch_planned<DType::kBFloat16, DType::kFloat32>(const Target&, Operand, const Plan&, const Params&);
+template bool has_clusters<DType::kBFloat16, DType::kFloat32>(const Target&);
+template void launch_planned<DType::kBFloat16, DType::kFloat32>(const Target&, Operand, bool, const Plan&, const Params&);
 
 }  // namespace infuse::norm

@@ -7,12 +7,14 @@
 //   y = n * (weight_offset + weight) + bias                   and * act(gate) with a gate behind
 //
 // The flags of Params say where the formula rounds. A CTA is (threads of a row, rows). Thread t of a row holds the
-// vectors t, t + threads, t + 2 threads, .. of it, so that neighbouring threads read neighbouring 16 bytes.
+// vectors t, t + threads, t + 2 threads, .. of it, so that neighbouring threads read neighbouring 16 bytes. The longest
+// rows are shared by the CTAs of a cluster.
 // Memory-bound: each tensor is read or written once, and what matters is the number of bytes in flight on each SM.
 #pragma once
 
 #include <cstdint>
 
+#include "infuse/cluster.cuh"
 #include "infuse/overlap.cuh"
 #include "infuse/reduce.cuh"
 #include "norm/row.cuh"
@@ -21,54 +23,63 @@
 namespace infuse::norm {
 
 template <typename Traits>
-__global__ __launch_bounds__(Traits::kMaxThreads, Traits::kMinCtas) void register_kernel(
-    const __grid_constant__ Params params) {
+__global__ __launch_bounds__(Traits::kMaxThreads) void register_kernel(const __grid_constant__ Params params) {
   using Vectors = Row<typename Traits::Types, Traits::kVecElems>;
   using XVec = typename Vectors::XVec;
   constexpr int kVecs = Traits::kVecsPerThread;
   constexpr int kElems = Traits::kVecElems;
   constexpr int kChunk = Traits::kChunk;
   __shared__ RowSumsStorage<2> storage;
+  __shared__ ClusterSumsStorage<2> cluster_storage;
 
-  const Vectors row(params, std::uint64_t{blockIdx.x} * blockDim.y + threadIdx.y);
-  const auto vec_of = [&](int i) { return threadIdx.x + i * blockDim.x; };
+  // The CTAs of a row take their vectors in turns, so that it is read from front to back.
+  const std::uint32_t ctas = params.ctas_per_row, rank = ctas > 1 ? cluster_rank() : 0;
+  if (ctas > 1) arrive_at_cluster();
+  const std::uint32_t first_vec = threadIdx.x + rank * blockDim.x, stride = ctas * blockDim.x;
+  const auto vec_of = [&](int i) { return first_vec + i * stride; };
+  const auto sum_up = [&](auto& values, int turn) {
+    row_sums(values, storage, turn);
+    if (ctas > 1) cluster_sums(values, cluster_storage, turn, ctas);
+  };
+
+  const Vectors row(params, std::uint64_t{ctas > 1 ? blockIdx.x / ctas : blockIdx.x} * blockDim.y + threadIdx.y);
   // A vector beyond the row is all zeros; its threads still take part in shuffles and barriers.
   XVec x[kVecs];
   XVec operand[kVecs] = {};  // takes no registers in a kernel without one
-  typename Vectors::WVec weight[kChunk], bias[kChunk];
+  typename Vectors::WVec weight[kChunk], bias[kChunk] = {};
   const auto load_weights = [&](int first) {
 #pragma unroll
     for (int i = 0; i < kChunk; ++i) {
-      weight[i] = row.load_weight(params.weight, vec_of(first + i));
-      bias[i] = row.load_weight(params.bias, vec_of(first + i));
+      weight[i] = row.load_weight(vec_of(first + i));
+      if constexpr (Vectors::kCenter) bias[i] = row.load_bias(vec_of(first + i));
     }
   };
-  if (params.starts_early) wait_for_previous_kernel();
+  wait_for_previous_kernel();
 #pragma unroll
   for (int i = 0; i < kVecs; ++i) {
     x[i] = row.template load_x<Reuse::kOnce>(vec_of(i));
     if constexpr (Vectors::kHasOperand) operand[i] = row.template load_operand<Reuse::kOnce>(vec_of(i));
   }
   load_weights(0);
-  if (params.starts_early) let_next_kernel_start();
+  if (params.lets_next_start) let_next_kernel_start();
+  if (ctas > 1) wait_for_cluster();
 
   // From here on x holds h, in fp32 where it was multiplied by the gate: then the gate's registers are free.
-  const bool gate_first = Vectors::kHasGate && !params.norm_before_gate;
-  if constexpr (Vectors::kHasOperand) {
+  if constexpr (Vectors::kHasResidual || Vectors::kGateFirst) {
 #pragma unroll
     for (int i = 0; i < kVecs; ++i) {
       float h[kElems];
       row.combine(x[i], operand[i], h);
-      if (gate_first) {
+      if constexpr (Vectors::kGateFirst) {
         put_fp32(h, x[i], operand[i]);
-      } else if constexpr (Vectors::kHasResidual) {
+      } else {
         x[i] = pack<typename Vectors::X>(h);
         row.store_sum(vec_of(i), x[i]);
       }
     }
   }
   const auto get = [&](int i, float(&h)[kElems]) {
-    if (gate_first) {
+    if constexpr (Vectors::kGateFirst) {
       get_fp32(x[i], operand[i], h);
     } else {
       unpack(x[i], h);
@@ -78,13 +89,13 @@ __global__ __launch_bounds__(Traits::kMaxThreads, Traits::kMinCtas) void registe
   const auto keep_rows_packed = [&] {
 #pragma unroll
     for (int i = 0; i < kVecs; ++i) {
-      keep_packed(x[i], params.zero);
-      if constexpr (Vectors::kHasGate) keep_packed(operand[i], params.zero);
+      if constexpr (!Vectors::kGateFirst) keep_packed(x[i], params.zero);
+      if constexpr (Vectors::kGateLast) keep_packed(operand[i], params.zero);
     }
   };
 
   Statistics statistics{};
-  if (params.center) {
+  if constexpr (Vectors::kCenter) {
     // Scaled before they are added, so that no sum overflows that the mean doesn't.
     float means[4] = {0.0f, 0.0f, 0.0f, 0.0f};
 #pragma unroll
@@ -95,7 +106,7 @@ __global__ __launch_bounds__(Traits::kMaxThreads, Traits::kMinCtas) void registe
       for (int j = 0; j < kElems; ++j) means[j % 4] = fmaf(h[j], params.inv_dim, means[j % 4]);
     }
     float mean[1] = {(means[0] + means[1]) + (means[2] + means[3])};
-    row_sums(mean, storage, 0);
+    sum_up(mean, 0);
     keep_rows_packed();
     // The mean of the deviations is what rounding left of it: it corrects the mean and the mean of squares.
     float squares[4] = {0.0f, 0.0f, 0.0f, 0.0f}, rests[4] = {0.0f, 0.0f, 0.0f, 0.0f};
@@ -103,7 +114,7 @@ __global__ __launch_bounds__(Traits::kMaxThreads, Traits::kMinCtas) void registe
     for (int i = 0; i < kVecs; ++i) {
       float h[kElems];
       get(i, h);
-      const float subtracted = vec_of(i) < params.row_vecs ? mean[0] : 0.0f;
+      const float subtracted = vec_of(i) < row.num_vecs ? mean[0] : 0.0f;
 #pragma unroll
       for (int j = 0; j < kElems; ++j) {
         const float deviation = h[j] - subtracted;
@@ -113,9 +124,8 @@ __global__ __launch_bounds__(Traits::kMaxThreads, Traits::kMinCtas) void registe
     }
     float sums[2] = {(squares[0] + squares[1]) + (squares[2] + squares[3]),
                      (rests[0] + rests[1]) + (rests[2] + rests[3])};
-    row_sums(sums, storage, 1);
-    statistics.mean = mean[0] + sums[1];
-    statistics.rstd = row.reciprocal_std(fmaf(sums[0], params.inv_dim, -sums[1] * sums[1]));
+    sum_up(sums, 1);
+    statistics = {mean[0] + sums[1], row.reciprocal_std(sums[0] * params.inv_dim, sums[1])};
   } else {
     float squares[4] = {0.0f, 0.0f, 0.0f, 0.0f};  // one sum alone would be a long chain of dependent additions
 #pragma unroll
@@ -126,28 +136,32 @@ __global__ __launch_bounds__(Traits::kMaxThreads, Traits::kMinCtas) void registe
       for (int j = 0; j < kElems; ++j) squares[j % 4] = fmaf(h[j], h[j], squares[j % 4]);
     }
     float sum[1] = {(squares[0] + squares[1]) + (squares[2] + squares[3])};
-    row_sums(sum, storage, 0);
+    sum_up(sum, 0);
     statistics.rstd = row.reciprocal_std(sum[0] * params.inv_dim);
   }
   keep_rows_packed();
-  if (threadIdx.x == 0) row.store_statistics(statistics);
+  if (threadIdx.x == 0 && rank == 0) row.store_statistics(statistics);
 
+  // One loop for each answer, for a branch in it would separate its loads.
+  const auto write = [&](auto scale) {
 #pragma unroll
-  for (int first = 0; first < kVecs; first += kChunk) {
-    if (first > 0) load_weights(first);
+    for (int first = 0; first < kVecs; first += kChunk) {
+      if (first > 0) load_weights(first);
 #pragma unroll
-    for (int i = 0; i < kChunk; ++i) {
-      keep_packed(weight[i], params.zero);
-      keep_packed(bias[i], params.zero);
+      for (int i = 0; i < kChunk; ++i) {
+        keep_packed(weight[i], params.zero);
+        if constexpr (Vectors::kCenter) keep_packed(bias[i], params.zero);
+      }
+#pragma unroll
+      for (int i = 0; i < kChunk; ++i) {
+        float h[kElems];
+        get(first + i, h);
+        row.template finish<decltype(scale)::value>(h, statistics, weight[i], bias[i], operand[first + i]);
+        row.store_out(vec_of(first + i), h);
+      }
     }
-#pragma unroll
-    for (int i = 0; i < kChunk; ++i) {
-      float h[kElems];
-      get(first + i, h);
-      row.finish(h, statistics, weight[i], bias[i], operand[first + i]);
-      row.store_out(vec_of(first + i), h);
-    }
-  }
+  };
+  dispatch_scale<typename Vectors::X>(params, write);
 }
 
 }  // namespace infuse::norm

@@ -11,7 +11,7 @@ namespace {
 
 // x's dtype, or behind a cast the widest of x, weight and bias; a gate behind the norm brings x's dtype back.
 DType expected_out(const Tensors& tensors, const Formula& formula) {
-  if (!formula.cast_before_weight || formula.norm_before_gate) return tensors.x->dtype;
+  if (!formula.cast_before_weight || formula.operand == Operand::kGateBehindNorm) return tensors.x->dtype;
   for (const TensorArg* vector : {tensors.weight, tensors.bias}) {
     if (vector != nullptr && vector->dtype == DType::kFloat32) return DType::kFloat32;
   }
@@ -30,7 +30,7 @@ void check_contiguous(const char* op, const TensorArg& tensor) {
   for (int i = tensor.num_dims - 1; i >= 0; --i) {
     check(tensor.sizes[i] <= 1 || tensor.strides[i] == expected, op, "strides of ", tensor.name, ", got ",
           shape_text(tensor.strides, tensor.num_dims), ", expected those of a contiguous tensor");
-    expected *= tensor.sizes[i];
+    expected *= tensor.sizes[i] > 1 ? tensor.sizes[i] : 1;
   }
 }
 
@@ -151,29 +151,35 @@ void launch(const Target& target, const Tensors& tensors, const Formula& formula
   params.groups = FastDivisor(static_cast<std::uint32_t>(formula.groups));
   params.inv_dim = static_cast<float>(1.0 / static_cast<double>(dim));
   params.eps = static_cast<float>(formula.eps);
-  params.weight_offset = static_cast<float>(formula.weight_offset);
-  params.center = formula.center;
+  params.weight_offset = tensors.weight != nullptr ? static_cast<float>(formula.weight_offset) : 1.0f;
   params.eps_as_minimum = formula.eps_as_minimum;
-  params.cast_before_weight = formula.cast_before_weight;
+  // Where nothing follows it, the cast is the last rounding anyway.
+  params.cast_before_weight = formula.cast_before_weight && (tensors.weight != nullptr || tensors.bias != nullptr ||
+                                                             formula.operand == Operand::kGateBehindNorm);
   params.out_is_fp32 = tensors.out->dtype == DType::kFloat32;
-  params.norm_before_gate = formula.norm_before_gate;
   params.cast_before_gate = formula.cast_before_gate;
   params.gate_is_silu = formula.gate_is_silu;
 
   int num_sms = 0;
   check_cuda(cudaDeviceGetAttribute(&num_sms, cudaDevAttrMultiProcessorCount, target.device), op, "number of SMs");
-  const Plan plan = make_plan(problem, static_cast<int>(config), num_sms);
-  params.row_vecs = static_cast<std::uint32_t>(dim / plan.vec_elems);
-  params.starts_early = plan.starts_early;
 
   const TensorArg* vector = tensors.weight != nullptr ? tensors.weight : tensors.bias;
   const bool wide_weight = vector != nullptr && vector->dtype == DType::kFloat32;
   dispatch_dtype(op, "x", x.dtype, [&](auto dtype) {
     constexpr DType kX = decltype(dtype)::value;
+    const auto run = [&](auto weight_dtype) {
+      constexpr DType kWeight = decltype(weight_dtype)::value;
+      problem.has_clusters = dim * problem.x.size_bytes > kMaxRowBytes && has_clusters<kX, kWeight>(target);
+      const Plan plan = make_plan(problem, static_cast<int>(config), num_sms);
+      params.row_vecs = static_cast<std::uint32_t>(dim / plan.vec_elems);
+      params.ctas_per_row = static_cast<std::uint32_t>(plan.ctas_per_row);
+      params.lets_next_start = plan.lets_next_start;
+      launch_planned<kX, kWeight>(target, formula.operand, formula.center, plan, params);
+    };
     if (wide_weight) {
-      launch_planned<kX, DType::kFloat32>(target, formula.operand, plan, params);
+      run(std::integral_constant<DType, DType::kFloat32>{});
     } else {
-      launch_planned<kX, kX>(target, formula.operand, plan, params);
+      run(dtype);
     }
   });
 }

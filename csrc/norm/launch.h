@@ -30,7 +30,6 @@ struct Formula {
   bool center = false;
   bool eps_as_minimum = false;
   bool cast_before_weight = false;
-  bool norm_before_gate = false;
   bool cast_before_gate = false;
   bool gate_is_silu = false;
   std::int64_t groups = 1;
@@ -50,6 +49,10 @@ void launch(const Target& target, const Tensors& tensors, const Formula& formula
 
 // One instantiation per combination of dtypes, each in a file of its own so that they compile in parallel.
 template <DType kX, DType kWeight>
-void launch_planned(const Target& target, Operand operand, const Plan& plan, const Params& params);
+void launch_planned(const Target& target, Operand operand, bool center, const Plan& plan, const Params& params);
+
+// Whether the code of those kernels for this device is made for clusters.
+template <DType kX, DType kWeight>
+bool has_clusters(const Target& target);
 
 }  // namespace infuse::norm

@@ -16,7 +16,9 @@ void launch_types(const Target& target, const Plan& plan, const Params& params) 
     Launch launch;
     launch.block = dim3(config.threads_per_row, config.rows_per_cta);
     launch.grid = dim3(static_cast<unsigned>(ceil_div(params.rows, config.rows_per_cta)));
-    launch.starts_early = params.starts_early;
+    launch.grid.x *= static_cast<unsigned>(plan.ctas_per_row);
+    launch.ctas_of_cluster = plan.ctas_per_row;
+    launch.starts_early = true;
     launch_kernel(target.op, config.name, kernel, launch, params, target.device, target.stream);
   };
   if (plan.vecs_per_thread == 0) {
@@ -25,18 +27,30 @@ void launch_types(const Target& target, const Plan& plan, const Params& params) 
       run(two_pass_kernel<TwoPassTraits<Types, decltype(elems)::value>>);
     });
   } else {
-    dispatch_int<1, 2, 4, 8>(target.op, "vectors a thread", plan.vecs_per_thread, [&](auto vecs) {
+    dispatch_int<1, 2, 4>(target.op, "vectors a thread", plan.vecs_per_thread, [&](auto vecs) {
       run(register_kernel<RegisterTraits<Types, decltype(vecs)::value>>);
     });
   }
 }
 
 template <DType kX, DType kWeight>
-void launch_planned(const Target& target, Operand operand, const Plan& plan, const Params& params) {
+bool has_clusters(const Target& target) {
+  using Traits = TwoPassTraits<Types<kX, kWeight, Operand::kNone, false>, 1>;
+  return is_compiled_for_9_0(target.op, two_pass_kernel<Traits>, target.device);
+}
+
+template <DType kX, DType kWeight>
+void launch_planned(const Target& target, Operand operand, bool center, const Plan& plan, const Params& params) {
+  const auto launch = [&](auto form) { launch_types<decltype(form)>(target, plan, params); };
   switch (operand) {
-    case Operand::kNone: return launch_types<Types<kX, kWeight, Operand::kNone>>(target, plan, params);
-    case Operand::kResidual: return launch_types<Types<kX, kWeight, Operand::kResidual>>(target, plan, params);
-    case Operand::kGate: return launch_types<Types<kX, kWeight, Operand::kGate>>(target, plan, params);
+    case Operand::kNone:
+      return center ? launch(Types<kX, kWeight, Operand::kNone, true>{})
+                    : launch(Types<kX, kWeight, Operand::kNone, false>{});
+    case Operand::kResidual:
+      return center ? launch(Types<kX, kWeight, Operand::kResidual, true>{})
+                    : launch(Types<kX, kWeight, Operand::kResidual, false>{});
+    case Operand::kGateBeforeNorm: return launch(Types<kX, kWeight, Operand::kGateBeforeNorm, false>{});
+    case Operand::kGateBehindNorm: return launch(Types<kX, kWeight, Operand::kGateBehindNorm, false>{});
   }
 }
 

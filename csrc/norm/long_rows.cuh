@@ -3,6 +3,7 @@
 #pragma once
 
 #include <cstdint>
+#include <type_traits>
 
 #include "infuse/overlap.cuh"
 #include "infuse/reduce.cuh"
@@ -43,11 +44,19 @@ __global__ __launch_bounds__(Traits::kMaxThreads) void two_pass_kernel(const __g
       }
     }
   };
-  if (params.starts_early) wait_for_previous_kernel();
+  wait_for_previous_kernel();
 
+  // Deviations are taken from the row's first element: a large offset is gone before anything is rounded.
+  float shift = 0.0f;
+  if constexpr (Vectors::kCenter) {
+    float h[kElems];
+    row.combine(row.template load_x<Reuse::kShared>(0),
+                Vectors::kHasResidual ? row.template load_operand<Reuse::kShared>(0) : operand[0], h);
+    shift = h[0];
+  }
   RunningMoments moments;
   float squares[2] = {0.0f, 0.0f};
-  for (std::uint32_t first = threadIdx.x; row.holds(first); first += kUnroll * blockDim.x) {
+  for (std::uint32_t first = threadIdx.x; first < row.num_vecs; first += kUnroll * blockDim.x) {
     load_chunk(std::integral_constant<Reuse, Reuse::kShared>{}, first);
     int vecs = 0;
     float sum = 0.0f;
@@ -59,43 +68,46 @@ __global__ __launch_bounds__(Traits::kMaxThreads) void two_pass_kernel(const __g
         x[i] = pack<typename Vectors::X>(h);
         row.store_sum(first + i * blockDim.x, x[i]);
       }
-      vecs += row.holds(first + i * blockDim.x);
+      const bool held = first + i * blockDim.x < row.num_vecs;
+      vecs += held;
 #pragma unroll
       for (int j = 0; j < kElems; ++j) {
-        sum = fmaf(h[j], params.inv_dim, sum);
-        squares[j % 2] = fmaf(h[j], h[j], squares[j % 2]);
+        if constexpr (Vectors::kCenter) {
+          sum = fmaf(held ? h[j] - shift : 0.0f, params.inv_dim, sum);
+        } else {
+          squares[j % 2] = fmaf(h[j], h[j], squares[j % 2]);
+        }
       }
     }
-    if (!params.center) continue;
-    const float count = static_cast<float>(vecs * kElems);
-    const float mean = sum * (static_cast<float>(params.dim) / count);
-    float deviations = 0.0f;
+    if constexpr (Vectors::kCenter) {
+      const float count = static_cast<float>(vecs * kElems);
+      const float mean = sum * (static_cast<float>(params.dim) / count);
+      float deviations = 0.0f;
 #pragma unroll
-    for (int i = 0; i < kUnroll; ++i) {
-      float h[kElems];  // anew: kept, it would take twice the registers of x
-      if constexpr (Vectors::kHasResidual) {
+      for (int i = 0; i < kUnroll; ++i) {
+        float h[kElems];
         unpack(x[i], h);
-      } else {
-        row.combine(x[i], operand[i], h);
-      }
-      const float subtracted = row.holds(first + i * blockDim.x) ? mean : 0.0f;
+        const bool held = first + i * blockDim.x < row.num_vecs;
 #pragma unroll
-      for (int j = 0; j < kElems; ++j) deviations = fmaf(h[j] - subtracted, h[j] - subtracted, deviations);
+        for (int j = 0; j < kElems; ++j) {
+          const float deviation = held ? h[j] - shift - mean : 0.0f;
+          deviations = fmaf(deviation, deviation, deviations);
+        }
+      }
+      moments.add(count, mean, deviations);
     }
-    moments.add(count, mean, deviations);
   }
-  if (params.starts_early) let_next_kernel_start();
+  if (params.lets_next_start) let_next_kernel_start();
 
   Statistics statistics{};
-  if (params.center) {
+  if constexpr (Vectors::kCenter) {
     const float share = moments.count * params.inv_dim;
     float mean[1] = {moments.mean * share};
     row_sums(mean, storage, 0);
     const float delta = moments.mean - mean[0];
     float sums[2] = {fmaf(delta * moments.count, delta, moments.squares), delta * share};
     row_sums(sums, storage, 1);
-    statistics.mean = mean[0] + sums[1];
-    statistics.rstd = row.reciprocal_std(fmaf(sums[0], params.inv_dim, -sums[1] * sums[1]));
+    statistics = {shift + (mean[0] + sums[1]), row.reciprocal_std(sums[0] * params.inv_dim, sums[1])};
   } else {
     float sum[1] = {squares[0] + squares[1]};
     row_sums(sum, storage, 0);
@@ -103,17 +115,21 @@ __global__ __launch_bounds__(Traits::kMaxThreads) void two_pass_kernel(const __g
   }
   if (threadIdx.x == 0) row.store_statistics(statistics);
 
-  for (std::uint32_t first = threadIdx.x; row.holds(first); first += kUnroll * blockDim.x) {
-    load_chunk(std::integral_constant<Reuse, Reuse::kOnce>{}, first);
+  const auto write = [&](auto scale) {
+    for (std::uint32_t first = threadIdx.x; first < row.num_vecs; first += kUnroll * blockDim.x) {
+      load_chunk(std::integral_constant<Reuse, Reuse::kOnce>{}, first);
 #pragma unroll
-    for (int i = 0; i < kUnroll; ++i) {
-      const std::uint32_t vec = first + i * blockDim.x;
-      float h[kElems];
-      row.combine(x[i], operand[i], h);
-      row.finish(h, statistics, row.load_weight(params.weight, vec), row.load_weight(params.bias, vec), operand[i]);
-      row.store_out(vec, h);
+      for (int i = 0; i < kUnroll; ++i) {
+        const std::uint32_t vec = first + i * blockDim.x;
+        float h[kElems];
+        row.combine(x[i], operand[i], h);
+        row.template finish<decltype(scale)::value>(h, statistics, row.load_weight(vec),
+                                                                 row.load_bias(vec), operand[i]);
+        row.store_out(vec, h);
+      }
     }
-  }
+  };
+  dispatch_scale<typename Vectors::X>(params, write);
 }
 
 }  // namespace infuse::norm

@@ -24,17 +24,16 @@ struct Params {
   std::uint32_t rows;      // at most kMaxRows; neighbouring rows belong to neighbouring groups
   std::uint32_t dim;       // elements of a row
   std::uint32_t row_vecs;  // dim / vector width
+  std::uint32_t ctas_per_row;  // a cluster, or 1
   FastDivisor groups;      // divides a row's number
   float inv_dim;           // 1 / dim
   float eps;
-  float weight_offset;      // 0 when cast_before_weight
+  float weight_offset;      // 0 when cast_before_weight, 1 without a weight
   std::uint32_t zero;       // always 0, see keep_packed
-  bool starts_early;        // before the previous kernel of the stream has ended
-  bool center;              // layer norm: the mean is subtracted
+  bool lets_next_start;     // before this kernel has ended
   bool eps_as_minimum;      // eps bounds the mean of squares from below instead of being added
   bool cast_before_weight;  // round the normalised value to x's dtype before weight and bias
   bool out_is_fp32;         // of kernels whose weight is wider than x
-  bool norm_before_gate;    // else the gate is multiplied first
   bool cast_before_gate;    // round what is multiplied by the gate to x's dtype
   bool gate_is_silu;        // act(gate) = gate * sigmoid(gate), else sigmoid(gate)
 };

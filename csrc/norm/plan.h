@@ -9,14 +9,15 @@
 namespace infuse::norm {
 
 // What a row is combined with.
-enum class Operand { kNone, kResidual, kGate };
+enum class Operand { kNone, kResidual, kGateBeforeNorm, kGateBehindNorm };
 
 // One way to launch. The rest (vectors a thread, vector width) follows from the problem, so each configuration takes
 // every problem.
 struct Config {
   const char* name;
-  int threads_per_row;  // power of two, 8 to 1024
+  int threads_per_row;  // of one CTA; power of two, 8 to 1024
   int rows_per_cta;
+  int ctas_per_row = 1;  // a cluster, for rows that don't fit into one CTA's registers; elsewhere it is one CTA
 };
 
 constexpr Config kConfigs[] = {
@@ -28,19 +29,25 @@ constexpr Config kConfigs[] = {
     {"row256", 256, 1},    // 5
     {"row512", 512, 1},    // 6
     {"row1024", 1024, 1},  // 7
+    {"cluster2x512", 512, 1, 2},  //  8
+    {"cluster4x512", 512, 1, 4},  //  9
+    {"cluster8x512", 512, 1, 8},  // 10
 };
 constexpr int kNumConfigs = sizeof(kConfigs) / sizeof(kConfigs[0]);
 constexpr int kHeuristic = -1;
+constexpr int kFirstCluster = 8;
 
 // How many 16-byte vectors of a row a thread may hold, so that the row (and what it is combined with) stays in
 // registers, and how many threads a CTA of such a kernel may have. The two must agree.
-constexpr int kMaxVecs = 8;
+constexpr int kMaxVecs = 4;
 constexpr int max_cta_threads(int vecs, Operand operand) {
-  return vecs >= 8 || (vecs >= 4 && operand != Operand::kNone) ? 512 : 1024;
+  return vecs >= kMaxVecs && operand != Operand::kNone ? 512 : 1024;
 }
 constexpr int max_vecs_per_thread(int cta_threads, Operand operand) {
-  return cta_threads <= 512 ? kMaxVecs : operand == Operand::kNone ? 4 : 2;
+  return cta_threads > 512 && operand != Operand::kNone ? kMaxVecs / 2 : kMaxVecs;
 }
+// What CTAs of 512 threads hold. Rows beyond it are shared by the CTAs of a cluster, if there are clusters.
+constexpr int kMaxRowBytes = kMaxVecs * 512 * kVectorBytes;
 
 // Sizes in bytes of one element (0: the tensor is not there), and a power of two that divides the address of each row.
 struct Access {
@@ -48,21 +55,23 @@ struct Access {
   int alignment_bytes;
 };
 
-// CTAs on each SM up to which a kernel starts early.
+// CTAs on each SM up to which the next kernel may start early.
 constexpr int kMaxEarlyCtas = 8;
 
 struct Problem {
   std::int64_t rows;
   std::int64_t dim;
   Operand operand;
+  bool has_clusters;  // the device, and the code for it
   Access x, others[5];  // the operand, out, sum, weight and bias, in any order
 };
 
 struct Plan {
   int config;           // index into kConfigs
   int vec_elems;        // elements of an access: 16 bytes of x, or one element
+  int ctas_per_row;
   int vecs_per_thread;  // 0: the row does not fit in registers, or is not aligned; read it twice
-  bool starts_early;    // before the previous kernel of the stream has ended
+  bool lets_next_start;  // before this kernel has ended
 };
 
 // Whether all tensors can be accessed by 16 bytes of x at a time.
@@ -75,14 +84,20 @@ constexpr bool is_vectorised(const Problem& problem) {
   return aligned;
 }
 
+constexpr bool needs_cluster(const Problem& problem) {
+  return problem.has_clusters && problem.dim * problem.x.size_bytes > kMaxRowBytes;
+}
+
 // Four loads a thread when there are rows enough to fill the machine (fewer threads meet at the barrier), two when there
 // are not (a row should then be spread over more threads, for latency); a short row is spread over half a warp.
 constexpr int choose_config(const Problem& problem, std::int64_t row_vecs, int num_sms) {
   const bool fills = problem.rows * row_vecs / 4 >= std::int64_t{1024} * num_sms;
   const std::int64_t vecs_per_thread = row_vecs <= 16 ? 1 : fills && problem.operand == Operand::kNone ? 4 : 2;
   const std::int64_t threads_per_row = ceil_div(row_vecs, vecs_per_thread);
-  int best = 0;
-  while (best + 1 < kNumConfigs && kConfigs[best].threads_per_row < threads_per_row) ++best;
+  const bool cluster = needs_cluster(problem);
+  int best = cluster ? kFirstCluster : 0;
+  const int last = cluster ? kNumConfigs - 1 : kFirstCluster - 1;
+  while (best < last && kConfigs[best].threads_per_row * kConfigs[best].ctas_per_row < threads_per_row) ++best;
   return best;  // the table is sorted; the last one takes what is longer
 }
 
@@ -97,17 +112,21 @@ constexpr int choose_vecs_per_thread(std::int64_t row_vecs, int threads_per_row,
 // `config` is kHeuristic or an index into kConfigs.
 constexpr Plan make_plan(const Problem& problem, int config, int num_sms) {
   Plan plan{};
+  plan.ctas_per_row = 1;
   const bool vectorised = is_vectorised(problem);
   plan.vec_elems = vectorised ? kVectorBytes / problem.x.size_bytes : 1;
   const std::int64_t row_vecs = problem.dim / plan.vec_elems;
   plan.config = config == kHeuristic ? choose_config(problem, row_vecs, num_sms) : config;
   const Config& chosen = kConfigs[plan.config];
-  // That hides the launch, about 0.5 us of 2 us on an H200. Each CTA pays for it by a wait, so not where there are many.
-  plan.starts_early = ceil_div(problem.rows, chosen.rows_per_cta) <= std::int64_t{kMaxEarlyCtas} * num_sms;
+  // A CTA that waits for this kernel's end hides its launch, 0.3 of 2 us on an H200, but takes the place of one of this
+  // kernel's: of many small ones that costs 20%.
+  plan.lets_next_start = ceil_div(problem.rows, chosen.rows_per_cta) <= std::int64_t{kMaxEarlyCtas} * num_sms;
   // Narrow accesses have no kernel that keeps the row in registers: too many vectors.
   if (!vectorised) return plan;
+  plan.ctas_per_row = needs_cluster(problem) ? chosen.ctas_per_row : 1;
   const int most = max_vecs_per_thread(chosen.threads_per_row * chosen.rows_per_cta, problem.operand);
-  plan.vecs_per_thread = choose_vecs_per_thread(row_vecs, chosen.threads_per_row, most);
+  plan.vecs_per_thread = choose_vecs_per_thread(row_vecs, chosen.threads_per_row * plan.ctas_per_row, most);
+  if (plan.vecs_per_thread == 0) plan.ctas_per_row = 1;
   return plan;
 }
 

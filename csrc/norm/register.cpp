@@ -42,7 +42,7 @@ void run(const char* op, const Inputs& inputs, const Formula& formula, int64_t c
   const auto bias = infuse::tensor_arg(inputs.bias, op, "bias");
   std::optional<infuse::TensorArg> operand;
   if (inputs.operand) {
-    operand = infuse::tensor_arg(*inputs.operand, op, formula.operand == Operand::kGate ? "gate" : "residual");
+    operand = infuse::tensor_arg(*inputs.operand, op, formula.operand == Operand::kResidual ? "residual" : "gate");
   }
   const auto out = written(&outputs.out, "out");
   const auto sum = written(outputs.sum, "sum");
@@ -120,9 +120,9 @@ std::tuple<Tensor, Tensor> add_layer_norm_kernel(const Tensor& x, const Tensor& 
 void gated_rms_norm_out(const Tensor& x, const Tensor& gate, const MaybeTensor& weight, double eps,
                         bool norm_before_gate, bool gate_is_silu, int64_t groups, bool cast_before_weight,
                         bool cast_before_gate, int64_t config, Tensor out, MaybeTensor rstd) {
-  Formula formula{.eps = eps, .operand = Operand::kGate};
+  Formula formula{.eps = eps};
+  formula.operand = norm_before_gate ? Operand::kGateBehindNorm : Operand::kGateBeforeNorm;
   formula.cast_before_weight = cast_before_weight;
-  formula.norm_before_gate = norm_before_gate;
   formula.cast_before_gate = cast_before_gate;
   formula.gate_is_silu = gate_is_silu;
   formula.groups = groups;

@@ -1,5 +1,5 @@
-// Compile-time description of one norm kernel. Which formula it computes is for the most part told at run time: that
-// costs a few uniform branches, and a kernel moves memory.
+// Compile-time description of one norm kernel. What the formula does to each element is decided here; the rest, such as
+// groups, statistics and how eps is taken, is told at run time.
 #pragma once
 
 #include "infuse/vec.cuh"
@@ -8,12 +8,13 @@
 namespace infuse::norm {
 
 // kX: dtype of x, of what it is combined with, of the sum. kWeight: of weight and bias (x's or float32; x's when there
-// are none).
-template <DType kX, DType kWeight, Operand kOperand_>
+// are none). kCenter: LayerNorm, which subtracts the mean and adds a bias.
+template <DType kX, DType kWeight, Operand kOperand_, bool kCenter_>
 struct Types {
   using x_type = Element<kX>;
   using weight_type = Element<kWeight>;
   static constexpr Operand kOperand = kOperand_;
+  static constexpr bool kCenter = kCenter_;
   static constexpr bool kWideWeight = kWeight != kX;
   static_assert(!kWideWeight || kWeight == DType::kFloat32);
 };
@@ -25,14 +26,13 @@ struct RegisterTraits {
   static constexpr int kVecElems = kVectorBytes / static_cast<int>(sizeof(typename Types::x_type));
   static constexpr int kVecsPerThread = kVecsPerThread_;
   static constexpr int kMaxThreads = max_cta_threads(kVecsPerThread, Types::kOperand);
-  // 0 leaves it to the compiler, which then saves registers for the sake of more CTAs; of the longest rows it would
-  // spill a few.
-  static constexpr int kMinCtas = kVecsPerThread >= 8 ? 1 : 0;
 
-  // Vectors of weight and bias in registers at a time. The first ones are fetched together with x, so that they are
-  // there when the sum is.
-  static constexpr bool kCrowded = kVecsPerThread >= (Types::kOperand == Operand::kResidual ? 4 : 8);
-  static constexpr int kChunk = kCrowded || Types::kWideWeight ? 1 : smaller(kVecsPerThread, 2);
+  // Vectors of weight and bias in registers at a time: 16 registers of them, 8 beside the longest rows of two tensors.
+  // The first ones are fetched together with x, so that they are there when the sum is.
+  static constexpr int kWeightRegisters = (Types::kWideWeight ? 8 : 4) * (Types::kCenter ? 2 : 1);
+  static constexpr bool kCrowded = kVecsPerThread == kMaxVecs && Types::kOperand != Operand::kNone;
+  static constexpr int kAffordable = (kCrowded ? 8 : 16) / kWeightRegisters;
+  static constexpr int kChunk = kAffordable < 1 ? 1 : smaller(kVecsPerThread, kAffordable);
   static_assert(kVecsPerThread % kChunk == 0);
 };
 

@@ -20,8 +20,8 @@ struct Case {
   std::int64_t x_padding = 0, out_padding = 0;  // elements behind each row
   int offset = 0;                               // elements in front, to misalign both
   bool has_weight = true, has_bias = false;
-  bool center = false, cast_before_weight = false, eps_as_minimum = false;
-  bool norm_before_gate = false, cast_before_gate = false, gate_is_silu = true;
+  bool cast_before_weight = false, eps_as_minimum = false;
+  bool cast_before_gate = false, gate_is_silu = true;
   double scale = 1, shift = 0;  // of x
   std::int64_t groups = 1;      // neighbouring rows share a row of x's storage, as in a gated norm
 };
@@ -60,7 +60,6 @@ void run(const Plan& plan, const Params& params) {
     case 1: return go(register_kernel<RegisterTraits<Types, 1>>);
     case 2: return go(register_kernel<RegisterTraits<Types, 2>>);
     case 4: return go(register_kernel<RegisterTraits<Types, 4>>);
-    case 8: return go(register_kernel<RegisterTraits<Types, 8>>);
   }
   constexpr int kFull = kVectorBytes / static_cast<int>(sizeof(typename Types::x_type));
   if (plan.vec_elems == kFull) return go(two_pass_kernel<TwoPassTraits<Types, kFull>>);
@@ -76,16 +75,16 @@ double rounded(double value) {
 
 // One row of the formula in double precision, with the roundings that are part of it. `x` is replaced by the sum.
 template <typename X, typename W>
-std::vector<double> expected_row(const Case& c, Operand operand, std::vector<double>& x, const X* other,
+std::vector<double> expected_row(const Case& c, Operand operand, bool center, std::vector<double>& x, const X* other,
                                  const W* weight, const W* bias, double weight_offset, double* mean, double* rstd) {
   const std::int64_t dim = c.dim;
   std::vector<double> h(dim), y(dim);
   for (std::int64_t i = 0; i < dim; ++i) {
     if (operand == Operand::kResidual) x[i] = rounded<X>(x[i] + float(other[i]));
-    h[i] = x[i] * (operand == Operand::kGate && !c.norm_before_gate ? act(c, float(other[i])) : 1);
+    h[i] = x[i] * (operand == Operand::kGateBeforeNorm ? act(c, float(other[i])) : 1);
   }
   *mean = 0;
-  for (std::int64_t i = 0; c.center && i < dim; ++i) *mean += h[i] / double(dim);
+  for (std::int64_t i = 0; center && i < dim; ++i) *mean += h[i] / double(dim);
   double squares = 0;
   for (std::int64_t i = 0; i < dim; ++i) squares += (h[i] - *mean) * (h[i] - *mean) / double(dim);
   *rstd = 1 / std::sqrt(c.eps_as_minimum ? std::max(squares, double(kEps)) : squares + double(kEps));
@@ -95,18 +94,18 @@ std::vector<double> expected_row(const Case& c, Operand operand, std::vector<dou
     if (c.has_weight) y[i] *= weight_offset + double(float(weight[i]));
     if (c.cast_before_weight && sizeof(W) == sizeof(X)) y[i] = rounded<X>(y[i]);
     if (c.has_bias) y[i] += double(float(bias[i]));
-    if (operand == Operand::kGate && c.norm_before_gate) {
+    if (operand == Operand::kGateBehindNorm) {
       y[i] = (c.cast_before_gate ? rounded<X>(y[i]) : y[i]) * act(c, float(other[i]));
     }
   }
   return y;
 }
 
-template <DType kX, DType kWeight, Operand kOperand>
+template <DType kX, DType kWeight, Operand kOperand, bool kCenter = false>
 void test(const Case& c, int config) {
   using X = Element<kX>;
   using W = Element<kWeight>;
-  const bool out_is_fp32 = kWeight == DType::kFloat32 && c.cast_before_weight && !c.norm_before_gate;
+  const bool out_is_fp32 = kWeight == DType::kFloat32 && c.cast_before_weight && kOperand != Operand::kGateBehindNorm;
   const std::int64_t x_stride = c.dim + c.x_padding, batch_stride = c.rows * x_stride + 32;
   const std::int64_t out_stride = c.dim + c.out_padding, rows = c.batches * c.rows;
   const int out_size = out_is_fp32 ? 4 : sizeof(X);
@@ -133,7 +132,7 @@ void test(const Case& c, int config) {
   params.sum = kOperand == Operand::kResidual ? sum.data : nullptr;
   params.weight = c.has_weight ? weight.data : nullptr;
   params.bias = c.has_bias ? bias.data : nullptr;
-  params.mean = c.center ? mean.data : nullptr;
+  params.mean = kCenter ? mean.data : nullptr;
   params.rstd = rstd.data;
   const std::int64_t sizes[] = {c.batches, c.rows}, x_strides[] = {batch_stride, x_stride};
   const std::int64_t out_strides[] = {c.rows * out_stride, out_stride};
@@ -145,12 +144,11 @@ void test(const Case& c, int config) {
   params.groups = FastDivisor(static_cast<std::uint32_t>(c.groups));
   params.inv_dim = static_cast<float>(1.0 / static_cast<double>(c.dim));
   params.eps = kEps;
-  params.weight_offset = c.cast_before_weight ? 0.0f : 1.0f;
-  params.center = c.center;
+  params.weight_offset = c.cast_before_weight && c.has_weight ? 0.0f : 1.0f;
   params.eps_as_minimum = c.eps_as_minimum;
-  params.cast_before_weight = c.cast_before_weight;
+  params.cast_before_weight =
+      c.cast_before_weight && (c.has_weight || c.has_bias || kOperand == Operand::kGateBehindNorm);
   params.out_is_fp32 = out_is_fp32;
-  params.norm_before_gate = c.norm_before_gate;
   params.cast_before_gate = c.cast_before_gate;
   params.gate_is_silu = c.gate_is_silu;
 
@@ -163,8 +161,9 @@ void test(const Case& c, int config) {
   const int contiguous = alignment_bytes(nullptr, RowMap{}, 1) | static_cast<int>(c.dim * sizeof(X));
   if (kOperand == Operand::kResidual) problem.others[1] = {sizeof(X), contiguous & -contiguous};
   const Plan plan = make_plan(problem, config, 132);
+  params.ctas_per_row = 1;
   params.row_vecs = static_cast<std::uint32_t>(c.dim / plan.vec_elems);
-  run<Types<kX, kWeight, kOperand>>(plan, params);
+  run<Types<kX, kWeight, kOperand, kCenter>>(plan, params);
 
   // What is rounded to x's precision in the reference may be rounded to its neighbour here, each time.
   const double unit = sizeof(X) == 4 ? 1e-5 : kX == DType::kFloat16 ? 1.2e-3 : 9e-3;
@@ -176,7 +175,7 @@ void test(const Case& c, int config) {
     const std::int64_t group = row % c.groups * c.dim;
     double row_mean, row_rstd;
     const std::vector<double> expected =
-        expected_row(c, kOperand, h, other.data + start, weight.data + group, bias.data + group, params.weight_offset,
+        expected_row(c, kOperand, kCenter, h, other.data + start, weight.data + group, bias.data + group, params.weight_offset,
                      &row_mean, &row_rstd);
     const auto fail = [&](const char* what, std::int64_t i, double got, double wanted) {
       std::printf("%s: dim %ld, config %d, row %ld, element %ld: got %g, expected %g\n", what, long(c.dim), config,
@@ -185,7 +184,7 @@ void test(const Case& c, int config) {
     };
     if (std::fabs(rstd.data[row] / row_rstd - 1) > 1e-5) fail("rstd", 0, rstd.data[row], row_rstd);
     const double mean_error = std::fabs(mean.data[row] - row_mean);
-    if (c.center && mean_error > 3e-7 * (std::fabs(row_mean) + c.scale)) fail("mean", 0, mean.data[row], row_mean);
+    if (kCenter && mean_error > 3e-7 * (std::fabs(row_mean) + c.scale)) fail("mean", 0, mean.data[row], row_mean);
     for (std::int64_t i = 0; i < out_stride; ++i) {
       const std::int64_t at = row * out_stride + i;
       const double got = out_is_fp32 ? wide.data[at] : float(narrow.data[at]);
@@ -230,10 +229,15 @@ void test_collapse() {
 void test_offsets(int config) {
   constexpr DType kFloat32 = DType::kFloat32;
   for (const std::int64_t dim : {7, 1000, 4096, 40000}) {
-    test<kFloat32, kFloat32, Operand::kNone>(
-        {.batches = 1, .rows = 1, .dim = dim, .center = true, .scale = 1, .shift = 100}, config);
-    test<kFloat32, kFloat32, Operand::kNone>(
-        {.batches = 1, .rows = 2, .dim = dim, .has_weight = false, .center = true, .scale = 0, .shift = 0.1}, config);
+    Case c{.batches = 1, .rows = 1, .dim = dim};
+    c.shift = 100;
+    test<kFloat32, kFloat32, Operand::kNone, true>(c, config);
+    c.has_weight = false;
+    c.scale = 0;
+    for (const double value : {0.1, 1e4}) {
+      c.shift = value;
+      test<kFloat32, kFloat32, Operand::kNone, true>(c, config);
+    }
   }
 }
 
@@ -241,7 +245,8 @@ void test_offsets(int config) {
 
 int main() {
   constexpr DType kBFloat16 = DType::kBFloat16, kFloat16 = DType::kFloat16, kFloat32 = DType::kFloat32;
-  constexpr Operand kNone = Operand::kNone, kResidual = Operand::kResidual, kGate = Operand::kGate;
+  constexpr Operand kNone = Operand::kNone, kResidual = Operand::kResidual;
+  constexpr Operand kGateFirst = Operand::kGateBeforeNorm, kGateLast = Operand::kGateBehindNorm;
   test_divisor();
   test_collapse();
   for (int config = kHeuristic; config < kNumConfigs; ++config) {
@@ -251,15 +256,15 @@ int main() {
       const Case strided{.batches = 2, .rows = rows, .dim = dim, .x_padding = 24, .out_padding = 16};
       Case c = plain;
       test<kBFloat16, kBFloat16, kNone>(c, config);
-      c.center = c.has_bias = true;
-      test<kBFloat16, kBFloat16, kNone>(c, config);
+      c.has_bias = true;
+      test<kBFloat16, kBFloat16, kNone, true>(c, config);
       c.cast_before_weight = true;
-      test<kFloat16, kFloat16, kResidual>(c, config);
+      test<kFloat16, kFloat16, kResidual, true>(c, config);
       c = strided;
-      c.cast_before_weight = c.center = c.has_bias = true;
-      test<kBFloat16, kFloat32, kNone>(c, config);
-      c.has_weight = c.center = false;
-      test<kFloat16, kFloat32, kResidual>(c, config);
+      c.cast_before_weight = c.has_bias = true;
+      test<kBFloat16, kFloat32, kNone, true>(c, config);
+      c.has_weight = c.has_bias = false;
+      test<kFloat16, kFloat16, kResidual>(c, config);
       c = strided;
       c.eps_as_minimum = true;
       c.scale = 1e-3;
@@ -268,15 +273,15 @@ int main() {
       c.offset = 1;
       test<kBFloat16, kBFloat16, kResidual>(c, config);
       c = strided;
-      test<kBFloat16, kBFloat16, kGate>(c, config);
+      test<kBFloat16, kBFloat16, kGateFirst>(c, config);
       c.gate_is_silu = false;
-      test<kFloat32, kFloat32, kGate>(c, config);
-      c.norm_before_gate = c.cast_before_weight = c.cast_before_gate = true;
+      test<kFloat32, kFloat32, kGateFirst>(c, config);
+      c.cast_before_weight = c.cast_before_gate = true;
       c.groups = rows;
-      test<kFloat16, kFloat32, kGate>(c, config);
+      test<kFloat16, kFloat32, kGateLast>(c, config);
       c.cast_before_gate = false;
       c.offset = 1;
-      test<kBFloat16, kBFloat16, kGate>(c, config);
+      test<kBFloat16, kBFloat16, kGateLast>(c, config);
     }
     test_offsets(config);
   }

@@ -34,14 +34,14 @@ unsigned resident_ctas(const char* op, Kernel kernel, int threads, int shared_by
   return last.ctas;
 }
 
-// Whether the kernel's code for this device contains the instructions of infuse/overlap.cuh. Code that was compiled
-// for 8.0 does not wait, also where a newer device runs it, so it must never start early.
+// Whether the kernel's code for this device contains the instructions of infuse/overlap.cuh and infuse/cluster.cuh. Code
+// that was compiled for 8.0 does not, also where a newer device runs it: it must never start early or in a cluster.
 template <typename Kernel>
-bool can_start_early(const char* op, Kernel kernel, int device) {
+bool is_compiled_for_9_0(const char* op, Kernel kernel, int device) {
   struct Answer {
     Kernel kernel = nullptr;
     int device = -1;
-    bool early = false;
+    bool answer = false;
   };
   static thread_local Answer last;
   if (last.kernel != kernel || last.device != device) {
@@ -49,7 +49,7 @@ bool can_start_early(const char* op, Kernel kernel, int device) {
     check_cuda(cudaFuncGetAttributes(&attributes, reinterpret_cast<const void*>(kernel)), op, "attributes of a kernel");
     last = {kernel, device, attributes.ptxVersion >= 90};
   }
-  return last.early;
+  return last.answer;
 }
 
 struct Launch {
@@ -58,22 +58,28 @@ struct Launch {
   // Programmatic dependent launch: the kernel may start while its predecessor in the stream still runs, and must call
   // wait_for_previous_kernel before it touches memory.
   bool starts_early = false;
+  int ctas_of_cluster = 1;  // neighbouring CTAs of the grid; more than 1 for code that is compiled for 9.0 only
 };
 
 // `params` is the kernel's only parameter. `what` names the launch in a message.
 template <typename Params>
 void launch_kernel(const char* op, const char* what, void (*kernel)(Params), const Launch& launch, const Params& params,
                    int device, cudaStream_t stream) {
-  cudaLaunchAttribute early{};
-  early.id = cudaLaunchAttributeProgrammaticStreamSerialization;
-  early.val.programmaticStreamSerializationAllowed = 1;
   cudaLaunchConfig_t config{};
+  cudaLaunchAttribute attributes[2] = {};
+  config.attrs = attributes;
+  if (launch.starts_early && is_compiled_for_9_0(op, kernel, device)) {
+    attributes[config.numAttrs].id = cudaLaunchAttributeProgrammaticStreamSerialization;
+    attributes[config.numAttrs++].val.programmaticStreamSerializationAllowed = 1;
+  }
+  if (launch.ctas_of_cluster > 1) {
+    attributes[config.numAttrs].id = cudaLaunchAttributeClusterDimension;
+    attributes[config.numAttrs++].val.clusterDim = {static_cast<unsigned>(launch.ctas_of_cluster), 1, 1};
+  }
   config.gridDim = launch.grid;
   config.blockDim = launch.block;
   config.dynamicSmemBytes = static_cast<std::size_t>(launch.shared_bytes);
   config.stream = stream;
-  config.attrs = &early;
-  config.numAttrs = launch.starts_early && can_start_early(op, kernel, device) ? 1 : 0;
   void* arguments[] = {const_cast<Params*>(&params)};
   check_cuda(cudaLaunchKernelExC(&config, reinterpret_cast<const void*>(kernel), arguments), op,
              concat("launch of ", what));
