@@ -3,7 +3,8 @@
 A site is found from what is rare: the node that joins a rotated copy of x (x * cos + cat(-x2, x1) * sin), or the
 result (cat(x1 * cos - x2 * sin, ...), view_as_real of a complex product). Which element then meets which is read off
 (`rotary_terms`), so that it does not matter how the parts were cut out. Of cos and sin nothing has to be known but
-shapes and dtypes, and that both elements of a pair meet the same ones where the operator has one for the two.
+shapes and dtypes, and that both elements of a pair meet the same ones where the operator has one for the two. A sum of
+products with matrices is found by its shapes (`rotary_matrices`).
 """
 
 from __future__ import annotations
@@ -16,13 +17,14 @@ import torch
 from torch.fx import Node
 
 from infuse.ops.rope import compute_dtype
+from infuse.patterns import rotary_matrices
 from infuse.patterns.canonical import CanonicalGraph
 from infuse.patterns.lanes import Lanes, same_tensor
 from infuse.patterns.rotary_terms import Part, Rotation, Sum, resembles, rotation_of, sum_of_terms
 from infuse.patterns.sites import Finding, Make, Refusal, Site
 
 KIND = "rope"
-ANCHORS = ("cat", "stack", "view_as_real")
+ANCHORS = ("cat", "stack", "view_as_real", "add")
 # How far a value is followed to what it becomes.
 _MAX_STEPS = 6
 _STRUCTURAL = ("reshape", "alias", "cast", "cat", "stack")
@@ -37,7 +39,8 @@ def match(view: CanonicalGraph, anchor: Node) -> Finding | None:
     root, nodes = start
     if root is not anchor and not isinstance(view.shape(root)[-1], int):
         return Refusal(KIND, anchor, "the size of the last dimension is symbolic", "keep the head dimension static")
-    lanes = Lanes(view, len(view.shape(nodes[0])) - 1)
+    trailing = 2 if view.word(anchor) == "add" else 1
+    lanes = Lanes(view, len(view.shape(nodes[0])) - trailing)
     sums = [item for node in nodes if (item := sum_of_terms(view, lanes, node)) is not None]
     if len(sums) != len(nodes) or not resembles(sums):
         return None
@@ -59,6 +62,8 @@ def _start(view: CanonicalGraph, anchor: Node) -> tuple[Node, list[Node]] | None
         return None
     if call.name == "view_as_real":
         return _complex_start(view, anchor, call["input"])
+    if call.name == "add":
+        return (anchor, [anchor]) if rotary_matrices.is_candidate(view, anchor) else None
     tensors = call["tensors"]
     if not isinstance(tensors, (tuple, list)) or not 2 <= len(tensors) <= 3:
         return None
@@ -177,6 +182,8 @@ def _tables(view: CanonicalGraph, rotation: Rotation) -> _Tables | str:
         pair = Make(torch.view_as_real, (cos,))
         parts = [Make(torch.select, (pair, -1, part)) for part in range(2)]
         return _Tables(parts[0], parts[1], True, (dtype.to_real(), dtype.to_real()), (cos, cos))
+    if rotation.sums[0].is_matrix:
+        return _columns(view, cos, sin)
     per_pair, compared = len(rotation.sums) == 2, list[Node]()
     if per_pair and not all(
         same_tensor(view, parts[0].table, parts[1].table, compared) for parts in (rotation.cos, rotation.sin)
@@ -189,6 +196,16 @@ def _tables(view: CanonicalGraph, rotation: Rotation) -> _Tables | str:
     if dtypes[0] is None or dtypes[1] is None or not all(dtype.is_floating_point for dtype in dtypes if dtype):
         return "cos and sin are not of floating point"
     return _Tables(cos, sin, per_pair, (dtypes[0], dtypes[1]), (cos, sin), tuple(compared))
+
+
+def _columns(view: CanonicalGraph, first: Node, second: Node) -> _Tables | str:
+    """cos and sin out of the first column of matrices that turn."""
+    proof = rotary_matrices.turns(view, first, second)
+    dtype = view.dtype(first)
+    if proof is None or dtype is None or view.dtype(second) != dtype:
+        return "the matrices are not proven to be (cos, -sin; sin, cos)"
+    cos, sin = (Make(torch.select, (first, -1, row)) for row in range(2))
+    return _Tables(cos, sin, True, (dtype, dtype), (first, second), tuple(proof))
 
 
 def _whole(view: CanonicalGraph, rotation: Rotation, parts: Sequence[Part]) -> Node | None:
@@ -278,7 +295,9 @@ def _words(rotation: Rotation, upcast: bool) -> str:
     """How the author wrote it."""
     sums = rotation.sums
     formula = "x1 * cos - x2 * sin" if len(sums) == 2 else "x * cos + rotated * sin"
-    parts = ["interleaved" if rotation.interleaved else "halves", "complex" if sums[0].is_complex else formula]
+    if sums[0].is_paired:
+        formula = "complex" if sums[0].is_complex else "matrices"
+    parts = ["interleaved" if rotation.interleaved else "halves", formula]
     rotary, size = rotation.owner.size, rotation.x.size
     if rotary < size:
         parts.append(f"{rotary} of {size} elements")

@@ -16,6 +16,7 @@ from dataclasses import dataclass
 import numpy as np
 from torch.fx import Node
 
+from infuse.patterns import rotary_matrices
 from infuse.patterns.canonical import CanonicalGraph
 from infuse.patterns.lanes import Codes, Lanes
 from infuse.patterns.sizes import broadcasts_to, same_shape, same_size
@@ -49,11 +50,20 @@ class Term:
 
 @dataclass(frozen=True, slots=True)
 class Sum:
-    """A node that is a sum of two terms. A complex product is one too: its table is cosine and sine at once."""
+    """A node that is a sum of two terms. A complex product is one too: its table is cosine and sine at once.
+
+    is_matrix: it is a product with matrices of two by two, whose columns are taken for the tables.
+    """
 
     node: Node
     terms: tuple[Term, Term]
     is_complex: bool = False
+    is_matrix: bool = False
+
+    @property
+    def is_paired(self) -> bool:
+        """Whether the node holds the two elements of a pair next to each other, which meet one cosine and one sine."""
+        return self.is_complex or self.is_matrix
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,9 +85,11 @@ class Rotation:
 
 
 def sum_of_terms(view: CanonicalGraph, lanes: Lanes, node: Node) -> Sum | None:
-    """The node read as a sum of two products or as a complex product; None for anything else."""
+    """The node read as a sum of two products, a complex product or one of matrices; None for anything else."""
     if lanes.is_complex(node):
         return _complex_product(view, lanes, node)
+    if len(view.shape(node)) - lanes.lead == 2:
+        return _matrix_product(view, lanes, node)
     for name, sign in (("add", 1), ("sub", -1)):
         operands = view.operands(node, name)
         if operands is not None:
@@ -142,6 +154,17 @@ def _complex_product(view: CanonicalGraph, lanes: Lanes, node: Node) -> Sum | No
     return Sum(node, (Term(node, cos), Term(node, sin)), True) if cos else None
 
 
+def _matrix_product(view: CanonicalGraph, lanes: Lanes, node: Node) -> Sum | None:
+    """(x1, x2) cos + (-x2, x1) sin; the tables are the columns (cos, sin) and (-sin, cos), unproven as yet."""
+    found = rotary_matrices.columns(view, lanes, node)
+    if found is None or lanes.read(node) is None:
+        return None
+    first, second = found
+    cos = Part(first.leaf, np.stack([first.x, second.x], axis=-1), first.table)
+    sin = Part(first.leaf, np.stack([-second.x, first.x], axis=-1), second.table)
+    return Sum(node, (Term(first.product, (cos,)), Term(second.product, (sin,))), is_matrix=True)
+
+
 def rotation_of(lanes: Lanes, codes: Codes, sums: Sequence[Sum]) -> Rotation | None:
     """The rotation whose result has these codes [D]."""
     if codes.ndim != 1 or (codes <= 0).any() or not all(item.node in lanes.leaves for item in sums):
@@ -169,7 +192,7 @@ def rotation_of(lanes: Lanes, codes: Codes, sums: Sequence[Sum]) -> Rotation | N
 def _readings(sums: Sequence[Sum]) -> Iterator[tuple[Node, tuple[Part, ...], tuple[Part, ...]]]:
     """Each way to take one tensor for x, and of each sum one product for the cosine's: (leaf, cos parts, sin parts)."""
     for leaf in common_leaves(sums):
-        orders = [((0, 1),) if item.is_complex else ((0, 1), (1, 0)) for item in sums]
+        orders = [((0, 1),) if item.is_paired else ((0, 1), (1, 0)) for item in sums]
         for order in itertools.product(*orders):
             cos, sin = [], []
             for item, (first, second) in zip(sums, order):
@@ -208,7 +231,7 @@ def _places(rotary: int, interleaved: bool, sums: Sequence[Sum]) -> Codes:
     """Where in its sum each rotated element must be for the tables to be in order."""
     element = np.arange(rotary)
     pair, side = (element // 2, element % 2) if interleaved else (element % (rotary // 2), element // (rotary // 2))
-    if sums[0].is_complex:
+    if sums[0].is_paired:
         return 2 * pair + side
     return element if len(sums) == 1 else pair
 
