@@ -52,6 +52,8 @@ def match(view: CanonicalGraph, anchor: Node) -> Finding | None:
         value, reader = found
         call = view.call(reader, *steps)
         if call is None:
+            if view.call(reader, "reshape") is not None:
+                return _viewed(view, value, reader, anchor)
             return _multiplied_in_place(view, value, reader, anchor)
         if call.name == "mul" and read_activation(view, reader) is None:
             sides = (call["input"], call["other"])
@@ -74,21 +76,65 @@ def _gated(view: CanonicalGraph, product: Node, sides: tuple[object, object], an
         return None
     shape = view.shape(act.value)
     if not same_shape(view.shape(up), shape):
-        return None if _broadcasts(shape, view.shape(up)) else _unproven(view, product, shape, view.shape(up))
+        if _broadcasts(shape, view.shape(up)):
+            return _scaled_first(view, product, act)
+        return _unproven(view, product, shape, view.shape(up))
+    return _site(view, product, act, up, up_last=sides[1] is up)
+
+
+def _site(
+    view: CanonicalGraph, product: Node, act: Activation, up: Node, *, up_last: bool, viewed: Node | None = None
+) -> Finding:
+    """The site of act * up. viewed: the activation in up's shape, if it has another of its own."""
     dtypes = _to_one_dtype(view, product, act, up)
     if isinstance(dtypes, Refusal):
         return dtypes
-    words = f"{act.spelling}, {'act * up' if sides[1] is up else 'up * act'}"
+    gate, other = dtypes
+    words = f"{act.spelling}, {'act * up' if up_last else 'up * act'}"
     site = Site(
         KIND,
         (product,),
         product,
-        (*dtypes, act.name),
-        tuple(dict.fromkeys((*act.trail, product))),
+        (gate if viewed is None else Make(torch.ops.aten.reshape_as.default, (gate, up)), other, act.name),
+        tuple(dict.fromkeys((*act.trail, *([] if viewed is None else [viewed]), product))),
         f"{described(view, act.gate, up)}, {words}",
         act.rounding or _rounding(view, product, act, up),
     )
     return with_limits(view, site, act.alpha)
+
+
+def _viewed(view: CanonicalGraph, value: Node, viewed: Node, anchor: Node) -> Finding | None:
+    """act(gate).view(...) * up, the gate of attention's heads."""
+    act, found = read_activation(view, value), view.only_reader(viewed)
+    operands = view.operands(found[1], "mul") if found is not None else None
+    if act is None or act.anchor is not anchor or act.alpha is not None or found is None or operands is None:
+        return None
+    product = found[1]
+    up = operands[1] if operands[0] is found[0] else operands[0]
+    if not isinstance(up, Node) or up is found[0] or not same_shape(view.shape(up), view.shape(viewed)):
+        return None
+    other = view.call(up, "reshape")
+    behind = up if other is None else other["input"]
+    if read_activation(view, behind) is not None or not _is_gate(view, product, act, behind):
+        return None
+    return _site(view, product, act, up, up_last=operands[1] is up, viewed=viewed)
+
+
+def _scaled_first(view: CanonicalGraph, scaled: Node, act: Activation) -> Refusal | None:
+    """A refusal for (act * mask) * up, the mask being smaller than either."""
+    found = view.only_reader(scaled)
+    operands = view.operands(found[1], "mul") if found is not None else None
+    if found is None or operands is None:
+        return None
+    up = operands[1] if operands[0] is found[0] else operands[0]
+    like = isinstance(up, Node) and same_shape(view.shape(up), view.shape(act.value))
+    if not like or not same_shape(view.shape(scaled), view.shape(act.value)) or not _is_gate(view, found[1], act, up):
+        return None
+    return _refuse(
+        found[1],
+        "a smaller tensor multiplies the activation before the other factor does",
+        "write act(gate) * up, and multiply by a mask after that",
+    )
 
 
 def _rank(act: Activation) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 
 from census.attention import MATMULS
@@ -11,7 +12,7 @@ NONLINEAR = names(
     "silu gelu sigmoid relu tanh erf mish softplus hardswish hardsigmoid leaky_relu elu celu selu hardtanh "
     "log_sigmoid_forward relu6 threshold"
 )
-_LINEARS = MATMULS | {"_grouped_mm", "_scaled_mm", "_weight_int8pack_mm", "_weight_int4pack_mm"}
+_LINEARS = MATMULS | names("_grouped_mm _scaled_mm _weight_int8pack_mm _weight_int4pack_mm convolution")
 # An activation may be written out of these.
 _POINTWISE = NONLINEAR | VIEWS | names("mul add sub rsub div pow neg clamp clamp_min clamp_max reciprocal exp")
 # Between a linear layer and its activation: bias, LoRA's update, scales, clamps.
@@ -52,6 +53,7 @@ def _roots(value: Value) -> tuple[set[Key], bool]:
     """The tensors that a value is a pointwise function of, and whether something on the way is an activation."""
     keys: set[Key] = set()
     names: set[str] = set()
+    value_shape = value.shape
     todo, seen = [value], {value}
     while todo:
         key = part(todo.pop())
@@ -60,7 +62,8 @@ def _roots(value: Value) -> tuple[set[Key], bool]:
         is_pointwise = maker is not None and maker.name in _POINTWISE and len(seen) < _MOST
         is_layer = maker is not None and maker.name in ("add", "sub") and _is_linear(base)
         if steps or maker is None or not is_pointwise or is_layer:
-            if not base.is_parameter and base.shape and (maker is None or maker.name not in _RANDOM):
+            is_smaller = math.prod(base.shape) < math.prod(value_shape)  # a mask or a scale that broadcasts
+            if not base.is_parameter and not is_smaller and (maker is None or maker.name not in _RANDOM):
                 keys.add(key)
             continue
         names.add(maker.name)

@@ -89,6 +89,9 @@ def _applied(statistic: Op, source: Value) -> Iterator[tuple[Op, str]]:
 
 def _kind(statistic: Op, numerator: Value, base: Value) -> str:
     """ "layer_norm" if what is normalised is centred, "rms_norm" if it is the source itself, "" if it is neither."""
+    averaged = first(statistic)
+    if averaged is not None and averaged.shape[-1] != numerator.shape[-1]:
+        return ""  # the statistic of a part
     for top in (origin(numerator), _unweighted(origin(numerator))):
         inside = _is_centred(top)
         if top is base:

@@ -14,6 +14,7 @@ def sites(ops: list[Op]) -> Iterator[Op]:
     yield from _complex(ops)
     yield from _rotated_copies(ops)
     yield from _pairs(ops)
+    yield from _matrices(ops)
 
 
 def _complex(ops: list[Op]) -> Iterator[Op]:
@@ -84,6 +85,16 @@ def _pairs(ops: list[Op]) -> Iterator[Op]:
                 used.add(partner)
                 yield op
                 break
+
+
+def _matrices(ops: list[Op]) -> Iterator[Op]:
+    """x1 * M[..., 0] + x2 * M[..., 1], a pair times a matrix of two by two."""
+    for op in ops:
+        makers = [value.maker for value in op.inputs] if op.name == "add" and op.out.shape[-1:] == (2,) else []
+        factors = [maker.inputs for maker in makers if maker is not None and maker.name == "mul"]
+        elements = [part(value) for pair in factors for value in pair if value.shape[-1:] == (1,)]
+        if len(factors) == 2 and len(elements) == 2 and elements[0] != elements[1] and elements[0][0] is elements[1][0]:
+            yield op
 
 
 def _products(op: Op) -> tuple[Product, Product] | None:

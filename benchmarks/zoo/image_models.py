@@ -273,9 +273,9 @@ class SegmentAnything(nn.Module):
         return x + self.lin2(F.gelu(self.lin1(self.norm2(x))))
 
 
-@_zoo.add(inputs=image, layer_norm=1)
+@_zoo.add(inputs=image)
 class ChannelsFirstNorm(nn.Module):
-    """SAM's neck and ConvNeXt's stem: a norm over the channels of a map, written out."""
+    """SAM's neck and ConvNeXt's stem: a norm over the channels of a map, which are not the last dimension."""
 
     def __init__(self) -> None:
         super().__init__()

@@ -271,7 +271,7 @@ class StateSpaceHead(nn.Module):
         return self.out_proj((y * self.weight.float()).to(dtype))
 
 
-@_zoo.add(attention=0, rms_norm=2, swiglu=2)
+@_zoo.add(rms_norm=2, swiglu=2)
 class HybridExperts(nn.Module):
     """Mixtral's loop over experts: a one-hot of the choice selects rows, index_add_ returns them."""
 

@@ -196,19 +196,6 @@ def mean_absolute(x: Tensor, w: Tensor) -> Tensor:
     return x / (x.abs().mean(-1, keepdim=True) + _EPS) * w
 
 
-@_plain.add(inputs=image)
-class StandardisedFilter(nn.Module):
-    """A convolution of a standardised filter."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.kernel = nn.Parameter(torch.randn(4, DIM, 3, 3))
-
-    def forward(self, x: Tensor) -> Tensor:
-        mean = self.kernel.mean((1, 2, 3), keepdim=True)
-        return F.conv2d(x, (self.kernel - mean) / (self.kernel.std((1, 2, 3), keepdim=True) + _EPS), padding=1)
-
-
 # Gated units
 
 
@@ -509,7 +496,7 @@ def dropped_scores(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     return (_scores(q, k) + mask * -1e12).softmax(-1) @ v
 
 
-@_attention.add()
+@_attention.add(attention=1)
 def softmax_one(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     """One more in the denominator, by exponentials."""
     weights = torch.exp(_scores(q, k))

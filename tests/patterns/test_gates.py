@@ -329,3 +329,75 @@ def test_exported_graph() -> None:
     assert [(record.kind, record.status) for record in records] == [("swiglu", "rewritten")] * 5
     graph_module.recompile()
     torch.testing.assert_close(exported.module()(x), module(x))
+
+
+class Heads(nn.Module):
+    """Two projections, one of them a gate, and what is done with them."""
+
+    def __init__(self, form: Callable[[Tensor, Tensor], Tensor]) -> None:
+        super().__init__()
+        self.gate, self.up, self.form = nn.Linear(DIM, HIDDEN), nn.Linear(DIM, HIDDEN), form
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.form(self.gate(x), self.up(x))
+
+
+def heads_of_a_sigmoid(gate: Tensor, up: Tensor) -> Tensor:
+    return up.unflatten(-1, (3, 4)) * torch.sigmoid(gate).view(*gate.shape[:-1], 3, 4)
+
+
+def heads_of_silu(gate: Tensor, up: Tensor) -> Tensor:
+    return F.silu(gate).unflatten(-1, (3, -1)) * up.unflatten(-1, (3, 4))
+
+
+def heads_of_quick_gelu(gate: Tensor, up: Tensor) -> Tensor:
+    return (gate * torch.sigmoid(1.702 * gate)).unflatten(-1, (3, -1)) * up.unflatten(-1, (3, 4))
+
+
+@pytest.mark.parametrize(("dtype", "training", "dynamic"), MODES)
+@pytest.mark.parametrize("form", [heads_of_a_sigmoid, heads_of_silu])
+def test_gate_that_is_viewed_as_heads(
+    form: Callable[[Tensor, Tensor], Tensor], dtype: torch.dtype, training: bool, dynamic: bool
+) -> None:
+    x = torch.randn(2, 5, DIM, dtype=dtype, requires_grad=training)
+    captured = capture(Heads(form).to(dtype), x, training=training, dynamic=dynamic)
+    assert captured.counts == {"swiglu": 1}
+    assert captured.refusals == []
+    assert_same_results(captured, training)
+
+
+def transposed_heads(gate: Tensor, up: Tensor) -> Tensor:
+    viewed = torch.sigmoid(gate).view(*gate.shape[:-1], 3, 4).transpose(-1, -2)
+    return viewed * up.unflatten(-1, (4, 3))
+
+
+def broadcast_heads(gate: Tensor, up: Tensor) -> Tensor:
+    return torch.sigmoid(gate)[..., None] * up.unsqueeze(-2)
+
+
+def heads_of_one_sigmoid(gate: Tensor, up: Tensor) -> Tensor:
+    return torch.sigmoid(gate).unflatten(-1, (3, 4)) * torch.sigmoid(up).unflatten(-1, (3, 4))
+
+
+def heads_read_twice(gate: Tensor, up: Tensor) -> Tensor:
+    act = F.silu(gate).unflatten(-1, (3, 4))
+    return act * up.unflatten(-1, (3, 4)) + act
+
+
+@pytest.mark.parametrize(
+    "form", [transposed_heads, broadcast_heads, heads_of_one_sigmoid, heads_read_twice, heads_of_quick_gelu]
+)
+def test_other_views_of_a_gate_are_left_alone(form: Callable[[Tensor, Tensor], Tensor]) -> None:
+    captured = capture(Heads(form), torch.randn(2, 5, DIM))
+    assert captured.counts == {}
+    assert_same_results(captured)
+
+
+def test_a_mask_between_the_factors_is_refused() -> None:
+    def masked(gate: Tensor, up: Tensor) -> Tensor:
+        keep = torch.arange(gate.shape[1], device=gate.device)[:, None] > 1
+        return keep.to(gate.dtype) * torch.sigmoid(gate) * up
+
+    captured = capture(Heads(masked), torch.randn(2, 5, DIM))
+    assert captured.counts == {}
+    assert captured.refusals == ["a smaller tensor multiplies the activation before the other factor does"]
