@@ -112,10 +112,10 @@ def inline(function: Callable[..., Any], *args: object) -> Any:
 # --- measuring -------------------------------------------------------------------------------------------------------
 
 
-def stand_in(node: Node) -> Node:
+def stand_in(node: Node, contiguous: bool = False) -> Node:
     """An input with the size, strides, dtype and device of an IR node that need not exist in memory (yet)."""
     size = list(node.get_size())
-    if ir.is_storage_and_layout(node):
+    if ir.is_storage_and_layout(node) and not contiguous:
         layout = node.get_layout()
         stride, offset = list(layout.stride), layout.offset
     else:
@@ -235,9 +235,31 @@ def _for_kernel(tensor: Node) -> Node:
     return node if isinstance(node, ir.TensorBox) else ir.TensorBox(node)
 
 
-def call_kernel(kernel: Kernel, tensors: Sequence[Node], layout: Node) -> Node:
-    """The kernel as a node of the graph under construction; its inputs are realised."""
-    return kernel.bind([_for_kernel(tensor) for tensor in tensors], layout).output_node()
+def _in_memory(tensor: Node) -> Node:
+    node = ir.ExternKernel.realize_input(tensor)
+    return node if isinstance(node, ir.TensorBox) else ir.TensorBox(node)
+
+
+def call_kernel(kernel: Kernel, tensors: Sequence[Node], layout: Node, as_they_lie: Sequence[Node] = ()) -> Node:
+    """The kernel as a node of the graph under construction; its inputs are realised.
+
+    as_they_lie: those of the tensors whose elements need not be adjacent.
+    """
+    kept = {id(tensor) for tensor in as_they_lie}
+    given = [_in_memory(tensor) if id(tensor) in kept else _for_kernel(tensor) for tensor in tensors]
+    return kernel.bind(given, layout).output_node()
+
+
+def lie_side_by_side(first: Node, second: Node) -> bool:
+    """Whether two nodes are the even and the odd elements of the rows of one buffer. Both are realised."""
+    found = [ir.ExternKernel.realize_input(node) for node in (first, second)]
+    if not all(isinstance(node, ir.ReinterpretView) for node in found) or found[0].get_name() != found[1].get_name():
+        return False
+    layouts = [node.get_layout() for node in found]
+    strides = zip(*(layout.stride for layout in layouts))
+    equal = V.graph.sizevars.statically_known_equals
+    behind = layouts[1].offset - layouts[0].offset
+    return bool(equal(layouts[0].stride[-1], 2) and equal(behind, 1) and all(equal(a, b) for a, b in strides))
 
 
 def call_operator(target: torch._ops.OpOverload, *args: object) -> tuple[Node, ...]:

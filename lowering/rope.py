@@ -80,7 +80,10 @@ def choose(
         record(Decision(kind, described, label, why, timings or {}, costs or {}, inductor.current_site()))
         if label == FORMULA:
             return inductor.inline(formula, *args)
-        return inductor.call_kernel(kernel(int(label.removeprefix("kernel_"))), tensors, layout)
+        tables = tensors[1:3]
+        # A table of cos and sin side by side is read as it is; it need not be taken apart.
+        together = tables if inductor.lie_side_by_side(*tables) else ()
+        return inductor.call_kernel(kernel(int(label.removeprefix("kernel_"))), tensors, layout, together)
 
     if declined:
         return take(FORMULA, declined)
@@ -93,7 +96,9 @@ def choose(
         return take(FORMULA, "heuristic" if lost == 0 else f"fusing with the neighbours saves {lost} passes")
     configs = heuristics.configurations(problem, len(library.configurations(rope_kernels.NAME)))
     kernels = {f"kernel_{config}": kernel(config) for config in configs}
-    timings = inductor.measure(f"infuse_{kind}", kernels, {FORMULA: formula}, args, layout)
+    # Stand-ins are not views of one buffer, as tables that lie side by side are.
+    apart = [inductor.stand_in(arg, contiguous=True) if any(arg is t for t in tensors[1:3]) else arg for arg in args]
+    timings = inductor.measure(f"infuse_{kind}", kernels, {FORMULA: formula}, apart, layout)
     label, costs = profit.choose(timings, FORMULA, FORMULA_PASSES, lost)
     return take(label, f"measured; fusing with the neighbours saves {lost} passes", timings, costs)
 

@@ -30,10 +30,11 @@ struct Traits {
   static constexpr Arithmetic kArithmetic = kArithmetic_;
   static constexpr int kHeads = kHeads_;
   static constexpr bool kNorm = kNorm_;
-  // Registers for as many CTAs at once as there can be without spills. With no bound the compiler widens all heads to
+  // Registers for as many warps at once as there can be without spills. With no bound the compiler widens all heads to
   // fp32 at once.
-  static constexpr int kMinCtas = kArithmetic == Arithmetic::kRounded ? (kHeads == 1 ? 8 : kHeads == 2 ? 6 : 4)
-                                                                      : (kHeads == 1 ? 5 : kHeads == 2 ? 4 : 3);
+  static constexpr int kWarps = kArithmetic == Arithmetic::kRounded ? (kHeads == 1 ? 32 : kHeads == 2 ? 24 : 16)
+                                                                    : (kHeads == 1 ? 20 : kHeads == 2 ? 16 : 12);
+  static constexpr int kMinCtas = kWarps * kWarpLanes / kMaxThreads;
 };
 
 // The two vectors of a lane, as offsets in a row.

@@ -192,7 +192,6 @@ struct Work {
   Params params{};
   Problem problem{};
   std::int64_t most_rows = 0;  // of a part
-  bool has_norm = false;
   bool has_tables[3] = {};  // by Tables
   int parts = 0;
 };
@@ -212,7 +211,7 @@ void add_part(const char* op, const Operand& operand, const Options& options, Wo
     const int alignment = alignment_of(weight->data, {}, weight->dtype);
     problem.weight_alignment_bytes = smaller(problem.weight_alignment_bytes, alignment);
   }
-  work->has_norm = work->has_norm || part.has_norm;
+  problem.has_norm = problem.has_norm || part.has_norm;
   if (part.rotates) {
     const Tables tables = tables_of(part, options, operand.cos->dtype);
     work->has_tables[static_cast<int>(tables)] = true;
@@ -259,7 +258,7 @@ void launch(const char* op, const Operand* operands, int count, const Options& o
 
   const DType x = first.x.dtype;
   Work work;
-  work.problem = {dim, rotary_dim, 0, 0, size_bytes(x), kVectorBytes, 0, kVectorBytes};
+  work.problem = {dim, rotary_dim, 0, 0, size_bytes(x), kVectorBytes, 0, kVectorBytes, false};
   set_options(first, options, &work.params);
   for (int i = 0; i < count; ++i) {
     if (!is_empty(operands[i].x)) add_part(op, operands[i], options, &work);
@@ -271,7 +270,7 @@ void launch(const char* op, const Operand* operands, int count, const Options& o
   const std::int64_t ctas = share_ctas(plan, work.parts, &work.params);
   check(ctas <= kMaxRows, op, "CTAs, got ", ctas, ", expected at most ", kMaxRows);
   dispatch_dtype(op, "x", x, [&](auto dtype) {
-    launch_planned<decltype(dtype)::value>(op, plan, first.cos->dtype, work.has_norm, work.params, static_cast<unsigned>(ctas),
+    launch_planned<decltype(dtype)::value>(op, plan, first.cos->dtype, work.problem.has_norm, work.params, static_cast<unsigned>(ctas),
                                            first.x.device, stream);
   });
 }

@@ -18,20 +18,15 @@ struct Config {
 };
 
 constexpr Config kConfigs[] = {
-    {"heads1x64", 1, 1, 64},      // 0: few rows, spread over many SMs
-    {"heads2x64", 2, 1, 64},      // 1
-    {"heads2x128", 2, 1, 128},    // 2
-    {"heads2x2x64", 2, 2, 64},    // 3
-    {"heads2x4x64", 2, 4, 64},    // 4
-    {"heads4x64", 4, 1, 64},      // 5
-    {"heads4x128", 4, 1, 128},    // 6
-    {"heads4x2x64", 4, 2, 64},    // 7
-    {"heads1x4x64", 1, 4, 64},    // 8
-    {"heads1x4x128", 1, 4, 128},  // 9
+    {"heads1x64", 1, 1, 64},    // 0: few rows, spread over many SMs
+    {"heads2x64", 2, 1, 64},    // 1
+    {"heads2x2x64", 2, 2, 64},  // 2
+    {"heads4x2x64", 4, 2, 64},  // 3
+    {"heads1x4x64", 1, 4, 64},  // 4
 };
 constexpr int kNumConfigs = sizeof(kConfigs) / sizeof(kConfigs[0]);
 constexpr int kHeuristic = -1;
-constexpr int kMaxThreads = 128;
+constexpr int kMaxThreads = 64;
 constexpr int kWarpLanes = 32;
 constexpr int kNarrowThreads = 128;
 
@@ -43,6 +38,7 @@ struct Problem {
   int alignment_bytes;         // of all row starts of x and out, in all parts
   int weight_size_bytes;       // 0 without
   int weight_alignment_bytes;  // of all weights
+  bool has_norm;
 };
 
 struct Plan {
@@ -69,11 +65,13 @@ constexpr int lanes_of_row(const Problem& problem) {
   return lanes <= kWarpLanes ? lanes : 0;
 }
 
-// As many heads a lane as leave enough lanes to fill the machine; with few rows small CTAs, so that all SMs work.
+// Many heads a lane, so that what it does once for all of them does not count, when there are lanes enough for that;
+// with few rows small CTAs, so that all SMs work. The bounds are those of an H200 (benchmarks/rope.py).
 constexpr int choose_config(const Problem& problem, int lanes, int num_sms) {
   const std::int64_t all = problem.rows * lanes, fill = std::int64_t{1024} * num_sms;
-  if (problem.heads >= 4 && all / 4 >= fill) return 5;
-  return problem.heads >= 2 && all >= fill ? 2 : 0;
+  if (all < fill || problem.heads < 2) return 0;
+  if (problem.has_norm) return all < 3 * fill ? 1 : problem.heads >= 8 ? 3 : problem.heads >= 4 ? 4 : 1;
+  return all < 2 * fill || all >= 8 * fill || problem.heads < 4 ? 1 : 2;
 }
 
 // `config` is kHeuristic or an index into kConfigs.

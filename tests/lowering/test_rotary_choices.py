@@ -140,6 +140,22 @@ def test_rotation_alone_is_measured_or_left_to_inductor(cpu_kernel: list[int]) -
     torch.testing.assert_close(out, function(*args))
 
 
+@pytest.mark.parametrize("together", [True, False])
+def test_tables_side_by_side_are_not_taken_apart(cpu_kernel: list[int], together: bool) -> None:
+    def function(x: Tensor, table: Tensor) -> Tensor:
+        cos, sin = (table[..., 0], table[..., 1]) if together else (table[..., ::2, 0], table[..., ::2, 1])
+        y: Tensor = OPS.rope(x, cos, sin, True, True)
+        return y
+
+    args = torch.randn(2, 3, 5, 8), torch.randn(5, 4 if together else 8, 2)
+    with infuse.override(kernels="always"):
+        out, code = compiled_code(function, *args)
+    torch.testing.assert_close(out, function(*args))
+    assert is_kernel(code)
+    # Each table that had to be copied is a buffer of its own.
+    assert code.partition("def call")[2].count("empty_strided_cpu(") == (1 if together else 3)
+
+
 def test_the_gradient_of_a_rotation_is_the_kernel_too(cpu_kernel: list[int]) -> None:
     def loss(x: Tensor, matrix: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
         y: Tensor = OPS.rope((x @ matrix).view(2, 5, 3, 8).transpose(1, 2), cos, sin, True)
