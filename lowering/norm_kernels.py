@@ -101,7 +101,9 @@ def lower(norm: Norm, given: Sequence[Any]) -> Any:
     """The IR node, or nodes, of the results."""
     args = _with_defaults(norm, given)
     x = args[0]
-    problem = heuristics.Problem(norm.kind, *inductor.rows_and_row_size(x), itemsize=x.get_dtype().itemsize)
+    rows, row_size = inductor.rows_and_row_size(x)
+    capability = library.capability(x.get_device())
+    problem = heuristics.Problem(norm.kind, rows, row_size, x.get_dtype().itemsize, capability)
     described = f"{problem.rows}x{problem.row_size} {x.get_dtype()}"
 
     def take(
@@ -114,13 +116,14 @@ def lower(norm: Norm, given: Sequence[Any]) -> Any:
         return take(FORMULA, reason)
     if inductor.settings_in_effect().kernels == "always":
         return take("kernel_-1", "kernels are always taken")
+    around = inductor.neighbours(args[: norm.rows], inductor.current_node(), norm.results)
     if not inductor.max_autotune():
-        return take("kernel_-1" if heuristics.runs_well(problem) else FORMULA, "heuristic")
+        well = around.passes == 0 and heuristics.runs_well(problem)
+        return take("kernel_-1" if well else FORMULA, "by stored measurements")
     configs = heuristics.configurations(problem, len(library.configurations("norm")))
     kernels = {f"kernel_{config}": _kernel(norm, args, config) for config in configs}
     layout = inductor.output_layout(norm.fake, args)
     timings = inductor.measure(f"infuse_{norm.kind}", kernels, {FORMULA: norm.formula}, args, layout)
-    around = inductor.neighbours(args[: norm.rows], inductor.current_node(), norm.results)
     label, costs = profit.choose(timings, FORMULA, norm.passes, around.passes)
     return take(label, f"measured; fusing with the neighbours saves {around.passes} passes", timings, costs)
 

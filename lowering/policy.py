@@ -94,6 +94,7 @@ def _place_norm(
     if max_autotune:
         return Placement("default", "kernel or decomposition, measured")
     rows = x.numel() // x.shape[-1] if isinstance(x.numel(), int) and x.numel() else 0
-    if rows and norm_heuristics.runs_well(norm_heuristics.Problem(kind, rows, int(x.shape[-1]), x.dtype.itemsize)):
-        return Placement("default", "kernel")
+    sizes = (rows, int(x.shape[-1]), x.dtype.itemsize)
+    if rows and norm_heuristics.runs_well(norm_heuristics.Problem(kind, *sizes, library.capability(x.device))):
+        return Placement("default", "kernel unless Inductor could fuse its neighbours")
     return _inline("Inductor fuses it with its neighbours")

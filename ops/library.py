@@ -33,6 +33,11 @@ def missing(device: torch.device) -> str:
     return _missing(torch.cuda.current_device() if device.index is None else device.index)
 
 
+def capability(device: torch.device) -> tuple[int, int]:
+    """The compute capability of a CUDA device, (0, 0) of any other."""
+    return torch.cuda.get_device_capability(device) if device.type == "cuda" else (0, 0)
+
+
 @functools.cache
 def configurations(op: str) -> tuple[str, ...]:
     """Names of a kernel's configurations, in the order of their numbers; () without a library."""

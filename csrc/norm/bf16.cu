@@ -2,7 +2,6 @@
 
 namespace infuse::norm {
 
-template bool has_clusters<DType::kBFloat16, DType::kBFloat16>(const Target&);
 template void launch_planned<DType::kBFloat16, DType::kBFloat16>(const Target&, Operand, bool, const Plan&, const Params&);
 
 }  // namespace infuse::norm

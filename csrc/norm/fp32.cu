@@ -2,7 +2,6 @@
 
 namespace infuse::norm {
 
-template bool has_clusters<DType::kFloat32, DType::kFloat32>(const Target&);
 template void launch_planned<DType::kFloat32, DType::kFloat32>(const Target&, Operand, bool, const Plan&, const Params&);
 
 }  // namespace infuse::norm

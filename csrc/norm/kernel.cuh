@@ -7,14 +7,12 @@
 //   y = n * (weight_offset + weight) + bias                   and * act(gate) with a gate behind
 //
 // The flags of Params say where the formula rounds. A CTA is (threads of a row, rows). Thread t of a row holds the
-// vectors t, t + threads, t + 2 threads, .. of it, so that neighbouring threads read neighbouring 16 bytes. The longest
-// rows are shared by the CTAs of a cluster.
+// vectors t, t + threads, t + 2 threads, .. of it, so that neighbouring threads read neighbouring 16 bytes.
 // Memory-bound: each tensor is read or written once, and what matters is the number of bytes in flight on each SM.
 #pragma once
 
 #include <cstdint>
 
-#include "infuse/cluster.cuh"
 #include "infuse/overlap.cuh"
 #include "infuse/reduce.cuh"
 #include "norm/row.cuh"
@@ -23,26 +21,17 @@
 namespace infuse::norm {
 
 template <typename Traits>
-__global__ __launch_bounds__(Traits::kMaxThreads) void register_kernel(const __grid_constant__ Params params) {
+__global__ __launch_bounds__(Traits::kMaxThreads, Traits::kMinCtas) void register_kernel(
+    const __grid_constant__ Params params) {
   using Vectors = Row<typename Traits::Types, Traits::kVecElems>;
   using XVec = typename Vectors::XVec;
   constexpr int kVecs = Traits::kVecsPerThread;
   constexpr int kElems = Traits::kVecElems;
   constexpr int kChunk = Traits::kChunk;
   __shared__ RowSumsStorage<2> storage;
-  __shared__ ClusterSumsStorage<2> cluster_storage;
 
-  // The CTAs of a row take their vectors in turns, so that it is read from front to back.
-  const std::uint32_t ctas = params.ctas_per_row, rank = ctas > 1 ? cluster_rank() : 0;
-  if (ctas > 1) arrive_at_cluster();
-  const std::uint32_t first_vec = threadIdx.x + rank * blockDim.x, stride = ctas * blockDim.x;
-  const auto vec_of = [&](int i) { return first_vec + i * stride; };
-  const auto sum_up = [&](auto& values, int turn) {
-    row_sums(values, storage, turn);
-    if (ctas > 1) cluster_sums(values, cluster_storage, turn, ctas);
-  };
-
-  const Vectors row(params, std::uint64_t{ctas > 1 ? blockIdx.x / ctas : blockIdx.x} * blockDim.y + threadIdx.y);
+  const Vectors row(params, std::uint64_t{blockIdx.x} * blockDim.y + threadIdx.y);
+  const auto vec_of = [&](int i) { return threadIdx.x + i * blockDim.x; };
   // A vector beyond the row is all zeros; its threads still take part in shuffles and barriers.
   XVec x[kVecs];
   XVec operand[kVecs] = {};  // takes no registers in a kernel without one
@@ -62,7 +51,6 @@ __global__ __launch_bounds__(Traits::kMaxThreads) void register_kernel(const __g
   }
   load_weights(0);
   if (params.lets_next_start) let_next_kernel_start();
-  if (ctas > 1) wait_for_cluster();
 
   // From here on x holds h, in fp32 where it was multiplied by the gate: then the gate's registers are free.
   if constexpr (Vectors::kHasResidual || Vectors::kGateFirst) {
@@ -106,7 +94,7 @@ __global__ __launch_bounds__(Traits::kMaxThreads) void register_kernel(const __g
       for (int j = 0; j < kElems; ++j) means[j % 4] = fmaf(h[j], params.inv_dim, means[j % 4]);
     }
     float mean[1] = {(means[0] + means[1]) + (means[2] + means[3])};
-    sum_up(mean, 0);
+    row_sums(mean, storage, 0);
     keep_rows_packed();
     // The mean of the deviations is what rounding left of it: it corrects the mean and the mean of squares.
     float squares[4] = {0.0f, 0.0f, 0.0f, 0.0f}, rests[4] = {0.0f, 0.0f, 0.0f, 0.0f};
@@ -124,7 +112,7 @@ __global__ __launch_bounds__(Traits::kMaxThreads) void register_kernel(const __g
     }
     float sums[2] = {(squares[0] + squares[1]) + (squares[2] + squares[3]),
                      (rests[0] + rests[1]) + (rests[2] + rests[3])};
-    sum_up(sums, 1);
+    row_sums(sums, storage, 1);
     statistics = {mean[0] + sums[1], row.reciprocal_std(sums[0] * params.inv_dim, sums[1])};
   } else {
     float squares[4] = {0.0f, 0.0f, 0.0f, 0.0f};  // one sum alone would be a long chain of dependent additions
@@ -136,11 +124,11 @@ __global__ __launch_bounds__(Traits::kMaxThreads) void register_kernel(const __g
       for (int j = 0; j < kElems; ++j) squares[j % 4] = fmaf(h[j], h[j], squares[j % 4]);
     }
     float sum[1] = {(squares[0] + squares[1]) + (squares[2] + squares[3])};
-    sum_up(sum, 0);
+    row_sums(sum, storage, 0);
     statistics.rstd = row.reciprocal_std(sum[0] * params.inv_dim);
   }
   keep_rows_packed();
-  if (threadIdx.x == 0 && rank == 0) row.store_statistics(statistics);
+  if (threadIdx.x == 0) row.store_statistics(statistics);
 
   // One loop for each answer, for a branch in it would separate its loads.
   const auto write = [&](auto scale) {

@@ -132,6 +132,7 @@ void launch(const Target& target, const Tensors& tensors, const Formula& formula
   problem.rows = rows;
   problem.dim = dim;
   problem.operand = formula.operand;
+  problem.center = formula.center;
   Params params{};
   params.x = map_tensor(op, x, formula, rows, &problem.x);
   params.out = map_tensor(op, *tensors.out, formula, rows, &problem.others[0]);
@@ -163,23 +164,17 @@ void launch(const Target& target, const Tensors& tensors, const Formula& formula
   int num_sms = 0;
   check_cuda(cudaDeviceGetAttribute(&num_sms, cudaDevAttrMultiProcessorCount, target.device), op, "number of SMs");
 
+  const Plan plan = make_plan(problem, static_cast<int>(config), num_sms);
+  params.row_vecs = static_cast<std::uint32_t>(dim / plan.vec_elems);
+  params.lets_next_start = plan.lets_next_start;
   const TensorArg* vector = tensors.weight != nullptr ? tensors.weight : tensors.bias;
   const bool wide_weight = vector != nullptr && vector->dtype == DType::kFloat32;
   dispatch_dtype(op, "x", x.dtype, [&](auto dtype) {
     constexpr DType kX = decltype(dtype)::value;
-    const auto run = [&](auto weight_dtype) {
-      constexpr DType kWeight = decltype(weight_dtype)::value;
-      problem.has_clusters = dim * problem.x.size_bytes > kMaxRowBytes && has_clusters<kX, kWeight>(target);
-      const Plan plan = make_plan(problem, static_cast<int>(config), num_sms);
-      params.row_vecs = static_cast<std::uint32_t>(dim / plan.vec_elems);
-      params.ctas_per_row = static_cast<std::uint32_t>(plan.ctas_per_row);
-      params.lets_next_start = plan.lets_next_start;
-      launch_planned<kX, kWeight>(target, formula.operand, formula.center, plan, params);
-    };
     if (wide_weight) {
-      run(std::integral_constant<DType, DType::kFloat32>{});
+      launch_planned<kX, DType::kFloat32>(target, formula.operand, formula.center, plan, params);
     } else {
-      run(dtype);
+      launch_planned<kX, kX>(target, formula.operand, formula.center, plan, params);
     }
   });
 }

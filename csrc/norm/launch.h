@@ -51,8 +51,4 @@ void launch(const Target& target, const Tensors& tensors, const Formula& formula
 template <DType kX, DType kWeight>
 void launch_planned(const Target& target, Operand operand, bool center, const Plan& plan, const Params& params);
 
-// Whether the code of those kernels for this device is made for clusters.
-template <DType kX, DType kWeight>
-bool has_clusters(const Target& target);
-
 }  // namespace infuse::norm

@@ -14,10 +14,8 @@ void launch_types(const Target& target, const Plan& plan, const Params& params) 
   const Config& config = kConfigs[plan.config];
   const auto run = [&](auto kernel) {
     Launch launch;
-    launch.block = dim3(config.threads_per_row, config.rows_per_cta);
+    launch.block = dim3(plan.threads_per_row, config.rows_per_cta);
     launch.grid = dim3(static_cast<unsigned>(ceil_div(params.rows, config.rows_per_cta)));
-    launch.grid.x *= static_cast<unsigned>(plan.ctas_per_row);
-    launch.ctas_of_cluster = plan.ctas_per_row;
     launch.starts_early = true;
     launch_kernel(target.op, config.name, kernel, launch, params, target.device, target.stream);
   };
@@ -31,12 +29,6 @@ void launch_types(const Target& target, const Plan& plan, const Params& params) 
       run(register_kernel<RegisterTraits<Types, decltype(vecs)::value>>);
     });
   }
-}
-
-template <DType kX, DType kWeight>
-bool has_clusters(const Target& target) {
-  using Traits = TwoPassTraits<Types<kX, kWeight, Operand::kNone, false>, 1>;
-  return is_compiled_for_9_0(target.op, two_pass_kernel<Traits>, target.device);
 }
 
 template <DType kX, DType kWeight>

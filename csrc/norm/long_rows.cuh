@@ -27,7 +27,8 @@ struct RunningMoments {
 };
 
 template <typename Traits>
-__global__ __launch_bounds__(Traits::kMaxThreads) void two_pass_kernel(const __grid_constant__ Params params) {
+__global__ __launch_bounds__(Traits::kMaxThreads, Traits::kMinCtas) void two_pass_kernel(
+    const __grid_constant__ Params params) {
   using Vectors = Row<typename Traits::Types, Traits::kVecElems>;
   constexpr int kUnroll = Traits::kUnroll;
   constexpr int kElems = Traits::kVecElems;
@@ -46,13 +47,18 @@ __global__ __launch_bounds__(Traits::kMaxThreads) void two_pass_kernel(const __g
   };
   wait_for_previous_kernel();
 
-  // Deviations are taken from the row's first element: a large offset is gone before anything is rounded.
+  // Deviations are taken from the median of three elements: a large offset is gone before anything is rounded, and an
+  // outlier is none of it.
   float shift = 0.0f;
   if constexpr (Vectors::kCenter) {
-    float h[kElems];
-    row.combine(row.template load_x<Reuse::kShared>(0),
-                Vectors::kHasResidual ? row.template load_operand<Reuse::kShared>(0) : operand[0], h);
-    shift = h[0];
+    const auto first_of = [&](std::uint32_t vec) {
+      float h[kElems];
+      row.combine(row.template load_x<Reuse::kShared>(vec),
+                  Vectors::kHasResidual ? row.template load_operand<Reuse::kShared>(vec) : operand[0], h);
+      return h[0];
+    };
+    const float a = first_of(0), b = first_of(row.num_vecs / 2), c = first_of(row.num_vecs - 1);
+    shift = fmaxf(fminf(a, b), fminf(fmaxf(a, b), c));
   }
   RunningMoments moments;
   float squares[2] = {0.0f, 0.0f};

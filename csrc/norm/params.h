@@ -24,7 +24,6 @@ struct Params {
   std::uint32_t rows;      // at most kMaxRows; neighbouring rows belong to neighbouring groups
   std::uint32_t dim;       // elements of a row
   std::uint32_t row_vecs;  // dim / vector width
-  std::uint32_t ctas_per_row;  // a cluster, or 1
   FastDivisor groups;      // divides a row's number
   float inv_dim;           // 1 / dim
   float eps;

@@ -15,9 +15,8 @@ enum class Operand { kNone, kResidual, kGateBeforeNorm, kGateBehindNorm };
 // every problem.
 struct Config {
   const char* name;
-  int threads_per_row;  // of one CTA; power of two, 8 to 1024
+  int threads_per_row;  // power of two, 8 to 1024
   int rows_per_cta;
-  int ctas_per_row = 1;  // a cluster, for rows that don't fit into one CTA's registers; elsewhere it is one CTA
 };
 
 constexpr Config kConfigs[] = {
@@ -29,13 +28,9 @@ constexpr Config kConfigs[] = {
     {"row256", 256, 1},    // 5
     {"row512", 512, 1},    // 6
     {"row1024", 1024, 1},  // 7
-    {"cluster2x512", 512, 1, 2},  //  8
-    {"cluster4x512", 512, 1, 4},  //  9
-    {"cluster8x512", 512, 1, 8},  // 10
 };
 constexpr int kNumConfigs = sizeof(kConfigs) / sizeof(kConfigs[0]);
 constexpr int kHeuristic = -1;
-constexpr int kFirstCluster = 8;
 
 // How many 16-byte vectors of a row a thread may hold, so that the row (and what it is combined with) stays in
 // registers, and how many threads a CTA of such a kernel may have. The two must agree.
@@ -46,8 +41,6 @@ constexpr int max_cta_threads(int vecs, Operand operand) {
 constexpr int max_vecs_per_thread(int cta_threads, Operand operand) {
   return cta_threads > 512 && operand != Operand::kNone ? kMaxVecs / 2 : kMaxVecs;
 }
-// What CTAs of 512 threads hold. Rows beyond it are shared by the CTAs of a cluster, if there are clusters.
-constexpr int kMaxRowBytes = kMaxVecs * 512 * kVectorBytes;
 
 // Sizes in bytes of one element (0: the tensor is not there), and a power of two that divides the address of each row.
 struct Access {
@@ -62,15 +55,15 @@ struct Problem {
   std::int64_t rows;
   std::int64_t dim;
   Operand operand;
-  bool has_clusters;  // the device, and the code for it
+  bool center;
   Access x, others[5];  // the operand, out, sum, weight and bias, in any order
 };
 
 struct Plan {
-  int config;           // index into kConfigs
-  int vec_elems;        // elements of an access: 16 bytes of x, or one element
-  int ctas_per_row;
-  int vecs_per_thread;  // 0: the row does not fit in registers, or is not aligned; read it twice
+  int config;            // index into kConfigs
+  int vec_elems;         // elements of an access: 16 bytes of x, or one element
+  int vecs_per_thread;   // 0: the row does not fit in registers, or is not aligned; read it twice
+  int threads_per_row;   // the configuration's, less the warps that would have nothing to do
   bool lets_next_start;  // before this kernel has ended
 };
 
@@ -84,20 +77,25 @@ constexpr bool is_vectorised(const Problem& problem) {
   return aligned;
 }
 
-constexpr bool needs_cluster(const Problem& problem) {
-  return problem.has_clusters && problem.dim * problem.x.size_bytes > kMaxRowBytes;
+// As measured on an H200 for bf16 rows of 128 to 262144 elements.
+constexpr int choose_threads(const Problem& problem, std::int64_t row_vecs, int num_sms) {
+  // Too long for the registers of 512 threads: read twice. A LayerNorm's two sums keep the memory waiting, so fewer
+  // threads, of more CTAs, are better already where a row would just fit.
+  if (row_vecs > 2 * kMaxVecs * 512) return 1024;
+  if (row_vecs > kMaxVecs * 512) return problem.operand == Operand::kNone ? 512 : 1024;
+  if (problem.center && problem.operand == Operand::kNone && row_vecs > kMaxVecs * 256) return 256;
+  // Four vectors a thread when there are rows enough to fill the machine (fewer threads meet at the barrier), one or two
+  // of both tensors of a residual add; two when there are not (a row should then be spread over more threads).
+  const bool fills = problem.rows * row_vecs / 4 >= std::int64_t{1024} * num_sms;
+  const int residual_vecs = row_vecs <= 512 ? 1 : 2;
+  const int vecs = !fills ? 2 : problem.operand == Operand::kResidual ? residual_vecs : kMaxVecs;
+  return static_cast<int>(ceil_div(row_vecs, vecs));
 }
 
-// Four loads a thread when there are rows enough to fill the machine (fewer threads meet at the barrier), two when there
-// are not (a row should then be spread over more threads, for latency); a short row is spread over half a warp.
 constexpr int choose_config(const Problem& problem, std::int64_t row_vecs, int num_sms) {
-  const bool fills = problem.rows * row_vecs / 4 >= std::int64_t{1024} * num_sms;
-  const std::int64_t vecs_per_thread = row_vecs <= 16 ? 1 : fills && problem.operand == Operand::kNone ? 4 : 2;
-  const std::int64_t threads_per_row = ceil_div(row_vecs, vecs_per_thread);
-  const bool cluster = needs_cluster(problem);
-  int best = cluster ? kFirstCluster : 0;
-  const int last = cluster ? kNumConfigs - 1 : kFirstCluster - 1;
-  while (best < last && kConfigs[best].threads_per_row * kConfigs[best].ctas_per_row < threads_per_row) ++best;
+  const int threads = choose_threads(problem, row_vecs, num_sms);
+  int best = 0;
+  while (best + 1 < kNumConfigs && kConfigs[best].threads_per_row < threads) ++best;
   return best;  // the table is sorted; the last one takes what is longer
 }
 
@@ -112,7 +110,6 @@ constexpr int choose_vecs_per_thread(std::int64_t row_vecs, int threads_per_row,
 // `config` is kHeuristic or an index into kConfigs.
 constexpr Plan make_plan(const Problem& problem, int config, int num_sms) {
   Plan plan{};
-  plan.ctas_per_row = 1;
   const bool vectorised = is_vectorised(problem);
   plan.vec_elems = vectorised ? kVectorBytes / problem.x.size_bytes : 1;
   const std::int64_t row_vecs = problem.dim / plan.vec_elems;
@@ -121,12 +118,14 @@ constexpr Plan make_plan(const Problem& problem, int config, int num_sms) {
   // A CTA that waits for this kernel's end hides its launch, 0.3 of 2 us on an H200, but takes the place of one of this
   // kernel's: of many small ones that costs 20%.
   plan.lets_next_start = ceil_div(problem.rows, chosen.rows_per_cta) <= std::int64_t{kMaxEarlyCtas} * num_sms;
+  plan.threads_per_row = chosen.threads_per_row;
   // Narrow accesses have no kernel that keeps the row in registers: too many vectors.
   if (!vectorised) return plan;
-  plan.ctas_per_row = needs_cluster(problem) ? chosen.ctas_per_row : 1;
   const int most = max_vecs_per_thread(chosen.threads_per_row * chosen.rows_per_cta, problem.operand);
-  plan.vecs_per_thread = choose_vecs_per_thread(row_vecs, chosen.threads_per_row * plan.ctas_per_row, most);
-  if (plan.vecs_per_thread == 0) plan.ctas_per_row = 1;
+  plan.vecs_per_thread = choose_vecs_per_thread(row_vecs, chosen.threads_per_row, most);
+  if (plan.vecs_per_thread > 0 && chosen.threads_per_row > 32) {
+    plan.threads_per_row = static_cast<int>(ceil_div(ceil_div(row_vecs, plan.vecs_per_thread), 32)) * 32;
+  }
   return plan;
 }
 

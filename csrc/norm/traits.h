@@ -31,6 +31,8 @@ struct RegisterTraits {
   // The first ones are fetched together with x, so that they are there when the sum is.
   static constexpr int kWeightRegisters = (Types::kWideWeight ? 8 : 4) * (Types::kCenter ? 2 : 1);
   static constexpr bool kCrowded = kVecsPerThread == kMaxVecs && Types::kOperand != Operand::kNone;
+  // 0 leaves it to the compiler, which saves registers for the sake of more CTAs, and there would spill.
+  static constexpr int kMinCtas = kCrowded && Types::kCenter ? 1 : 0;
   static constexpr int kAffordable = (kCrowded ? 8 : 16) / kWeightRegisters;
   static constexpr int kChunk = kAffordable < 1 ? 1 : smaller(kVecsPerThread, kAffordable);
   static_assert(kVecsPerThread % kChunk == 0);
@@ -43,6 +45,7 @@ struct TwoPassTraits {
   static constexpr int kVecElems = kVecElems_;
   static constexpr int kUnroll = Types::kOperand == Operand::kNone ? 4 : 2;  // loads in flight, of each tensor
   static constexpr int kMaxThreads = 1024;
+  static constexpr int kMinCtas = kVecElems == 1 && Types::kCenter ? 1 : 0;  // as above
 };
 
 }  // namespace infuse::norm

@@ -52,7 +52,7 @@ int alignment_bytes(const void* data, const RowMap& rows, std::size_t size) {
 template <typename Types>
 void run(const Plan& plan, const Params& params) {
   const Config& config = kConfigs[plan.config];
-  const emulation::Index block{static_cast<unsigned>(config.threads_per_row),
+  const emulation::Index block{static_cast<unsigned>(plan.threads_per_row),
                                static_cast<unsigned>(config.rows_per_cta)};
   const unsigned grid = static_cast<unsigned>(ceil_div(params.rows, config.rows_per_cta));
   const auto go = [&](auto kernel) { emulation::launch(kernel, grid, block, params); };
@@ -156,12 +156,12 @@ void test(const Case& c, int config) {
   problem.rows = rows;
   problem.dim = c.dim;
   problem.operand = kOperand;
+  problem.center = kCenter;
   problem.x = {sizeof(X), alignment_bytes(x.data, params.x.map, sizeof(X))};
   problem.others[0] = {out_size, alignment_bytes(params.out.data, params.out.map, out_size)};
   const int contiguous = alignment_bytes(nullptr, RowMap{}, 1) | static_cast<int>(c.dim * sizeof(X));
   if (kOperand == Operand::kResidual) problem.others[1] = {sizeof(X), contiguous & -contiguous};
   const Plan plan = make_plan(problem, config, 132);
-  params.ctas_per_row = 1;
   params.row_vecs = static_cast<std::uint32_t>(c.dim / plan.vec_elems);
   run<Types<kX, kWeight, kOperand, kCenter>>(plan, params);
 
@@ -250,7 +250,7 @@ int main() {
   test_divisor();
   test_collapse();
   for (int config = kHeuristic; config < kNumConfigs; ++config) {
-    for (const std::int64_t dim : {1, 7, 64, 100, 896, 1000, 4096, 8191, 40000}) {
+    for (const std::int64_t dim : {1, 7, 64, 100, 896, 1000, 4096, 5120, 8191, 40000}) {
       const std::int64_t rows = dim > 1000 ? 1 : 5;
       const Case plain{.batches = 1, .rows = rows, .dim = dim};
       const Case strided{.batches = 2, .rows = rows, .dim = dim, .x_padding = 24, .out_padding = 16};

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -12,6 +14,7 @@ from torch._inductor.utils import run_and_get_code
 
 import infuse
 from infuse.lowering import decisions, profit
+from infuse.lowering.heuristics import norm as heuristics
 from infuse.lowering.policy import NORMS, place
 from infuse.settings import Settings
 
@@ -117,6 +120,32 @@ def test_what_is_computed_before_and_behind_an_add_norm_stays_right(cpu_kernel: 
     with infuse.override(kernels="always"):
         run(function)
     assert cpu_kernel == [-1]
+
+
+def test_the_heuristic_takes_what_was_measured_to_win() -> None:
+    """Each entry stands on the newest stored rows of its case."""
+    results = Path(__file__).resolve().parents[2] / "benchmarks" / "results" / "nvidia-h200" / "norms.jsonl"
+    rows = [json.loads(line) for line in results.read_text().splitlines()]
+    times = {(row["case"], row["impl"]): row["median_ms"] for row in rows}
+    for (kind, row_size, itemsize), fewest in heuristics.MEASURED_WINS.items():
+        case = f"{kind} {fewest}x{row_size}"
+        assert times[case, "infuse-kernel"] < profit.MARGIN * times[case, "compile"]
+        assert heuristics.runs_well(heuristics.Problem(kind, fewest, row_size, itemsize, heuristics.MEASURED_ON))
+        assert not heuristics.runs_well(heuristics.Problem(kind, fewest - 1, row_size, itemsize, (9, 0)))
+        assert not heuristics.runs_well(heuristics.Problem(kind, fewest, row_size, itemsize, (8, 6)))
+
+
+@pytest.mark.parametrize("fused", [False, True])
+def test_the_heuristic_leaves_what_could_fuse_to_inductor(
+    cpu_kernel: list[int], monkeypatch: pytest.MonkeyPatch, fused: bool
+) -> None:
+    monkeypatch.setattr(heuristics, "runs_well", lambda problem: True)
+
+    def function(x: Tensor, other: Tensor, weight: Tensor, bias: Tensor) -> tuple[Tensor, ...]:
+        return (OPS.layer_norm(torch.relu(x) if fused else x, weight, bias, 1e-5),)
+
+    run(function)
+    assert cpu_kernel == ([] if fused else [-1])
 
 
 def test_no_kernel_for_what_it_can_not_take(cpu_kernel: list[int]) -> None:

@@ -34,8 +34,8 @@ unsigned resident_ctas(const char* op, Kernel kernel, int threads, int shared_by
   return last.ctas;
 }
 
-// Whether the kernel's code for this device contains the instructions of infuse/overlap.cuh and infuse/cluster.cuh. Code
-// that was compiled for 8.0 does not, also where a newer device runs it: it must never start early or in a cluster.
+// Whether the kernel's code for this device contains the instructions of infuse/overlap.cuh. Code that was compiled
+// for 8.0 does not wait, also where a newer device runs it, so it must never start early.
 template <typename Kernel>
 bool is_compiled_for_9_0(const char* op, Kernel kernel, int device) {
   struct Answer {
@@ -58,7 +58,6 @@ struct Launch {
   // Programmatic dependent launch: the kernel may start while its predecessor in the stream still runs, and must call
   // wait_for_previous_kernel before it touches memory.
   bool starts_early = false;
-  int ctas_of_cluster = 1;  // neighbouring CTAs of the grid; more than 1 for code that is compiled for 9.0 only
 };
 
 // `params` is the kernel's only parameter. `what` names the launch in a message.
@@ -71,10 +70,6 @@ void launch_kernel(const char* op, const char* what, void (*kernel)(Params), con
   if (launch.starts_early && is_compiled_for_9_0(op, kernel, device)) {
     attributes[config.numAttrs].id = cudaLaunchAttributeProgrammaticStreamSerialization;
     attributes[config.numAttrs++].val.programmaticStreamSerializationAllowed = 1;
-  }
-  if (launch.ctas_of_cluster > 1) {
-    attributes[config.numAttrs].id = cudaLaunchAttributeClusterDimension;
-    attributes[config.numAttrs++].val.clusterDim = {static_cast<unsigned>(launch.ctas_of_cluster), 1, 1};
   }
   config.gridDim = launch.grid;
   config.blockDim = launch.block;

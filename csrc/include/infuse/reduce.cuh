@@ -1,4 +1,4 @@
-// Sums over the threads of one row, for any power of two of threads a row. The order of additions is fixed, so the
+// Sums over the threads of one row: 8, 16 or any multiple of 32 threads a row. The order of additions is fixed, so the
 // same input gives the same bits.
 #pragma once
 
@@ -50,9 +50,12 @@ __device__ __forceinline__ void row_sums(float (&values)[kCount], RowSumsStorage
     for (int i = 0; i < kCount; ++i) warp_sums[i][first_warp + static_cast<int>(threadIdx.x) / kWarpSize] = values[i];
   }
   __syncthreads();
+  // The next power of two of the warps' number; what is beyond the last warp counts as zero.
+  const int width = warps_per_row > 1 ? 1 << (32 - __clz(warps_per_row - 1)) : 1;
+  const int warp = lane & (width - 1);
 #pragma unroll
-  for (int i = 0; i < kCount; ++i) values[i] = warp_sums[i][first_warp + (lane & (warps_per_row - 1))];
-  for (int offset = warps_per_row / 2; offset > 0; offset /= 2) {
+  for (int i = 0; i < kCount; ++i) values[i] = warp < warps_per_row ? warp_sums[i][first_warp + warp] : 0.0f;
+  for (int offset = width / 2; offset > 0; offset /= 2) {
 #pragma unroll
     for (int i = 0; i < kCount; ++i) values[i] += __shfl_xor_sync(kFullMask, values[i], offset);
   }
