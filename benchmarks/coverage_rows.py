@@ -24,6 +24,7 @@ MEANS: Mapping[str, Mapping[str, int]] = {
     "rope": {"rope": 1},
     # Sites of the second stage, where there are kernels for them.
     "qk_norm_rope": {"rms_norm": 1, "rope": 1},
+    "rope_cache_write": {"rope": 2},  # the norms that it may take in are not counted
     "norm_linear": {"rms_norm": 1},
     "packed_linear": {},
     "swiglu_linear": {"swiglu": 1},

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -32,12 +32,13 @@ _SET_ITEM = ("__setitem__", operator.setitem, torch.Tensor.__setitem__)
 
 @dataclass(frozen=True, slots=True)
 class CacheWrite:
-    """node: what writes; who reads it reads the cache."""
+    """node: what writes; who reads it reads the cache. view: what the value goes through on its way, if anything."""
 
     node: Node
     cache: Node
     positions: Node
     value: Node
+    view: Node | None = None
 
 
 def read_cache_write(view: CanonicalGraph, node: Node) -> CacheWrite | None:
@@ -53,8 +54,18 @@ def read_cache_write(view: CanonicalGraph, node: Node) -> CacheWrite | None:
         found = _index_put(node)
     if found is None or not all(isinstance(part, Node) for part in found):
         return None
-    write = CacheWrite(node, *found)
+    write = _with_batch(view, CacheWrite(node, *found))
     return write if _fits(view, write) else None
+
+
+def _with_batch(view: CanonicalGraph, write: CacheWrite) -> CacheWrite:
+    """The write of the value as it was before its batch of one was dropped, which torch does to what is assigned."""
+    call = view.call(write.value, "reshape")
+    if call is None:
+        return write
+    before, after = view.shape(call["input"]), view.shape(write.value)
+    is_dropped = len(before) == _RANK and same_shape(before, (1, *after))
+    return replace(write, value=call["input"], view=write.value) if is_dropped else write
 
 
 def _set_item(cache: Any, index: Any, value: Any) -> tuple[Any, Any, Any] | None:

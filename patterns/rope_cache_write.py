@@ -102,7 +102,9 @@ def _terms(site: Site | None) -> Terms | None:
 def _behind_views(view: CanonicalGraph, made: dict[Node, Site], write: CacheWrite) -> Rotation | None:
     """The rotation that a write writes, through views that nobody else reads."""
     node, trail, order = write.value, list[Node](), tuple(range(_RANK))
-    reader = write.node
+    reader = write.view or write.node
+    if reader is not write.node and view.readers(reader) != [write.node]:
+        return None
     for _ in range(_MAX_VIEWS):
         if view.readers(node) != [reader]:
             return None
@@ -171,7 +173,8 @@ def _build(
     if not _is_unobserved(view, read, k_write, v_write):
         return None
     q_site, k_site = q_terms.site, k_terms.site
-    nodes = (*q_site.interior, *q.trail, *k_site.interior, *k.trail, k_write.node, v_write.node)
+    writes = [node for write in (k_write, v_write) for node in (write.view, write.node) if node is not None]
+    nodes = (*q_site.interior, *q.trail, *k_site.interior, *k.trail, *writes)
     return Site(
         KIND,
         ((q.output, *q.trail)[-1],),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from typing import Any
 
@@ -11,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from infuse.lowering.policy import place as lowering_place
+from infuse.patterns.passes import rewrite
 from infuse.report import Placement
 from infuse.settings import Settings
 from tests.patterns.capture import Captured, assert_same_results, capture, default_overload
@@ -343,6 +345,25 @@ def test_gpt_fast(dynamic: bool) -> None:
     assert_one_site(captured, attention=1)
 
 
+def test_exported_graphs() -> None:
+    """Pre-dispatch ATen: index_put_, of a value whose batch of one was dropped."""
+    input_pos = torch.tensor([2, 3, 4])
+    mask = torch.ones(CACHE, CACHE, dtype=torch.bool).tril()[None, None, input_pos]
+    args = (torch.randn(1, 3, HEADS * DIM), torch.randn(3, DIM // 2, 2), mask, input_pos)
+    module = FastAttention()
+    with torch.no_grad():
+        exported = torch.export.export(module, args).graph_module
+        original = copy.deepcopy(exported)
+        records = rewrite(exported.graph, Settings(), with_cache_kernel, False)
+        exported.recompile()
+        inputs = [module.wqkv.weight, *module.kv_cache.buffers(), *args]
+        mine, theirs = ([tensor.clone() for tensor in inputs] for _ in range(2))
+        torch.testing.assert_close(exported(*mine), original(*theirs))
+    assert [record.kind for record in records] == ["rope_cache_write", "attention"]
+    torch.testing.assert_close(mine, theirs)
+    assert bool(mine[1][:, :, input_pos].abs().sum() > 0)
+
+
 # --- near misses -----------------------------------------------------------------------------------------------------
 
 Near = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor], Any]
@@ -618,6 +639,24 @@ def test_views_of_one_memory_are_left_alone() -> None:
     x, cos, sin, _, _, at = inputs()
     captured = captured_of(step, x, cos, sin, both[0], both[1], at)
     assert "rope_cache_write" not in captured.counts
+
+
+@pytest.mark.parametrize("read_elsewhere", [False, True])
+def test_batch_of_one_that_is_dropped(read_elsewhere: bool) -> None:
+    def function(x: Tensor, cos: Tensor, sin: Tensor, k_cache: Tensor, v_cache: Tensor, at: Tensor) -> Any:
+        q, k, v = heads(x)
+        q, k = rope(q, cos, sin), rope(k, cos, sin).view(KV_HEADS, LENGTH, DIM)
+        k_cache[:, :, at] = k
+        v_cache[:, :, at] = v.reshape(KV_HEADS, LENGTH, DIM)
+        return attend(q, k_cache, v_cache), k_cache.clone(), v_cache.clone(), k + 1 if read_elsewhere else q
+
+    x, cos, sin, k_cache, v_cache, at = inputs()
+    captured = captured_of(function, x[:1], cos, sin, k_cache[:1].clone(), v_cache[:1].clone(), at)
+    if read_elsewhere:
+        assert "rope_cache_write" not in captured.counts
+        assert_same_results(captured)
+    else:
+        assert_one_site(captured, attention=1)
 
 
 # --- the lowering ----------------------------------------------------------------------------------------------------
