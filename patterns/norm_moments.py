@@ -89,17 +89,25 @@ def at_least(view: CanonicalGraph, node: object) -> tuple[Node, float | Node] | 
 
 
 def equals(view: CanonicalGraph, value: object, size: Any, power: float) -> bool:
-    """Whether a value is provably size ** power; a symbolic size is compared itself only."""
+    """Whether a value is provably size ** power; a symbolic size is compared itself only.
+
+    A float that is symbolic because of dynamic shapes, such as a module's scale, is fixed by a guard if it is that now.
+    """
+    example = view.value(value) if isinstance(value, Node) else None
     if isinstance(value, Node) and power == 1.0:
-        example = view.value(value)
         return isinstance(example, (int, torch.SymInt)) and same_size(example, size)
+    if type(size) is not int or size <= 0:
+        return False
+    if isinstance(example, torch.SymFloat):
+        return (
+            example.node.has_hint() and _is_power(example.node.hint, size, power) and bool(example == example.node.hint)
+        )
     number = number_of(view, value)
-    return (
-        isinstance(number, float)
-        and type(size) is int
-        and size > 0
-        and math.isclose(number, float(size) ** power, rel_tol=_LARGEST_ERROR)
-    )
+    return isinstance(number, float) and _is_power(number, size, power)
+
+
+def _is_power(number: float, size: int, power: float) -> bool:
+    return math.isclose(number, float(size) ** power, rel_tol=_LARGEST_ERROR)
 
 
 def scaled_by(view: CanonicalGraph, node: object, size: Any, power: float) -> Node | None:

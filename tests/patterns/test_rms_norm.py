@@ -766,3 +766,24 @@ def test_statistic_of_the_wrong_shape_is_not_rewritten() -> None:
     captured = capture(square_x, torch.randn(4, 4))
     assert captured.counts == {}
     assert "keep the reduced dimension" in captured.records[0].remedy
+
+
+class ScaledUnit(nn.Module):
+    """A unit length times a scale that is an attribute, symbolic with dynamic shapes."""
+
+    def __init__(self, scale: float) -> None:
+        super().__init__()
+        self.proj, self.g, self.scale = nn.Linear(D, D), nn.Parameter(torch.randn(D)), scale
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.normalize(self.proj(x), dim=-1) * self.scale * self.g
+
+
+def test_a_symbolic_scale_is_fixed_where_it_is_the_root_of_the_size() -> None:
+    captured = capture(ScaledUnit(D**0.5), torch.randn(3, 5, D), dynamic=True)
+    assert captured.counts == {"rms_norm": 1}
+    assert_same_results(captured)
+
+
+def test_another_symbolic_scale_is_left_alone() -> None:
+    assert capture(ScaledUnit(D**0.5 + 0.5), torch.randn(3, 5, D), dynamic=True).counts == {}
