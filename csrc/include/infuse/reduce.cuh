@@ -27,7 +27,6 @@ template <int kValues>
 struct RowSumsStorage {
   float warp_sums[2][kValues][kMaxWarps];
 };
-using RowSumStorage = RowSumsStorage<1>;
 
 // The CTA is blockDim = (threads of a row, rows); every thread of the CTA must call this, with the same `turn`, the next
 // time with another one modulo 2. Every thread gets the sums of its row in `values`.
@@ -59,13 +58,6 @@ __device__ __forceinline__ void row_sums(float (&values)[kCount], RowSumsStorage
 #pragma unroll
     for (int i = 0; i < kCount; ++i) values[i] += __shfl_xor_sync(kFullMask, values[i], offset);
   }
-}
-
-// Likewise for one value.
-__device__ __forceinline__ float row_sum(float value, RowSumStorage& storage, int turn) {
-  float values[1] = {value};
-  row_sums(values, storage, turn);
-  return values[0];
 }
 
 }  // namespace infuse
