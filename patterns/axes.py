@@ -11,7 +11,7 @@ from __future__ import annotations
 import math
 from collections.abc import Collection, Iterable, Sequence
 
-from infuse.patterns.sizes import Size, same_size
+from infuse.patterns.sizes import Size, plain, same_size
 
 
 class Axis:
@@ -20,7 +20,7 @@ class Axis:
     __slots__ = ("parts", "size")
 
     def __init__(self, size: Size) -> None:
-        self.size = size
+        self.size = plain(size)
         self.parts: tuple[Axis, ...] = ()
 
 

@@ -28,3 +28,9 @@ def broadcasts_to(shape: Sequence[Size], target: Sequence[Size]) -> bool:
         return False
     tail = target[len(target) - len(shape) :]
     return all(same_size(a, 1) or same_size(a, b) for a, b in zip(shape, tail))
+
+
+def plain(size: Size) -> Size:
+    """A size as a number if it is one, such as the symbolic quotient 4 * s // s."""
+    number = size.node.maybe_as_int() if isinstance(size, torch.SymInt) else size
+    return size if number is None else int(number)

@@ -252,3 +252,31 @@ def test_single_query_and_single_head() -> None:
     captured = capture(lambda q, k, v: torch.softmax(q @ k.mT, -1) @ v, q[:, :1, :1], k[:, :1], v[:, :1])
     assert captured.counts == {"attention": 1}
     assert_same_results(captured)
+
+
+class TimeFirst(torch.nn.Module):
+    """fairseq: [T, B, C], heads folded into the batch by a view."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.qkv = torch.nn.Linear(16, 48)
+
+    def forward(self, x: Tensor) -> Tensor:
+        length, batch, width = x.size()
+        projected = self.qkv(x).chunk(3, -1)
+        q, k, v = (y.contiguous().view(length, batch * 4, 4).transpose(0, 1) for y in projected)
+        scores = torch.bmm(q, k.transpose(1, 2))
+        scores = scores + torch.triu(torch.full((length, length), float("-inf"), dtype=x.dtype), 1).unsqueeze(0)
+        out = torch.bmm(torch.softmax(scores, -1), v)
+        return out.transpose(0, 1).contiguous().view(length, batch, width)
+
+
+@pytest.mark.parametrize(("dtype", "training", "dynamic"), MODES)
+def test_heads_folded_beside_a_batch_that_is_no_first_dimension(
+    dtype: torch.dtype, training: bool, dynamic: bool
+) -> None:
+    x = torch.randn(6, 3, 16, dtype=dtype, requires_grad=training)
+    captured = capture(TimeFirst().to(dtype), x, training=training, dynamic=dynamic)
+    assert captured.refusals == []
+    assert captured.counts == {"attention": 1}
+    assert_same_results(captured, training)
