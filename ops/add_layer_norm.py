@@ -26,6 +26,7 @@ from infuse.ops.layer_norm import (
     row_placements,
     whole,
 )
+from infuse.ops.norm_backward import norm_backward
 from infuse.ops.registration import (
     Placements,
     define,
@@ -170,16 +171,24 @@ class _AddLayerNorm(torch.autograd.Function):
         y, total, mean, rstd = torch.ops.infuse.add_layer_norm_fwd(x, residual, weight, bias, eps, *flags)
         ctx.save_for_backward(total, weight, bias, mean, rstd)
         ctx.eps, ctx.flags = eps, flags
+        ctx.set_materialize_grads(False)
         return y, total
 
     @staticmethod
-    def backward(ctx: Any, dy: Tensor, dsum: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, dy: Tensor | None, dsum: Tensor | None) -> tuple[Tensor | None, ...]:
+        if dy is None:
+            return dsum, dsum, *(None,) * 5
         total, weight, bias, mean, rstd = ctx.saved_tensors
         if torch.is_grad_enabled():
             inputs = (total, weight, bias, ctx.eps, *ctx.flags)
+            dsum = torch.zeros_like(total) if dsum is None else dsum
             dx, dweight, dbias, *_ = differentiate(_norm_and_sum, inputs, (dy, dsum))
             return dx, dx, dweight, dbias, None, None, None
-        dx, dweight, dbias = torch.ops.infuse.add_layer_norm_bwd(dy, dsum, total, weight, bias, mean, rstd, *ctx.flags)
+        arguments = (total, weight, bias, mean, rstd, *ctx.flags)
+        if dsum is None:
+            dx, dweight, dbias = torch.ops.infuse.layer_norm_bwd(dy, *arguments)
+        else:
+            dx, dweight, dbias = torch.ops.infuse.add_layer_norm_bwd(dy, dsum, *arguments)
         vectors = (None if weight is None else dweight, None if bias is None else dbias)
         return dx, dx, *vectors, None, None, None
 
@@ -235,6 +244,22 @@ def _fwd_cuda(
     y, total, mean, rstd = add_layer_norm_fwd_fake(x, residual, weight, bias, eps, *flags)
     torch.ops.infuse.add_layer_norm_out(x, residual, weight, bias, eps, *flags, -1, y, total, mean, rstd)
     return y, total, mean, rstd
+
+
+def _bwd_cuda(
+    dy: Tensor,
+    dsum: Tensor,
+    total: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    mean: Tensor,
+    rstd: Tensor,
+    weight_offset: float,
+    cast_before_weight: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    checks.same_shape("add_layer_norm_bwd", total=total, dsum=dsum, dy=dy)
+    arguments = (dsum, total, weight, bias, mean, rstd, weight_offset)
+    return norm_backward(dy, *arguments) or add_layer_norm_bwd_ref(dy, *arguments, cast_before_weight)
 
 
 def _rules(x: Any, weight: Any, bias: Any, num_outputs: int, flags: tuple[Any, ...]) -> Placements:
@@ -299,6 +324,7 @@ define(
 register_fake("add_layer_norm_kernel", lambda *arguments: add_layer_norm_fake(*arguments[:-1]))
 implement("add_layer_norm", _cuda, "CUDA")
 implement("add_layer_norm_fwd", _fwd_cuda, "CUDA")
+implement("add_layer_norm_bwd", _bwd_cuda, "CUDA")
 register_sharding("add_layer_norm", _sharding)
 register_sharding("add_layer_norm_fwd", _fwd_sharding)
 register_sharding("add_layer_norm_bwd", _bwd_sharding)

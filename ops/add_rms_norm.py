@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from infuse.ops import checks, library, norm_kernels
+from infuse.ops.norm_backward import norm_backward
 from infuse.ops.registration import (
     Placements,
     define,
@@ -152,17 +153,25 @@ class _AddRMSNorm(torch.autograd.Function):
         ctx.eps, ctx.flags = eps, (weight_offset, cast_before_weight, eps_as_minimum)
         y, total, rstd = torch.ops.infuse.add_rms_norm_fwd(x, residual, weight, eps, *ctx.flags)
         ctx.save_for_backward(total, weight, rstd)
+        ctx.set_materialize_grads(False)
         return y, total
 
     @staticmethod
-    def backward(ctx: Any, dy: Tensor, dsum: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, dy: Tensor | None, dsum: Tensor | None) -> tuple[Tensor | None, ...]:
+        if dy is None:
+            return dsum, dsum, *(None,) * 5
         total, weight, rstd = ctx.saved_tensors
         if torch.is_grad_enabled():
+            dsum = torch.zeros_like(total) if dsum is None else dsum
             dx, dweight, *_ = differentiate(_norm_and_sum, (total, weight, ctx.eps, *ctx.flags), (dy, dsum))
             return dx, dx, dweight, None, None, None, None
         *flags, eps_as_minimum = ctx.flags
         minimum = ctx.eps if eps_as_minimum else None
-        dx, dweight = torch.ops.infuse.add_rms_norm_bwd(dy, dsum, total, weight, rstd, *flags, minimum)
+        arguments = (total, weight, rstd, *flags, minimum)
+        if dsum is None:
+            dx, dweight = torch.ops.infuse.rms_norm_bwd(dy, *arguments)
+        else:
+            dx, dweight = torch.ops.infuse.add_rms_norm_bwd(dy, dsum, *arguments)
         return dx, dx, None if weight is None else dweight, None, None, None, None
 
 
@@ -217,6 +226,23 @@ def _fwd_cuda(
     y, total, rstd = add_rms_norm_fwd_fake(x, residual, weight, eps, *flags)
     torch.ops.infuse.add_rms_norm_out(x, residual, weight, eps, *flags, -1, y, total, rstd)
     return y, total, rstd
+
+
+def _bwd_cuda(
+    dy: Tensor,
+    dsum: Tensor,
+    total: Tensor,
+    weight: Tensor | None,
+    rstd: Tensor,
+    weight_offset: float,
+    cast_before_weight: bool,
+    minimum: float | None = None,
+) -> tuple[Tensor, Tensor]:
+    checks.same_shape("add_rms_norm_bwd", total=total, dsum=dsum, dy=dy)
+    found = norm_backward(dy, dsum, total, weight, None, None, rstd, weight_offset, minimum)
+    if found is None:
+        return add_rms_norm_bwd_ref(dy, dsum, total, weight, rstd, weight_offset, cast_before_weight, minimum)
+    return found[:2]
 
 
 def _rules(x: Any, weight: Any, num_outputs: int, flags: tuple[Any, ...]) -> Placements:
@@ -288,6 +314,7 @@ define(
 register_fake("add_rms_norm_kernel", lambda *arguments: add_rms_norm_fake(*arguments[:-1]))
 implement("add_rms_norm", _cuda, "CUDA")
 implement("add_rms_norm_fwd", _fwd_cuda, "CUDA")
+implement("add_rms_norm_bwd", _bwd_cuda, "CUDA")
 register_sharding("add_rms_norm", _sharding)
 register_sharding("add_rms_norm_fwd", _fwd_sharding)
 register_sharding("add_rms_norm_bwd", _bwd_sharding)

@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from infuse.ops import checks, library, norm_kernels
+from infuse.ops.norm_backward import norm_backward
 from infuse.ops.registration import (
     Placements,
     define,
@@ -246,6 +247,21 @@ def _fwd_cuda(
     return y, mean, rstd
 
 
+def _bwd_cuda(
+    dy: Tensor,
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    mean: Tensor,
+    rstd: Tensor,
+    weight_offset: float,
+    cast_before_weight: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    checks.same_shape("layer_norm_bwd", x=x, dy=dy)
+    arguments = (x, weight, bias, mean, rstd, weight_offset)
+    return norm_backward(dy, None, *arguments) or layer_norm_bwd_ref(dy, *arguments, cast_before_weight)
+
+
 def row_placements(x: Any) -> list[Any]:
     """Whole, or sharded over any dimension but the last."""
     from torch.distributed.tensor import Replicate, Shard
@@ -315,6 +331,7 @@ define(
 )
 implement("layer_norm", _cuda, "CUDA")
 implement("layer_norm_fwd", _fwd_cuda, "CUDA")
+implement("layer_norm_bwd", _bwd_cuda, "CUDA")
 register_sharding("layer_norm", _sharding)
 register_sharding("layer_norm_fwd", _fwd_sharding)
 register_sharding("layer_norm_bwd", _bwd_sharding)

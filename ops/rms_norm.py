@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from infuse.ops import checks, library, norm_kernels
+from infuse.ops.norm_backward import norm_backward
 from infuse.ops.registration import (
     Placements,
     define,
@@ -248,6 +249,22 @@ def _fwd_cuda(
     return y, rstd
 
 
+def _bwd_cuda(
+    dy: Tensor,
+    x: Tensor,
+    weight: Tensor | None,
+    rstd: Tensor,
+    weight_offset: float,
+    cast_before_weight: bool,
+    minimum: float | None = None,
+) -> tuple[Tensor, Tensor]:
+    checks.same_shape("rms_norm_bwd", x=x, dy=dy)
+    found = norm_backward(dy, None, x, weight, None, None, rstd, weight_offset, minimum)
+    if found is None:
+        return rms_norm_bwd_ref(dy, x, weight, rstd, weight_offset, cast_before_weight, minimum)
+    return found[:2]
+
+
 def _sharding(x: Any, weight: Any, *flags: Any) -> Placements:
     """Any dimension but the last; the weight is whole everywhere."""
     from torch.distributed.tensor import Replicate, Shard
@@ -305,6 +322,7 @@ define(
 )
 implement("rms_norm", _cuda, "CUDA")
 implement("rms_norm_fwd", _fwd_cuda, "CUDA")
+implement("rms_norm_bwd", _bwd_cuda, "CUDA")
 register_sharding("rms_norm", _sharding)
 register_sharding("rms_norm_fwd", _fwd_sharding)
 register_sharding("rms_norm_bwd", _bwd_sharding)

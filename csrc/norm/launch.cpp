@@ -25,15 +25,6 @@ void check_like_x(const char* op, const TensorArg& tensor, const TensorArg& x, D
   check_last_stride(op, tensor);
 }
 
-void check_contiguous(const char* op, const TensorArg& tensor) {
-  std::int64_t expected = 1;
-  for (int i = tensor.num_dims - 1; i >= 0; --i) {
-    check(tensor.sizes[i] <= 1 || tensor.strides[i] == expected, op, "strides of ", tensor.name, ", got ",
-          shape_text(tensor.strides, tensor.num_dims), ", expected those of a contiguous tensor");
-    expected *= tensor.sizes[i] > 1 ? tensor.sizes[i] : 1;
-  }
-}
-
 void check_statistics(const char* op, const TensorArg& tensor, const TensorArg& x, std::int64_t rows) {
   check_dtype(op, tensor, DType::kFloat32);
   check_same_device(op, tensor, x);

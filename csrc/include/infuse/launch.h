@@ -7,14 +7,28 @@
 
 namespace infuse {
 
+constexpr int kSharedBytesForAll = 48 * 1024;  // a CTA gets more only after the kernel was told so
+
+// Allows a kernel all the dynamic shared memory that a CTA of the device can have.
+template <typename Kernel>
+void allow_shared_memory(const char* op, Kernel kernel, int device) {
+  int most = 0;
+  cudaFuncAttributes attributes;
+  check_cuda(cudaDeviceGetAttribute(&most, cudaDevAttrMaxSharedMemoryPerBlockOptin, device), op, "shared memory");
+  check_cuda(cudaFuncGetAttributes(&attributes, reinterpret_cast<const void*>(kernel)), op, "attributes of a kernel");
+  check_cuda(cudaFuncSetAttribute(reinterpret_cast<const void*>(kernel), cudaFuncAttributeMaxDynamicSharedMemorySize,
+                                  most - static_cast<int>(attributes.sharedSizeBytes)),
+             op, "more shared memory for a kernel");
+}
+
 inline int count_sms(const char* op, int device) {
   int num_sms = 0;
   check_cuda(cudaDeviceGetAttribute(&num_sms, cudaDevAttrMultiProcessorCount, device), op, "number of SMs");
   return num_sms;
 }
 
-// CTAs that run at once on the whole device, which is what a persistent kernel starts. The last answer is remembered
-// per kernel, since the question costs about as much as a launch.
+// CTAs that run at once on the whole device, which is what a persistent kernel starts. Also allows the kernel its
+// shared memory. The last answer is remembered, since the question costs about as much as a launch.
 template <typename Kernel>
 unsigned resident_ctas(const char* op, Kernel kernel, int threads, int shared_bytes, int device) {
   struct Answer {
@@ -25,6 +39,7 @@ unsigned resident_ctas(const char* op, Kernel kernel, int threads, int shared_by
   static thread_local Answer last;
   if (last.kernel != kernel || last.threads != threads || last.shared_bytes != shared_bytes || last.device != device) {
     int per_sm = 0, num_sms = 0;
+    if (shared_bytes > kSharedBytesForAll) allow_shared_memory(op, kernel, device);
     check_cuda(cudaOccupancyMaxActiveBlocksPerMultiprocessor(&per_sm, kernel, threads, shared_bytes), op, "occupancy");
     check_cuda(cudaDeviceGetAttribute(&num_sms, cudaDevAttrMultiProcessorCount, device), op, "number of SMs");
     check(per_sm > 0, op, "CTAs of ", threads, " threads and ", shared_bytes,

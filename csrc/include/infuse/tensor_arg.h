@@ -91,6 +91,15 @@ inline void check_rows_apart(const char* op, const TensorArg& tensor) {
   }
 }
 
+inline void check_contiguous(const char* op, const TensorArg& tensor) {
+  std::int64_t expected = 1;
+  for (int i = tensor.num_dims - 1; i >= 0; --i) {
+    check(tensor.sizes[i] <= 1 || tensor.strides[i] == expected, op, "strides of ", tensor.name, ", got ",
+          shape_text(tensor.strides, tensor.num_dims), ", expected those of a contiguous tensor");
+    expected *= tensor.sizes[i] > 1 ? tensor.sizes[i] : 1;
+  }
+}
+
 // A weight or a bias: [dim], adjacent elements, in x's dtype or in float32.
 inline void check_weight(const char* op, const TensorArg& weight, const TensorArg& x) {
   const std::int64_t dim = x.sizes[x.num_dims - 1];

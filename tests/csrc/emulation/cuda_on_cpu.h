@@ -38,6 +38,13 @@ struct Index {
   unsigned x = 1, y = 1, z = 1;
 };
 
+// From global to shared memory; takes place when it is waited for, as late as hardware may make it.
+struct Copy {
+  char* shared;
+  const char* source;
+  std::size_t bytes;
+};
+
 struct Fiber {
   ucontext_t context;
   std::vector<char> stack = std::vector<char>(48 * 1024);
@@ -45,6 +52,7 @@ struct Fiber {
   float exchanged;  // by a shuffle
   long switches;
   bool done;
+  std::vector<std::vector<Copy>> copy_groups;  // under way, oldest first; the last one is still open
 };
 
 struct Range {
@@ -57,6 +65,7 @@ inline std::size_t current;
 inline ucontext_t scheduler;
 inline std::function<void()> body;
 inline std::vector<Range> ranges;  // that kernels may touch
+inline std::vector<char> shared_memory;  // dynamic
 
 [[noreturn]] inline void die(const char* what) {
   std::printf("FAILED: %s\n", what);
@@ -126,18 +135,24 @@ inline float __fdividef(float a, float b) { return a / b; }
 
 namespace emulation {
 
+inline void set_shared_memory(std::size_t bytes) {
+  shared_memory.assign(bytes, '\xff');  // NaN, in every dtype
+}
+
 template <typename Kernel, typename... Arguments>
-void launch(Kernel kernel, unsigned grid, Index block, const Arguments&... arguments) {
-  gridDim = {grid, 1, 1};
+void launch(Kernel kernel, Index grid, Index block, const Arguments&... arguments) {
+  gridDim = grid;
   blockDim = block;
   fibers.resize(block.x * block.y);
   body = [&] { kernel(arguments...); };
-  for (blockIdx = {0, 0, 0}; blockIdx.x < grid; ++blockIdx.x) {
+  for (unsigned cta = 0; cta < grid.x * grid.y; ++cta) {
+    blockIdx = {cta % grid.x, cta / grid.x, 0};
     for (std::size_t i = 0; i < fibers.size(); ++i) {
       Fiber& fiber = fibers[i];
       fiber.index = {static_cast<unsigned>(i) % block.x, static_cast<unsigned>(i) / block.x, 0};
       fiber.switches = 0;
       fiber.done = false;
+      fiber.copy_groups.assign(1, {});
       getcontext(&fiber.context);
       fiber.context.uc_stack.ss_sp = fiber.stack.data();
       fiber.context.uc_stack.ss_size = fiber.stack.size();
@@ -155,8 +170,14 @@ void launch(Kernel kernel, unsigned grid, Index block, const Arguments&... argum
     }
     for (const Fiber& fiber : fibers) {
       if (fiber.switches != fibers[0].switches) die("a barrier or shuffle that not all threads of the CTA reach");
+      if (fiber.copy_groups.size() > 1 || !fiber.copy_groups[0].empty()) die("copies under way at the end");
     }
   }
+}
+
+template <typename Kernel, typename... Arguments>
+void launch(Kernel kernel, unsigned grid, Index block, const Arguments&... arguments) {
+  launch(kernel, Index{grid}, block, arguments...);
 }
 
 }  // namespace emulation

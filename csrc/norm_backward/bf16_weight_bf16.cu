@@ -1,0 +1,7 @@
+#include "norm_backward/launch_ring.cuh"
+
+namespace infuse::norm_backward {
+
+template int launch_ring<DType::kBFloat16, DType::kBFloat16>(const Prepared&, cudaStream_t);
+
+}  // namespace infuse::norm_backward

@@ -1,0 +1,138 @@
+// The backward for rows that are too long for the ring, or not aligned: one kernel for the two means of each row, and
+// one that goes down the columns, writes dx and sums up the gradients of weight and bias. x and dy are read twice.
+// RMSNorm is LayerNorm with means of 0 here: the kernels are bound by memory, and half as many of them is enough.
+#pragma once
+
+#include <cstdint>
+
+#include "infuse/memory.cuh"
+#include "infuse/overlap.cuh"
+#include "norm_backward/formula.cuh"
+#include "norm_backward/row_sums.cuh"
+#include "norm_backward/traits.h"
+
+namespace infuse::norm_backward {
+
+template <typename Traits>
+struct TwoPassAccess {
+  using X = typename Traits::X;
+  static constexpr int kElems = Traits::kVecElems;
+
+  static __device__ __forceinline__ Vec<X, kElems> load_row(const void* tensor, const RowMap& rows, std::uint32_t row,
+                                                            std::uint32_t vec, bool valid) {
+    const X* first = static_cast<const X*>(tensor) + (valid ? rows.offset(row) + std::int64_t{vec} * kElems : 0);
+    return load<Reuse::kOnce, X, kElems>(first, valid);
+  }
+
+  static __device__ __forceinline__ void load_scale(const Params& params, std::uint32_t vec, bool valid,
+                                                    float (&scale)[kElems]) {
+    const bool there = valid && params.weight != nullptr;
+    const std::size_t first = there ? std::size_t{vec} * kElems : 0;
+    if (params.weight_dtype == DType::kFloat32) {
+      const auto* weight = static_cast<const float*>(params.weight) + first;
+      scale_of(params, load<Reuse::kShared, float, kElems>(weight, there), scale);
+    } else {
+      const auto* weight = static_cast<const X*>(params.weight) + first;
+      scale_of(params, load<Reuse::kShared, X, kElems>(weight, there), scale);
+    }
+  }
+
+  static __device__ __forceinline__ RowStats stats(const Params& params, std::uint32_t row, bool valid) {
+    return {valid && params.mean != nullptr ? params.mean[row] : 0.0f, valid ? params.rstd[row] : 0.0f};
+  }
+};
+
+// A CTA is one row. Writes [mean(g), mean(g * n)] of it, the first one 0 for RMSNorm.
+template <typename Traits>
+__global__ __launch_bounds__(kRowThreads) void row_means_kernel(const __grid_constant__ Params params) {
+  using Access = TwoPassAccess<Traits>;
+  constexpr int kElems = Traits::kVecElems, kUnroll = Traits::kUnroll;
+  __shared__ PairSumStorage storage;
+
+  wait_for_previous_kernel();
+  const std::uint32_t row = blockIdx.x;
+  const RowStats stats = Access::stats(params, row, true);
+  RowMeans means = {0.0f, 0.0f};
+  for (std::uint32_t first = threadIdx.x; first < params.row_vecs; first += kUnroll * blockDim.x) {
+    Vec<typename Traits::X, kElems> x[kUnroll], dy[kUnroll];
+#pragma unroll
+    for (int i = 0; i < kUnroll; ++i) {
+      const std::uint32_t vec = first + i * blockDim.x;
+      x[i] = Access::load_row(params.x, params.x_rows, row, vec, vec < params.row_vecs);
+      dy[i] = Access::load_row(params.dy, params.dy_rows, row, vec, vec < params.row_vecs);
+    }
+#pragma unroll
+    for (int i = 0; i < kUnroll; ++i) {
+      const std::uint32_t vec = first + i * blockDim.x;
+      if (vec >= params.row_vecs) continue;
+      float n[kElems], wide_dy[kElems], scale[kElems], g[kElems];
+      normalize<true>(x[i], stats, n);
+      unpack(dy[i], wide_dy);
+      Access::load_scale(params, vec, true, scale);
+      weigh<true>(wide_dy, scale, n, g, means);
+    }
+  }
+  let_next_kernel_start();
+  RowSum(storage).add_up<true>(means.gn, means.g, 0);
+  if (threadIdx.x == 0) {
+    params.row_means[2 * std::size_t{row}] = params.mean != nullptr ? means.g * params.inv_dim : 0.0f;
+    params.row_means[2 * std::size_t{row} + 1] = means.gn * params.inv_dim;
+  }
+}
+
+// A CTA is (block of columns, part): it takes the rows part, part + parts, ..
+template <typename Traits>
+__global__ __launch_bounds__(kColumnThreads) void columns_kernel(const __grid_constant__ Params params) {
+  using Access = TwoPassAccess<Traits>;
+  using X = typename Traits::X;
+  using XVec = Vec<X, Traits::kVecElems>;
+  constexpr int kElems = Traits::kVecElems, kUnroll = Traits::kUnroll;
+
+  wait_for_previous_kernel();
+  const std::uint32_t vec = blockIdx.x * blockDim.x + threadIdx.x;
+  const bool has_vec = vec < params.row_vecs;
+  float scale[kElems], dweight[kElems] = {}, dbias[kElems] = {};
+  Access::load_scale(params, vec, has_vec, scale);
+  for (std::uint32_t first = blockIdx.y; first < params.rows; first += kUnroll * gridDim.y) {
+    XVec x[kUnroll], dy[kUnroll], dsum[kUnroll];
+    RowStats stats[kUnroll];
+    RowMeans means[kUnroll];
+#pragma unroll
+    for (int i = 0; i < kUnroll; ++i) {
+      const std::uint32_t row = first + i * gridDim.y;
+      const bool has_row = row < params.rows;
+      x[i] = Access::load_row(params.x, params.x_rows, row, vec, has_row && has_vec);
+      dy[i] = Access::load_row(params.dy, params.dy_rows, row, vec, has_row && has_vec);
+      dsum[i] = Access::load_row(params.dsum, params.dsum_rows, row, vec, has_row && has_vec && params.dsum != nullptr);
+      stats[i] = Access::stats(params, row, has_row);
+      means[i].g = has_row ? params.row_means[2 * std::size_t{row}] : 0.0f;
+      means[i].gn = has_row ? params.row_means[2 * std::size_t{row} + 1] : 0.0f;
+    }
+#pragma unroll
+    for (int i = 0; i < kUnroll; ++i) {
+      const std::uint32_t row = first + i * gridDim.y;
+      if (row >= params.rows || !has_vec) continue;
+      float n[kElems], wide_dy[kElems], wide_dsum[kElems], g[kElems], dx[kElems];
+      normalize<true>(x[i], stats[i], n);
+      unpack(dy[i], wide_dy);
+      unpack(dsum[i], wide_dsum);
+      RowMeans unused = {0.0f, 0.0f};
+      weigh<true>(wide_dy, scale, n, g, unused);
+      input_gradient<true>(g, n, means[i], stats[i].rstd, dx);
+      add(wide_dsum, dx);
+      store(static_cast<X*>(params.dx) + std::size_t{row} * params.dim + std::size_t{vec} * kElems, pack<X>(dx));
+      add_products(wide_dy, n, dweight);
+      add(wide_dy, dbias);
+    }
+  }
+  let_next_kernel_start();
+  if (!has_vec) return;
+  const std::size_t place = std::size_t{blockIdx.y} * params.dim + std::size_t{vec} * kElems;
+#pragma unroll
+  for (int k = 0; k < kElems; ++k) {
+    if (params.weight_parts != nullptr) params.weight_parts[place + k] = dweight[k];
+    if (params.bias_parts != nullptr) params.bias_parts[place + k] = dbias[k];
+  }
+}
+
+}  // namespace infuse::norm_backward
