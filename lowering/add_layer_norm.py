@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import torch
-
-from infuse.lowering import inductor, norm_kernels
+from infuse.lowering import norm_kernels
 from infuse.ops import add_layer_norm as op
 
 NORM = norm_kernels.register(
@@ -16,5 +14,3 @@ NORM = norm_kernels.register(
     fake=op.add_layer_norm_fake,
     can_run=op.can_run,
 )
-inductor.register_inline(torch.ops.infuse.add_layer_norm_fwd.default, op.add_layer_norm_fwd_ref)
-inductor.register_inline(torch.ops.infuse.add_layer_norm_bwd.default, op.add_layer_norm_bwd_ref)

@@ -19,7 +19,7 @@ import torch
 from torch._inductor import config, ir
 from torch._inductor.codegen.subgraph import SubgraphChoiceCaller, SubgraphTemplate
 from torch._inductor.custom_graph_pass import CustomGraphPass
-from torch._inductor.decomposition import select_decomp_table
+from torch._inductor.decomposition import fast_random_decomps, register_decomposition, select_decomp_table
 from torch._inductor.lowering import register_lowering
 from torch._inductor.runtime.benchmarking import benchmarker
 from torch._inductor.select_algorithm import (
@@ -42,6 +42,12 @@ _stand_in_names = itertools.count()
 def register(target: torch._ops.OpOverload, lower: Callable[..., Any]) -> None:
     """Makes `lower` the lowering of an operator; it gets IR nodes for tensors and plain values for the rest."""
     register_lowering(target, type_promotion_kind=None)(lower)
+
+
+def decompose(target: torch._ops.OpOverload, formula: Callable[..., Any]) -> None:
+    """Opens an operator to AOTAutograd: the partitioner sees its formula, and may compute parts of it again."""
+    register_decomposition([target])(formula)
+    fast_random_decomps.cache_clear()  # a table that an earlier compilation asked for would lack it
 
 
 def settings_in_effect() -> Settings:
@@ -231,7 +237,11 @@ def _graph_benchmark(choice: Any) -> Callable[..., float]:
 
 def _for_kernel(tensor: Node) -> Node:
     """In memory, the elements of a row adjacent."""
-    node = ir.ExternKernel.require_stride1(ir.ExternKernel.realize_input(tensor))
+    node = ir.ExternKernel.realize_input(tensor)
+    layout = node.get_layout()
+    fixed = not isinstance(layout, ir.FlexibleLayout)
+    if not fixed or (layout.stride and not V.graph.sizevars.statically_known_equals(layout.stride[-1], 1)):
+        node = ir.ExternKernel.require_contiguous(node)
     return node if isinstance(node, ir.TensorBox) else ir.TensorBox(node)
 
 
@@ -328,14 +338,14 @@ class Neighbours:
 
 
 def neighbours(tensors: Sequence[Node], node: torch.fx.Node, results: int = 1) -> Neighbours:
-    """What could fuse with the operator `node`, whose first arguments are `tensors`."""
+    """What could fuse with the operator `node`, whose first arguments are `tensors`, and its first `results`."""
     producer = 0
     for tensor, argument in zip(tensors, node.args):
         if _is_generated(tensor):
             producer += 2 if len(_readers(argument)) == 1 else 1  # type: ignore[arg-type]
-    if results == 1:
+    taken = {user.args[1]: _readers(user) for user in node.users if user.target is operator.getitem}
+    if not taken:
         return Neighbours(producer, _consumer_passes(_readers(node)))
-    taken = {user.args[1]: _readers(user) for user in node.users}
     return Neighbours(producer, sum(_consumer_passes(taken.get(index, [])) for index in range(results)))
 
 
@@ -344,6 +354,11 @@ def _consumer_passes(readers: Sequence[torch.fx.Node]) -> int:
         return 1
     fusable = [_is_fusable(reader.target) for reader in readers]
     return 0 if not any(fusable) else 2 if all(fusable) else 1
+
+
+def results_taken(node: torch.fx.Node) -> int:
+    """How many of the results of an operator with several are read."""
+    return len({user.args[1] for user in node.users if user.target is operator.getitem})
 
 
 def _is_generated(tensor: Node) -> bool:
@@ -383,6 +398,12 @@ def example(node: Node) -> torch.Tensor:
 def hints(node: Node) -> tuple[int, ...]:
     """The sizes of an IR node, symbolic ones by their example values."""
     return tuple(int(hint) for hint in V.graph.sizevars.optimization_hints(node.get_size()))
+
+
+def capability(node: Node) -> tuple[int, int]:
+    """Compute capability of the device of an IR node, (0, 0) where there is none."""
+    device = node.get_device()
+    return torch.cuda.get_device_capability(device) if device.type == "cuda" else (0, 0)
 
 
 def rows_and_row_size(node: Node) -> tuple[int, int]:

@@ -12,7 +12,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from infuse.lowering import rotary_policy
+from infuse.lowering import rotary_policy, trained_norms
 from infuse.lowering.heuristics import norm as norm_heuristics
 from infuse.ops import library, norm_kernels
 from infuse.report import Placement
@@ -41,6 +41,8 @@ def place(kind: str, args: Sequence[object], training: bool, *, settings: Settin
     assert isinstance(first, Tensor)
     if kind == "attention":
         return _place_attention(first, args, training, max_autotune)
+    if training and kind in trained_norms.KINDS:
+        return trained_norms.place(kind, args, settings, max_autotune)
     if kind in NORMS:
         return _place_norm(kind, first, args, training, settings, max_autotune)
     return _inline(f"no {kind} kernel")

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 MARGIN = 0.97
 
 
-def cost_in_context(kernel_ms: float, formula_ms: float, formula_passes: int, lost_passes: int) -> float:
+def cost_in_context(kernel_ms: float, formula_ms: float, formula_passes: float, lost_passes: int) -> float:
     """Milliseconds of a kernel and of what its neighbours can no longer fuse.
 
     formula_ms: time of the formula alone, which moves `formula_passes` tensors; so one pass over a tensor of that size
@@ -19,7 +19,7 @@ def cost_in_context(kernel_ms: float, formula_ms: float, formula_passes: int, lo
 
 
 def choose(
-    timings: Mapping[str, float], formula: str, formula_passes: int, lost_passes: int
+    timings: Mapping[str, float], formula: str, formula_passes: float, lost_passes: int
 ) -> tuple[str, dict[str, float]]:
     """The candidate to take and every candidate's cost in context; the formula unless a kernel wins by the margin."""
     if formula not in timings:

@@ -2,13 +2,9 @@
 
 from __future__ import annotations
 
-import torch
-
-from infuse.lowering import inductor, norm_kernels
+from infuse.lowering import norm_kernels
 from infuse.ops import rms_norm as op
 
 NORM = norm_kernels.register(
     "rms_norm", rows=1, vectors=1, results=1, formula=op.rms_norm_ref, fake=op.rms_norm_fake, can_run=op.can_run
 )
-inductor.register_inline(torch.ops.infuse.rms_norm_fwd.default, op.rms_norm_fwd_ref)
-inductor.register_inline(torch.ops.infuse.rms_norm_bwd.default, op.rms_norm_bwd_ref)

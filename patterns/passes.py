@@ -39,6 +39,7 @@ from infuse.patterns import (
     encoder_layer,
     gated_norm,
     in_place,
+    kept_inputs,
     layer_norm,
     metadata,
     multi_head_attention,
@@ -265,7 +266,12 @@ class Writer:
         return None if examples is None or isinstance(examples, Refusal) else self._ask(site, examples)
 
     def _ask(self, site: Site, examples: tuple[object, ...]) -> Placement:
-        return self.place(site.kind, examples, self.training)
+        placement = self.place(site.kind, examples, self.training)
+        if not self.training or placement.overload != "default" or site.kind not in kept_inputs.KINDS:
+            return placement
+        if self.emitter is None or kept_inputs.is_kept(self.emitter.view, site):
+            return placement
+        return Placement("inline", "decomposition (its input would be saved for a kernel alone)")
 
     def write(self, finding: Finding) -> None:
         """A composite site that cannot be emitted leaves its place to its parts."""

@@ -26,7 +26,7 @@ from infuse.report import SiteRecord
 from infuse.settings import Settings, resolve, split_options
 
 _LOWERED = (
-    *("rms_norm", "add_rms_norm", "layer_norm", "add_layer_norm", "gated_rms_norm"),
+    *("rms_norm", "add_rms_norm", "layer_norm", "add_layer_norm", "norm_backward", "gated_rms_norm"),
     *("swiglu", "rope", "qk_norm_rope", "attention"),
 )
 for _op in _LOWERED:
