@@ -42,9 +42,10 @@ struct TwoPassAccess {
   }
 };
 
-// A CTA is one row. Writes [mean(g), mean(g * n)] of it, the first one 0 for RMSNorm.
+// A CTA is one row. Writes [mean(g), mean(g * n)] of it, the first one 0 for RMSNorm. The minimum of one CTA keeps
+// ptxas from spilling for the sake of more.
 template <typename Traits>
-__global__ __launch_bounds__(kRowThreads) void row_means_kernel(const __grid_constant__ Params params) {
+__global__ __launch_bounds__(kRowThreads, 1) void row_means_kernel(const __grid_constant__ Params params) {
   using Access = TwoPassAccess<Traits>;
   constexpr int kElems = Traits::kVecElems, kUnroll = Traits::kUnroll;
   __shared__ PairSumStorage storage;
