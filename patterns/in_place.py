@@ -79,15 +79,44 @@ def _value(node: Node) -> Any:
 def _replace(write: Node, index: dict[Node, int], owners: dict[int, list[Node]]) -> bool:
     target = write.args[0]
     assert isinstance(target, Node)
-    if not _keeps_dtype(write) or not _is_private(write, target, index, owners):
+    keeps = _keeps_dtype(write)
+    wide = None if keeps else _wider(write)
+    if not (keeps or wide) or not _is_private(write, target, index, owners):
         return False
     if write.op == "call_function":
         write.target = _OPERATORS[write.target]
     else:
         write.target = str(write.target).removesuffix("_")
     position = index[write]
+    if wide is not None:
+        write = _rounded(write, wide, index)
     target.replace_all_uses_with(write, delete_user_cb=lambda user: index[user] > position)
     return True
+
+
+def _rounded(write: Node, wide: torch.dtype, index: dict[Node, int]) -> Node:
+    """A cast behind a new value in `wide`, to the dtype of what was written to."""
+    narrow = _value(write)
+    with write.graph.inserting_after(write):
+        cast = write.graph.call_method("to", (write, narrow.dtype))
+    cast.meta = dict(write.meta)
+    value = narrow.detach().to(wide).requires_grad_(narrow.requires_grad)
+    write.meta = {**write.meta, metadata.key(write) or "": value}
+    index[cast] = index[write]
+    write.replace_all_uses_with(cast, delete_user_cb=lambda user: user is not cast)
+    return cast
+
+
+def _wider(write: Node) -> torch.dtype | None:
+    """The dtype of the new value where that is wider than the old one's, which it is then rounded to."""
+    value, others = _value(write.args[0]), [_value(other) for other in write.args[1:] if isinstance(other, Node)]  # type: ignore[arg-type]
+    if len(write.args) != 2 or write.kwargs or len(others) != 1 or write.target in ("masked_fill_", "tanh_"):
+        return None
+    if not isinstance(value, Tensor) or not isinstance(others[0], Tensor) or _value(write) is None:
+        return None
+    wide = torch.result_type(value, others[0])
+    floats = value.is_floating_point() and others[0].is_floating_point()
+    return wide if floats and torch.promote_types(value.dtype, wide) == wide != value.dtype else None
 
 
 def _keeps_dtype(write: Node) -> bool:

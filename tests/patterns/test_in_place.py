@@ -63,10 +63,10 @@ def base_is_read_later(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     return torch.softmax(rows @ k.mT, -1) @ v + flat.view(B, H, S, HEAD)
 
 
-def wider_operand(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    scores = (q @ k.mT).bfloat16()
-    scores += torch.linspace(-1, 1, T)
-    return torch.softmax(scores, -1).to(v.dtype) @ v
+def complex_operand(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    turned = torch.view_as_complex(q.reshape(*q.shape[:-1], -1, 2) * 1.5)
+    turned *= torch.polar(torch.ones(HEAD // 2), torch.linspace(0, 1, HEAD // 2))
+    return torch.softmax(torch.view_as_real(turned).flatten(-2) @ k.mT, -1) @ v
 
 
 def without_gradient(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -77,7 +77,7 @@ def without_gradient(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 
 
 @pytest.mark.parametrize(
-    "function", [input_is_written, view_of_an_input_is_written, base_is_read_later, wider_operand, without_gradient]
+    "function", [input_is_written, view_of_an_input_is_written, base_is_read_later, complex_operand, without_gradient]
 )
 def test_other_writes_stay(function: Function) -> None:
     training = function is without_gradient
@@ -110,3 +110,31 @@ def test_old_value_that_is_read_before_is_kept() -> None:
     captured = capture(function, *tensors(training=True), training=True)
     assert not {"imul"} & captured.targets()
     assert_same_results(captured, training=True)
+
+
+@pytest.mark.parametrize("training", [False, True])
+def test_a_wider_operand_is_added_and_rounded(training: bool) -> None:
+    def attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        scores = q @ k.mT
+        scores += torch.full((5, 5), float("-inf")).triu(1)
+        return torch.softmax(scores, -1) @ v
+
+    inputs = [torch.randn(2, 3, 5, 8, dtype=torch.bfloat16, requires_grad=training) for _ in range(3)]
+    captured = capture(attention, *inputs, training=training)
+    assert captured.counts == {"attention": 1}
+    assert captured.refusals == []
+    assert_same_results(captured, training)
+
+
+def test_what_is_written_in_a_wider_dtype_is_rounded_as_before() -> None:
+    def function(x: Tensor, y: Tensor) -> Tensor:
+        z = x * 2
+        z *= y
+        z.sub_(y)
+        return z * torch.rsqrt(z.float().pow(2).mean(-1, keepdim=True) + 1e-6)
+
+    captured = capture(function, torch.randn(6, 8, dtype=torch.bfloat16), torch.randn(6, 8))
+    assert not {"imul", "sub_"} & captured.targets()
+    before, after = captured.original(*captured.inputs), captured.rewritten(*captured.inputs)
+    assert before[0].dtype == after[0].dtype
+    assert_same_results(captured)
