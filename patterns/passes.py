@@ -88,7 +88,7 @@ FAMILIES: tuple[Family, ...] = (
     Family(rms_norm.KIND, rms_norm.ANCHORS, rms_norm.match, may_be_root),
     Family(layer_norm.KIND, layer_norm.ANCHORS, layer_norm.match, may_be_root),
     Family(swiglu.KIND, swiglu.ANCHORS, swiglu.match),
-    Family(rope.KIND, rope.ANCHORS, rope.match),
+    Family(rope.KIND, rope.ANCHORS, rope.match, rope.may_be_rotation),
 )
 
 

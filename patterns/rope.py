@@ -31,6 +31,11 @@ _STRUCTURAL = ("reshape", "alias", "cast", "cat", "stack")
 _REMEDY = "rotate pairs (x1, x2) to (x1 * cos - x2 * sin, x2 * cos + x1 * sin), of sizes that are plain numbers"
 
 
+def may_be_rotation(view: CanonicalGraph, anchor: Node) -> bool:
+    """Whether a sum is one of two products, by the words alone; True for other anchors."""
+    return view.word(anchor) != "add" or [view.word(node) for node in anchor.all_input_nodes] == ["mul", "mul"]
+
+
 def match(view: CanonicalGraph, anchor: Node) -> Finding | None:
     """The rotary embedding around an anchor; None if there is none."""
     start = _start(view, anchor)
