@@ -1,7 +1,7 @@
 """Reads a value as an activation function of one tensor, called by name or written out.
 
-By name: silu, gelu, mish, sigmoid, relu, tanh. Written out: x * sigmoid(c x), gelu around tanh or erf, relu squared;
-the factors may stand in any order.
+By name: silu, gelu, mish, sigmoid, relu, tanh. Written out: x * sigmoid(c x), x / (1 + exp(-x)), gelu around tanh or
+erf, relu squared; the factors may stand in any order.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from torch.fx import Node
 from infuse.patterns.canonical import CanonicalGraph
 from infuse.patterns.polynomials import Polynomial, PolynomialReader, product, same_polynomial
 
-ANCHORS = ("silu", "gelu", "mish", "sigmoid", "relu", "tanh", "erf")
+ANCHORS = ("silu", "gelu", "mish", "sigmoid", "relu", "tanh", "erf", "exp")
 _TANH_SCALE = math.sqrt(2 / math.pi)
 _GELU_TANH: Polynomial = {1: _TANH_SCALE, 3: _TANH_SCALE * 0.044715}
 _GELU_ERF: Polynomial = {1: math.sqrt(0.5)}
@@ -59,6 +59,8 @@ def read_activation(view: CanonicalGraph, value: object) -> Activation | None:
         found = _named("gelu_tanh" if call["approximate"] == "tanh" else "gelu_erf", call["input"], node)
     elif call.name in ("pow", "square", "mul"):
         found = _relu_squared(view, node) or _written_out(view, node)
+    elif call.name == "div":
+        found = _silu_of_exp(view, node)
     else:
         found = None
     return None if found is None else replace(found, value=value, trail=(*found.trail, *reversed(skipped)))
@@ -96,6 +98,26 @@ def _relu_squared(view: CanonicalGraph, node: Node) -> Activation | None:
     if inner is None or view.dtype(relu) != view.dtype(node):
         return None
     return Activation("relu_squared", inner["input"], node, relu, (relu, *trail, node), "relu squared")
+
+
+def _silu_of_exp(view: CanonicalGraph, node: Node) -> Activation | None:
+    """x / (1 + exp(-x))"""
+    operands = view.operands(node, "div")
+    terms = view.operands(view.strip(operands[1]), "add") if operands is not None else None
+    if operands is None or terms is None:
+        return None
+    base, total = operands
+    for curve, one in (terms, terms[::-1]):
+        call = view.call(curve, "exp")
+        if call is None or view.number(one) != 1.0 or not isinstance(base, Node) or not isinstance(curve, Node):
+            continue
+        reader = PolynomialReader(view, base)
+        if same_polynomial(reader.read(call["input"]), {1: -1.0}) and not reader.symbols:
+            trail = (*reader.nodes, curve, view.strip(total), node)
+            return Activation(
+                "silu", base, node, curve, trail, "x / (1 + exp(-x))", "exp is rounded before it is added"
+            )
+    return None
 
 
 def _written_out(view: CanonicalGraph, node: Node) -> Activation | None:

@@ -80,18 +80,26 @@ def match(view: CanonicalGraph, anchor: Node) -> Finding | None:
 
 
 def may_be_softmax(view: CanonicalGraph, anchor: Node) -> bool:
-    """Whether an exponential is divided by its sum, by the words alone; True for a softmax."""
-    return view.word(anchor) != "exp" or {"sum", "div"} <= {view.word(reader) for reader in view.readers(anchor)}
+    """Whether an exponential is divided by its sum or is a softmax's, by the words alone; True for a softmax."""
+    if view.word(anchor) != "exp":
+        return True
+    readers = {view.word(reader) for reader in view.readers(anchor)}
+    return {"sum", "div"} <= readers or "log_softmax" in {view.word(node) for node in anchor.all_input_nodes}
 
 
 def _softmax(view: CanonicalGraph, anchor: Node) -> _Softmax | None:
-    """softmax(x), or exp(x) / exp(x).sum(dim, keepdim=True)."""
+    """softmax(x), exp(log_softmax(x)), or exp(x) / exp(x).sum(dim, keepdim=True)."""
     call = view.call(anchor, "softmax", "exp")
     if call is None or not isinstance(call["input"], Node):
         return None
     if call.name == "softmax":
         dims = call["dim"]
         return _Softmax(anchor, call["input"], dims[0], (anchor,)) if dims is not None and len(dims) == 1 else None
+    logarithm = view.call(call["input"], "log_softmax")
+    if logarithm is not None:
+        dims, source = logarithm["dim"], logarithm["input"]
+        plain = logarithm["dtype"] is None and isinstance(source, Node) and dims is not None and len(dims) == 1
+        return _Softmax(anchor, source, dims[0], (anchor, call["input"])) if plain else None
     readers = view.readers(anchor)
     total = next((reader for reader in readers if view.call(reader, "sum") is not None), None)
     quotient = next((reader for reader in readers if view.operands(reader, "div") == (anchor, total)), None)

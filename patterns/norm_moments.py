@@ -194,7 +194,27 @@ def mean_of_squares(view: CanonicalGraph, node: Any, trail: list[Node]) -> Momen
             return None
         trail += [*read, squared]
         return Moment(square[0], mean.dims, f"{square[1]}, {mean.words}", (squared, mean.node))
-    return _of_squared_norm(view, node, trail)
+    return _of_squared_norm(view, node, trail) or _of_inner_product(view, node, trail)
+
+
+def _of_inner_product(view: CanonicalGraph, node: Node, trail: list[Node]) -> Moment | None:
+    """einsum("...d,...d->...", h, h) / n"""
+    for operand in view.operands(node, "div") or view.operands(node, "mul") or ():
+        read: list[Node] = []
+        inner = past_reshapes(view, operand, read)
+        call = view.call(inner, "einsum")
+        if call is None or not isinstance(call["equation"], str) or len(call["operands"]) != 2:
+            continue
+        left, right = call["operands"]
+        term, _, rest = call["equation"].replace(" ", "").partition(",")
+        if rest != f"{term}->{term[:-1]}" or not term[-1:].isalpha() or not view.same_value(left, right, read):
+            continue
+        rank = len(view.shape(left))
+        scaled = scaled_by(view, node, view.shape(left)[-1], -1.0)
+        if scaled is operand and scaled is not None and len(set(term)) == len(term.replace("...", ".")):
+            trail += [*read, inner, node, scaled]
+            return Moment(left, (rank - 1,), "einsum / n", (inner, node))
+    return None
 
 
 def _of_squared_norm(view: CanonicalGraph, node: Node, trail: list[Node]) -> Moment | None:

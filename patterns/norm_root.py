@@ -77,6 +77,7 @@ class _Factor:
     outside: bool = False
     floor: Eps | None = None
     is_scaled: bool = False
+    weight: Node | None = None
 
 
 def may_be_root(view: CanonicalGraph, node: Node) -> bool:
@@ -127,6 +128,9 @@ def find_product(view: CanonicalGraph, root: Root, is_numerator: Numerator) -> P
             product = _product(view, factor, reader, is_numerator)
             if product is not None:
                 return product
+            following = _weighted_factor(view, factor, reader)
+            if following is not None:
+                pending.append(following)
     return None
 
 
@@ -153,6 +157,18 @@ def _follow(view: CanonicalGraph, root: Root, factor: _Factor, reader: Node) -> 
     return None
 
 
+def _weighted_factor(view: CanonicalGraph, factor: _Factor, reader: Node) -> _Factor | None:
+    """The factor times the weight, for authors who multiply these two first."""
+    operands = view.operands(reader, "mul")
+    if operands is None or not factor.is_inverse or factor.weight is not None or operands[0] is operands[1]:
+        return None
+    weight = operands[1] if operands[0] is factor.node else operands[0]
+    is_vector = isinstance(weight, Node) and as_vector(view, weight, view.shape(reader)) is weight
+    if not is_vector or view.dtype(reader) != view.dtype(factor.node):
+        return None
+    return replace(factor, node=reader, weight=weight, trail=(*factor.trail, reader))
+
+
 def _squared(bound: float | Node, row_size: int | None) -> Eps:
     """What a bound of a root, or of an L2 norm of so many elements, is for the mean of squares."""
     if isinstance(bound, float):
@@ -177,8 +193,10 @@ def _product(view: CanonicalGraph, factor: _Factor, reader: Node, is_numerator: 
     if not isinstance(numerator, Node) or not same_shape(view.shape(reader), view.shape(numerator)):
         return None
     read: list[Node] = []
-    weight: Node | None = None
+    weight = factor.weight
     if not is_numerator(numerator, read):
+        if weight is not None:
+            return None
         weighted = _weighted(view, numerator, is_numerator, read)
         if weighted is None or view.dtype(numerator) != view.dtype(factor.node):
             return None

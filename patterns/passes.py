@@ -37,6 +37,7 @@ from infuse.patterns import (
     attention,
     attention_scores,
     encoder_layer,
+    exponentials,
     gated_norm,
     in_place,
     kept_inputs,
@@ -44,6 +45,7 @@ from infuse.patterns import (
     metadata,
     multi_head_attention,
     norm_linear,
+    other_rotations,
     packed_linear,
     qk_norm_rope,
     rms_norm,
@@ -82,6 +84,7 @@ class Family:
 FAMILIES: tuple[Family, ...] = (
     Family(attention.KIND, ("sdpa",), attention.match_call),
     Family(attention.KIND, ("softmax", "exp"), attention_scores.match, attention_scores.may_be_softmax),
+    Family(attention.KIND, exponentials.ANCHORS, exponentials.match, exponentials.is_summed),
     Family(attention.KIND, ("multi_head_attention",), multi_head_attention.match),
     # Layers that could not be taken apart: an attention and two norms each.
     *(Family(kind, ("encoder_layer",), encoder_layer.refusal_of(kind)) for kind in encoder_layer.KINDS),
@@ -89,6 +92,7 @@ FAMILIES: tuple[Family, ...] = (
     Family(layer_norm.KIND, layer_norm.ANCHORS, layer_norm.match, may_be_root),
     Family(swiglu.KIND, swiglu.ANCHORS, swiglu.match),
     Family(rope.KIND, rope.ANCHORS, rope.match, rope.may_be_rotation),
+    Family(rope.KIND, other_rotations.ANCHORS, other_rotations.match, other_rotations.may_be_rotation),
 )
 
 
