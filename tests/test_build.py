@@ -334,7 +334,9 @@ print(build.build(["9.0a"], jobs=2))
 
 
 def start_build() -> subprocess.Popen[str]:
-    command = [sys.executable, "-c", BUILD_IN_A_PROCESS]
+    """A process that a SIGINT interrupts, even where the shell started this one in the background and ignoring it."""
+    command = [sys.executable, "-c", "import signal; signal.signal(signal.SIGINT, signal.default_int_handler)"]
+    command[-1] += BUILD_IN_A_PROCESS
     return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
 
