@@ -252,7 +252,7 @@ def _glu(view: CanonicalGraph, anchor: Node) -> Site | None:
 def _read_elsewhere(view: CanonicalGraph, value: Node, anchor: Node) -> Refusal | None:
     """A refusal if one of several readers multiplies the activation by a tensor like it."""
     act = read_activation(view, value)
-    if act is None or act.name in ("relu", "tanh") or act.anchor is not anchor:
+    if act is None or act.name in _WEAK or act.anchor is not anchor:
         return None
     for reader in view.readers(value):
         operands = view.operands(reader, "mul")
@@ -260,8 +260,7 @@ def _read_elsewhere(view: CanonicalGraph, value: Node, anchor: Node) -> Refusal 
             continue
         other = operands[1] if operands[0] is value else operands[0]
         like = isinstance(other, Node) and same_shape(view.shape(other), view.shape(value))
-        is_mlp = act.name not in _WEAK or bool(like and projection(view, origin(view, other)[0]))
-        if like and is_mlp and _is_gate(view, reader, act, other):
+        if like and _is_gate(view, reader, act, other):
             return _refuse(
                 anchor,
                 "the gate's activation is read elsewhere",

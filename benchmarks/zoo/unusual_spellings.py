@@ -269,9 +269,9 @@ def residual_between(a: Tensor, b: Tensor) -> Tensor:
     return torch.sigmoid(a) * b + b
 
 
-@_gate.add(swiglu=1)
+@_gate.add()
 def highway(a: Tensor, b: Tensor) -> Tensor:
-    """Carry and transform gates of one sigmoid: only the transform is an activation times a value."""
+    """Carry and transform gates of one sigmoid: a mixture of two values, and no gated MLP."""
     t = torch.sigmoid(a)
     return t * b + (1 - t)
 

@@ -216,7 +216,7 @@ def test_readme_gets_one_line_a_configuration(tmp_path: Path) -> None:
 DISGUISED = (
     *("norm/euclidean-length", "norm/normalize-times-root", "language/flexible-block"),
     *("unusual/root-weight-and-root-of-width", "unusual/by-vector-norm", "unusual/einsum-of-squares"),
-    *("unusual/glu-of-swapped-halves", "unusual/signs-and-rolled"),
+    *("unusual/glu-of-swapped-halves", "unusual/signs-and-rolled", "unusual/highway"),
     *("unusual/exclusive-exponentials", "unusual/inner-product-by-sum"),
 )
 

@@ -138,11 +138,3 @@ def test_rotations_that_are_written_or_rolled_are_refused() -> None:
 def test_windows_that_are_rolled_are_no_rotations() -> None:
     captured = capture(lambda x, y: torch.roll(x, 4, dims=-1) * y + x.sin() * y, *inputs(2, 2, 3, 6, 8))
     assert captured.records == []
-
-
-def test_a_carry_gate_is_refused() -> None:
-    def highway(x: Tensor, w: Tensor, u: Tensor) -> Tensor:
-        gate = torch.sigmoid(F.linear(x, w))
-        return gate * F.linear(x, u) + (1 - gate)
-
-    refused(capture(highway, *inputs(3, 8, 8)), "swiglu", "read elsewhere")
