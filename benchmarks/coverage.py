@@ -166,7 +166,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     is_part = arguments.quick or arguments.only or arguments.models != "*" or arguments.files != "*"
     root = arguments.output or (None if is_part else RESULTS)
     device = describe_device("cpu")
-    path = results_file(root, device.name, "coverage") if root else None
+    # Their errors stand beside others: those of stock Inductor.
+    name = "coverage_compile" if arguments.compile else "coverage"
+    path = results_file(root, device.name, name) if root else None
     labels = {"gpu": device.name, "torch": device.torch_version, "commit": device.commit}
     compiled = "inductor" if arguments.compile else ""
     plan = (arguments.files, configurations(arguments), new_run_id(), compiled, labels)

@@ -79,8 +79,9 @@ class CoverageRow:
     def to_json(self) -> str:
         """The row as one line, without what is empty; in_graph only where it isn't all of true."""
         values = {key: value for key, value in dataclasses.asdict(self).items() if value not in ({}, None, "")}
+        values["in_graph"] = self.in_graph
         if self.in_graph == self.true:
-            values.pop("in_graph", None)
+            del values["in_graph"]
         errors = {key: float(f"{value:.2e}") for key, value in values.items() if isinstance(value, float)}
         return json.dumps(values | errors)
 

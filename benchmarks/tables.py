@@ -53,8 +53,11 @@ def coverage_table(path: Path) -> str:
     import coverage_rows
 
     rows = coverage_rows.load(path)
+    newest = {row.configuration: row for row in rows}.values()
+    torches, commits = (list(dict.fromkeys(getattr(row, name) for row in newest)) for name in ("torch", "commit"))
     caption = (
-        f"torch {rows[-1].torch}, commit {rows[-1].commit}, `python benchmarks/coverage.py`; fused of all in graphs."
+        f"torch {', '.join(torches)}, commit {', '.join(commits)}, `python benchmarks/coverage.py`; "
+        "fused of all in graphs."
     )
     return f"{caption}\n\n{coverage_rows.table(rows)}"
 

@@ -191,6 +191,9 @@ def test_rows_survive_a_file(tmp_path: Path) -> None:
     assert coverage_rows.load(path)[1].in_graph == ROW.true
     assert [row.model for row in coverage_rows.load(path)] == ["zoo/a", "zoo/b"]
     assert coverage_rows.load(path)[0] == ROW
+    outside = dataclasses.replace(ROW, in_graph={}, fused={})
+    coverage_rows.append(path, [outside])
+    assert coverage_rows.load(path)[-1] == outside
     path.write_text('{"run_id": "run-1", "speed": 1}\n')
     with pytest.raises(ValueError, match=r"coverage.jsonl:1: .*unknown fields \['speed'\]"):
         coverage_rows.load(path)
