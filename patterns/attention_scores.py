@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 
 from torch.fx import Node
 
-from infuse.patterns import chunked, contractions, score_masks
+from infuse.patterns import contractions, other_products, score_masks
 from infuse.patterns.attention import Reading, assemble, refuse
 from infuse.patterns.attention_operands import Operand, Roles
 from infuse.patterns.axes import Axes, Axis, flat, fresh, leaves, resolved
@@ -60,7 +60,7 @@ def match(view: CanonicalGraph, anchor: Node) -> Finding | None:
     if softmax is None:
         return None
     if not leads_to_values(view, softmax.node):
-        return chunked.match(view, softmax.node)
+        return other_products.match(view, softmax.node)
     axes = tuple(
         (Axis(size),) if dim == softmax.dim else fresh(size) for dim, size in enumerate(view.shape(softmax.node))
     )

@@ -161,9 +161,15 @@ def banded(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     return shifted @ v
 
 
+def products_by_sums(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    scores = (q[..., :, None, :] * k[..., None, :, :]).sum(-1) * 0.3
+    return (scores.softmax(-1)[..., None] * v[..., None, :, :]).sum(-2)
+
+
 @pytest.mark.parametrize(
     ("function", "word"),
     [
+        (products_by_sums, "a sum"),
         (banded, "overlapping chunks"),
         (returned_too, "read elsewhere"),
         (read_twice, "read elsewhere"),
@@ -240,6 +246,11 @@ def pooling(x: Tensor, w: Tensor) -> Tensor:
     return (torch.softmax(x.mean(-1), -1)[..., None] * x).sum(1)
 
 
+def weighted_mean(x: Tensor, w: Tensor) -> Tensor:
+    """Pooling by learned scores: a sum of products before the softmax and after it, but over one tensor's positions."""
+    return ((x * w[0]).sum(-1).softmax(-1)[..., None] * x).sum(1)
+
+
 def padded(x: Tensor, w: Tensor) -> Tensor:
     """A convolution over probabilities: cut, multiplied, but of no product."""
     return F.pad(torch.softmax(x, -1), (1, 1)).unfold(-1, 8, 2) @ w.mT
@@ -250,7 +261,7 @@ def projected(x: Tensor, w: Tensor) -> Tensor:
 
 
 @pytest.mark.parametrize(
-    "function", [router, router_with_experts, router_by_matmul, vocabulary, pooling, padded, projected]
+    "function", [router, router_with_experts, router_by_matmul, vocabulary, pooling, weighted_mean, padded, projected]
 )
 def test_other_softmaxes_are_no_sites(function: Function) -> None:
     captured = capture(function, torch.randn(2, 5, 8), torch.randn(6, 8))
