@@ -21,6 +21,7 @@ FILES = (
     "caches_and_own",
     "image_models",
     "language_models",
+    "language_caches",
     "speech_and_science",
     "unusual_spellings",
 )

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
 from dataclasses import dataclass
 
 import pytest
@@ -13,7 +12,7 @@ from torch import Tensor
 from infuse import build
 from infuse.ops import add_layer_norm, add_rms_norm, layer_norm, library, rms_norm
 
-pytestmark = pytest.mark.gpu
+pytestmark = [pytest.mark.gpu, pytest.mark.usefixtures("kernels")]
 
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
 OPS = torch.ops.infuse
@@ -63,14 +62,6 @@ FORMS = {
     "add + layer fp16, fp32 weight": Form(FP16, FP32, centered=True, add=True),
 }
 RMS = FORMS["rms bf16"]
-
-
-@pytest.fixture(autouse=True)
-def kernels() -> Iterator[None]:
-    reason = library.missing(torch.device("cuda"))
-    assert not reason, f"these tests need the compiled kernels: {reason}"
-    yield
-    torch.cuda.synchronize()  # a fault belongs to the test that caused it
 
 
 def configs() -> range:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -14,18 +13,10 @@ from infuse.ops import library
 from infuse.ops import rms_norm as op
 from tests.ops.norm_forms import BF16, EPS, FEW, FORMS, FP16, FP32, Form, assert_as_good_as_eager
 
-pytestmark = pytest.mark.gpu
+pytestmark = [pytest.mark.gpu, pytest.mark.usefixtures("kernels")]
 
 RMS = FORMS["rms_norm bf16"]
 DIMS = (1, 7, 64, 100, 128, 896, 1000, 4096, 8191, 16384, 20000, 40000, 262144)
-
-
-@pytest.fixture(autouse=True)
-def kernels() -> Iterator[None]:
-    reason = library.missing(torch.device("cuda"))
-    assert not reason, f"these tests need the compiled kernels: {reason}"
-    yield
-    torch.cuda.synchronize()  # a fault belongs to the test that caused it
 
 
 def configs() -> range:

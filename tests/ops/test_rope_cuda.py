@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import itertools
-from collections.abc import Iterator
 
 import pytest
 import torch
@@ -15,7 +14,7 @@ from infuse.ops import library, rope_kernels
 from infuse.ops.qk_norm_rope import qk_norm_rope_ref
 from infuse.ops.rope import rope_bwd_ref, rope_ref
 
-pytestmark = pytest.mark.gpu
+pytestmark = [pytest.mark.gpu, pytest.mark.usefixtures("kernels")]
 
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
 EPS = 1e-5
@@ -40,14 +39,6 @@ NORMS = {
     "norm without weight": (False, False, False, 0.0),
 }
 Flags = tuple[bool, bool, bool, bool]
-
-
-@pytest.fixture(autouse=True)
-def kernels() -> Iterator[None]:
-    reason = library.missing(torch.device("cuda"))
-    assert not reason, f"these tests need the compiled kernels: {reason}"
-    yield
-    torch.cuda.synchronize()  # a fault belongs to the test that caused it
 
 
 def configs() -> range:
