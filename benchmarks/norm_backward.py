@@ -23,7 +23,8 @@ import torch
 from command import main
 from harness import Case, Device, Function, Impl, Unavailable, compiled, compiled_pairs, eager
 from implementations import NO_CUDAGRAPHS, optional
-from norms import EPS, add_norm, hugging_face, norm_weight, random
+from norm_functions import EPS, add_norm, hugging_face
+from norms import norm_weight, random
 from torch import Tensor
 from torch.nn import functional as F
 
