@@ -1,0 +1,234 @@
+"""Launches of every CUDA kernel on small tensors, for compute-sanitizer to watch (test_sanitizer.py).
+
+`python -m tests.csrc.kernel_drivers FAMILY` runs one family. Only the kernels under test run on the GPU: inputs are
+made on the CPU and results are left as they were allocated, so that initcheck knows every byte that a kernel may read.
+
+To add a family, or a new operator of one: a function under `@driver` that takes the device and yields the launches,
+each a call without arguments (`partial(operator, ...)`). test_sanitizer.py runs all functions of this file; without a
+GPU it still checks that each launch fits its operator's schema. A driver should take every configuration, the 16-byte
+path and the narrow one, odd sizes, no rows at all, views with padding, misaligned addresses and each dtype, and stay
+below a thousand launches, which is a few seconds under the slowest tool.
+"""
+
+from __future__ import annotations
+
+import math
+import sys
+from collections.abc import Callable, Iterator
+from functools import partial
+
+import torch
+from torch import Tensor
+
+from infuse.ops import library, rope_kernels
+from tests.ops.norm_forms import BF16, FEW, FORMS, FP16, FP32, Form
+
+Launch = Callable[[], object]
+Driver = Callable[[torch.device], Iterator[Launch]]
+
+OPS = torch.ops.infuse
+EPS = 1e-5
+DRIVERS: dict[str, Driver] = {}
+
+
+def driver(function: Driver) -> Driver:
+    """Enter a driver under its name."""
+    DRIVERS[function.__name__] = function
+    return function
+
+
+def configs(family: str) -> range:
+    """-1, where the launcher chooses, and every configuration."""
+    return range(-1, len(library.configurations(family)))
+
+
+def random(*shape: int, dtype: torch.dtype, device: torch.device, offset: int = 0) -> Tensor:
+    """Behind as many elements as `offset` says, at the end of its memory."""
+    storage = torch.randn(math.prod(shape) + offset).to(dtype).to(device)
+    return storage[offset:].view(shape)
+
+
+def padded(rows: int, dim: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Rows that are followed by as much as they are long."""
+    return random(rows, 2 * dim, dtype=dtype, device=device)[:, :dim]
+
+
+def run(family: str, device: torch.device) -> int:
+    """How many launches there were."""
+    launches = 0
+    for launch in DRIVERS[family](device):
+        launch()
+        launches += 1
+    return launches
+
+
+# ---- norm ----
+
+
+def _norm(
+    form: Form, x: Tensor, operand: Tensor | None, config: int, offset: int = 0, kept: int | None = None
+) -> Launch:
+    """offset: of the weight and the bias. kept: how many results are asked for, all of them if None."""
+    given = form.vectors(x.shape[-1], device="cpu")
+    vectors = [
+        None if vector is None else random(x.shape[-1], dtype=vector.dtype, device=x.device, offset=offset)
+        for vector in given
+    ]
+    operand = operand if form.has_operand else None
+    results = getattr(form.module, f"{form.op}_fwd_fake")(*form.arguments(x, operand, vectors))
+    return partial(form.launch, x, operand, vectors, config, list(results[:kept]))
+
+
+@driver
+def norm(device: torch.device) -> Iterator[Launch]:
+    for form in (FORMS[name] for name in FEW):
+        yield from _norm_sizes(form, device)
+        yield from _norm_views(form, device)
+
+
+def _norm_sizes(form: Form, device: torch.device) -> Iterator[Launch]:
+    make = partial(random, dtype=form.x, device=device)
+    for dim in (7, 100, 896, 4096):
+        for config in configs("norm"):
+            yield _norm(form, make(5, dim), make(5, dim), config)
+    for rows, dim in ((0, 64), (5, 0), (2, 20000), (2, 40000)):
+        yield _norm(form, make(rows, dim), make(rows, dim), -1)
+    outputs = 2 if form.op.startswith("add_") else 1
+    yield _norm(form, make(5, 100), make(5, 100), -1, kept=outputs)
+    yield _norm(form, make(5, 128), make(5, 128), -1, kept=outputs)
+
+
+def _norm_views(form: Form, device: torch.device) -> Iterator[Launch]:
+    """Padded rows; misaligned x, operand, weights."""
+    make = partial(random, dtype=form.x, device=device)
+    for dim in (100, 128):
+        for config in configs("norm"):
+            yield _norm(form, padded(5, dim, form.x, device), padded(5, dim, form.x, device), config)
+        yield _norm(form, make(5, dim, offset=1), make(5, dim), -1)
+        yield _norm(form, make(5, dim), make(5, dim, offset=1), -1)
+        yield _norm(form, make(5, dim), make(5, dim), -1, offset=1)
+
+
+@driver
+def norm_groups(device: torch.device) -> Iterator[Launch]:
+    """Gated norms of several groups a row."""
+    for before in (True, False):
+        form = Form("gated_rms_norm", BF16, BF16, None, (before, "silu", 4, False, False))
+        for dim in (100, 512, 4096):
+            for config in configs("norm"):
+                yield _norm(form, padded(3, dim, BF16, device), padded(3, dim, BF16, device), config)
+
+
+# ---- norm_backward ----
+
+
+def _norm_backward(
+    x: Tensor, dy: Tensor, weight: Tensor | None, config: int, *, has_dsum: bool, is_centered: bool
+) -> Launch:
+    rstd = random(*x.shape[:-1], dtype=FP32, device=x.device)
+    statistics = (random(*x.shape[:-1], dtype=FP32, device=x.device) if is_centered else None, rstd)
+    bias = weight if is_centered else None
+    return partial(OPS.norm_backward, dy, dy if has_dsum else None, x, weight, bias, *statistics, 0.0, config)
+
+
+@driver
+def norm_backward(device: torch.device) -> Iterator[Launch]:
+    """Of all four norms: with and without a mean, with and without the gradient of a residual sum."""
+    for dtype, weight_dtype, is_centered, has_dsum in (
+        (BF16, BF16, False, True),
+        (BF16, FP32, True, False),
+        (FP16, FP16, True, True),
+        (FP32, FP32, False, False),
+        (FP32, None, True, False),
+    ):
+        make = partial(random, dtype=dtype, device=device)
+        launch = partial(_norm_backward, is_centered=is_centered, has_dsum=has_dsum)
+        weight = None if weight_dtype is None else partial(random, dtype=weight_dtype, device=device)
+        for dim in (7, 64, 100, 896, 4096):
+            vector = weight and weight(dim)
+            for config in configs("norm_backward"):
+                yield launch(make(21, dim), make(21, dim), vector, config)
+                yield launch(padded(21, dim, dtype, device), padded(21, dim, dtype, device), vector, config)
+        for rows, dim in ((0, 64), (5, 0), (700, 64), (3, 20000)):  # 700: each CTA takes several rows
+            yield launch(make(rows, dim), make(rows, dim), weight and weight(dim), -1)
+        for dim in (100, 128):
+            yield launch(make(21, dim, offset=1), make(21, dim), weight and weight(dim), -1)
+            yield launch(make(21, dim), make(21, dim, offset=1), weight and weight(dim), -1)
+            yield launch(make(21, dim), make(21, dim), weight and weight(dim, offset=1), -1)
+
+
+# ---- rope ----
+
+PLAIN = (False, False, False, False)  # interleaved, per_pair, inverse, upcast
+SIZES = ((128, 128), (80, 32), (20, 6), (100, 14))  # head_dim, rotary_dim
+
+
+def _tables(tokens: int, rotary_dim: int, dtype: torch.dtype, device: torch.device, *, per_pair: bool) -> list[Tensor]:
+    """cos and sin [tokens, 1, R], or [tokens, 1, R / 2]."""
+    return [random(tokens, 1, rotary_dim // (2 if per_pair else 1), dtype=dtype, device=device) for _ in range(2)]
+
+
+def _rope(
+    x: Tensor,
+    other: Tensor | None,
+    tables: list[Tensor],
+    flags: tuple[bool, ...] = PLAIN,
+    config: int = -1,
+    *,
+    weights: tuple[Tensor | None, Tensor | None] = (None, None),
+    eps: float | None = None,
+    is_backward: bool = False,
+) -> Launch:
+    outs = (torch.empty_like(x), None if other is None else torch.empty_like(other))
+    return partial(OPS.rope_out, x, other, *tables, *weights, eps, 0.0, False, *flags, is_backward, config, *outs)
+
+
+@driver
+def rope(device: torch.device) -> Iterator[Launch]:
+    """Rotations of q and k in a packed projection, with and without q/k norms."""
+    for dtype, table_dtype in ((BF16, BF16), (BF16, FP32), (FP16, FP16), (FP32, FP32)):
+        make = partial(random, dtype=dtype, device=device)
+        for dim, rotary_dim in SIZES:
+            q, k, _ = make(2, 7, 5 + 2 + 2, dim).split((5, 2, 2), dim=2)
+            weights = (make(dim), make(dim))
+            for config in configs(rope_kernels.NAME):
+                for flags in (PLAIN, (True, True, False, False), (False, True, True, True)):
+                    tables = _tables(7, rotary_dim, table_dtype, device, per_pair=flags[1])
+                    yield _rope(q, k, tables, flags, config)
+                    yield _rope(q, k, tables, flags, config, weights=weights, eps=EPS)
+        tables = _tables(7, 128, table_dtype, device, per_pair=False)
+        yield _rope(make(2, 7, 5, 128), None, tables, is_backward=True)
+        yield _rope(make(7, 5, 128, offset=1), None, tables)
+        yield _rope(make(7, 5, 128), None, [make(7, 1, 128, offset=1), make(7, 1, 128, offset=1)])
+        yield _rope(make(7, 5, 128), None, tables, weights=(make(128, offset=1), None), eps=EPS)
+        yield _rope(make(7, 5, 128), None, tables, eps=EPS)
+        yield _rope(make(7, 0, 128), None, tables)
+
+
+@driver
+def rope_cache_write(device: torch.device) -> Iterator[Launch]:
+    """q rotated, k rotated into its cache and v copied into its own."""
+    for dtype, table_dtype in ((BF16, BF16), (BF16, FP32), (FP16, FP16), (FP32, FP32)):
+        make = partial(random, dtype=dtype, device=device)
+        for (dim, rotary_dim), (batch, tokens) in zip(SIZES, ((1, 1), (2, 3), (4, 1), (2, 7))):
+            packed = make(batch, tokens, 5 + 2 + 2, dim).transpose(1, 2)
+            q, k, v = packed.split((5, 2, 2), dim=1)
+            tables = [table.squeeze(1) for table in _tables(tokens, rotary_dim, table_dtype, device, per_pair=False)]
+            for config in configs(rope_kernels.NAME):
+                for norm, index in (((None, None, None), torch.int64), ((make(dim), make(dim), EPS), torch.int32)):
+                    positions = torch.randperm(9)[:tokens].to(index).to(device)
+                    caches = [torch.empty(batch, 2, 9, dim, dtype=dtype, device=device) for _ in range(2)]
+                    yield partial(
+                        OPS.rope_cache_write_out,
+                        *(q, k, v, *tables, *tables, positions, positions),
+                        *(*norm, 0.0, False, *PLAIN, config, *caches, torch.empty_like(q)),
+                    )
+
+
+if __name__ == "__main__":
+    absent = library.missing(torch.device("cuda"))
+    if absent:
+        raise SystemExit(absent)
+    count = run(sys.argv[1], torch.device("cuda"))
+    torch.cuda.synchronize()
+    print(f"{count} launches")

@@ -1,0 +1,92 @@
+"""compute-sanitizer finds no fault in the CUDA kernels: every driver of kernel_drivers.py under each of its tools."""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from infuse import build
+from infuse.ops import library
+from tests.csrc.kernel_drivers import DRIVERS
+
+ROOT = Path(__file__).resolve().parents[2]
+TOOLS = {
+    "memcheck": ("--padding", "64"),  # neighbours in memory are no valid addresses then
+    "racecheck": ("--racecheck-report", "all"),
+    "initcheck": (),
+}
+
+
+def find_sanitizer() -> str | None:
+    """On the PATH, in CUDA_HOME, or beside nvcc."""
+    nvcc = build.find_nvcc()
+    folders = [Path(os.environ["CUDA_HOME"]) / "bin"] if "CUDA_HOME" in os.environ else []
+    folders += [nvcc.resolve().parent] if nvcc else []
+    places = [shutil.which("compute-sanitizer", path=path) for path in (None, *map(str, folders))]
+    return next(filter(None, places), None)
+
+
+def sanitize(tool: str, *command: str) -> subprocess.CompletedProcess[str]:
+    """Run a command under a tool; each tensor gets memory of its own, which the tools can tell from its neighbours."""
+    sanitizer = find_sanitizer()
+    if sanitizer is None:
+        pytest.skip("no compute-sanitizer on the PATH, in CUDA_HOME or beside nvcc")
+    return subprocess.run(
+        [sanitizer, "--tool", tool, "--error-exitcode", "9", *TOOLS[tool], *command],
+        cwd=ROOT,
+        env={**os.environ, "PYTORCH_NO_CUDA_MEMORY_CACHING": "1"},
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+
+
+def faults(ran: subprocess.CompletedProcess[str]) -> int:
+    """How many the tool's summary names."""
+    summary = re.search(r"^=+ (?:ERROR|RACECHECK) SUMMARY: (\d+) ", ran.stdout, re.MULTILINE)
+    assert summary is not None, f"no summary:\n{ran.stdout[-3000:]}{ran.stderr[-3000:]}"
+    return int(summary[1])
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("family", DRIVERS)
+@pytest.mark.parametrize("tool", TOOLS)
+def test_kernels_have_no_fault(tool: str, family: str) -> None:
+    reason = library.missing(torch.device("cuda"))
+    if reason:
+        pytest.skip(f"needs the compiled kernels: {reason}")
+    ran = sanitize(tool, sys.executable, "-m", "tests.csrc.kernel_drivers", family)
+    assert faults(ran) == 0 and ran.returncode == 0, ran.stdout[-5000:] + ran.stderr[-3000:]
+    launches = re.search(r"^(\d+) launches$", ran.stdout, re.MULTILINE)
+    assert launches is not None and int(launches[1]) > 0, "the driver launched nothing"
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("tool", TOOLS)
+def test_a_planted_fault_is_found(tool: str, tmp_path: Path) -> None:
+    nvcc = build.find_nvcc()
+    if nvcc is None:
+        pytest.skip("needs nvcc")
+    program = str(tmp_path / "planted")
+    source = str(ROOT / "tests" / "csrc" / "planted_faults.cu")
+    subprocess.run([str(nvcc), "-arch=native", source, "-o", program], check=True, timeout=100)
+    ran = sanitize(tool, program, tool)
+    assert faults(ran) > 0 and ran.returncode != 0, ran.stdout
+
+
+@pytest.mark.parametrize("family", DRIVERS)
+def test_launches_fit_their_operators(family: str) -> None:
+    """On the CPU the operators have no kernel, which is found out after the arguments were matched with the schema."""
+    launches = 0
+    for launch in DRIVERS[family](torch.device("cpu")):
+        with pytest.raises(NotImplementedError, match="from the 'CPU' backend"):
+            launch()
+        launches += 1
+    assert launches > 0
