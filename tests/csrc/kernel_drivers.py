@@ -53,6 +53,10 @@ def padded(rows: int, dim: int, dtype: torch.dtype, device: torch.device) -> Ten
     return random(rows, 2 * dim, dtype=dtype, device=device)[:, :dim]
 
 
+def _vector(dim: int, *, dtype: torch.dtype | None, device: torch.device, offset: int = 0) -> Tensor | None:
+    return None if dtype is None else random(dim, dtype=dtype, device=device, offset=offset)
+
+
 def run(family: str, device: torch.device) -> int:
     """How many launches there were."""
     launches = 0
@@ -69,11 +73,8 @@ def _norm(
     form: Form, x: Tensor, operand: Tensor | None, config: int, offset: int = 0, kept: int | None = None
 ) -> Launch:
     """offset: of the weight and the bias. kept: how many results are asked for, all of them if None."""
-    given = form.vectors(x.shape[-1], device="cpu")
-    vectors = [
-        None if vector is None else random(x.shape[-1], dtype=vector.dtype, device=x.device, offset=offset)
-        for vector in given
-    ]
+    dtypes = [form.weight, form.bias] if "layer" in form.op else [form.weight]
+    vectors = [_vector(x.shape[-1], dtype=dtype, device=x.device, offset=offset) for dtype in dtypes]
     operand = operand if form.has_operand else None
     results = getattr(form.module, f"{form.op}_fwd_fake")(*form.arguments(x, operand, vectors))
     return partial(form.launch, x, operand, vectors, config, list(results[:kept]))
@@ -143,18 +144,18 @@ def norm_backward(device: torch.device) -> Iterator[Launch]:
     ):
         make = partial(random, dtype=dtype, device=device)
         launch = partial(_norm_backward, is_centered=is_centered, has_dsum=has_dsum)
-        weight = None if weight_dtype is None else partial(random, dtype=weight_dtype, device=device)
+        weight = partial(_vector, dtype=weight_dtype, device=device)
         for dim in (7, 64, 100, 896, 4096):
-            vector = weight and weight(dim)
+            vector = weight(dim)
             for config in configs("norm_backward"):
                 yield launch(make(21, dim), make(21, dim), vector, config)
                 yield launch(padded(21, dim, dtype, device), padded(21, dim, dtype, device), vector, config)
         for rows, dim in ((0, 64), (5, 0), (700, 64), (3, 20000)):  # 700: each CTA takes several rows
-            yield launch(make(rows, dim), make(rows, dim), weight and weight(dim), -1)
+            yield launch(make(rows, dim), make(rows, dim), weight(dim), -1)
         for dim in (100, 128):
-            yield launch(make(21, dim, offset=1), make(21, dim), weight and weight(dim), -1)
-            yield launch(make(21, dim), make(21, dim, offset=1), weight and weight(dim), -1)
-            yield launch(make(21, dim), make(21, dim), weight and weight(dim, offset=1), -1)
+            yield launch(make(21, dim, offset=1), make(21, dim), weight(dim), -1)
+            yield launch(make(21, dim), make(21, dim, offset=1), weight(dim), -1)
+            yield launch(make(21, dim), make(21, dim), weight(dim, offset=1), -1)
 
 
 # ---- rope ----
