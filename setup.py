@@ -49,11 +49,11 @@ def wants_kernels() -> bool:
 
 
 def load_build() -> ModuleType:
-    """src/infuse/build.py as a module, without importing the package around it."""
-    spec = importlib.util.spec_from_file_location("infuse_build", ROOT / "src" / "infuse" / "build.py")
+    """src/infuse/build as a package of its own, without importing the one around it."""
+    spec = importlib.util.spec_from_file_location("infuse_build", ROOT / "src" / "infuse" / "build" / "__init__.py")
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module  # dataclasses look their module up
+    sys.modules[spec.name] = module  # where its own modules look for it
     spec.loader.exec_module(module)
     return module
 

@@ -21,7 +21,7 @@ PLANTED = """from infuse.settings import Settings
 
 numerics: int = Settings().numerics
 """
-FOLDERS = ("ops", "patterns", "lowering", "lowering/heuristics", "models", "cli")
+FOLDERS = ("ops", "patterns", "lowering", "lowering/heuristics", "build", "models", "cli")
 
 
 def test_mypy_finds_an_error_planted_in_each_package(tmp_path: Path) -> None:

@@ -8,7 +8,7 @@ from importlib import resources
 
 from infuse import build
 
-_PACKAGES = ("infuse", "infuse.ops", "infuse.patterns", "infuse.lowering", "infuse.lowering.heuristics")
+_PACKAGES = ("infuse", "infuse.build", "infuse.ops", "infuse.patterns", "infuse.lowering", "infuse.lowering.heuristics")
 
 
 _sources: set[str] = set()  # what users registered
