@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -16,6 +17,7 @@ import infuse
 from infuse.lowering import decisions, profit
 from infuse.lowering.heuristics import norm as heuristics
 from infuse.lowering.policy import NORMS, place
+from infuse.ops.add_rms_norm import add_rms_norm_ref
 from infuse.settings import Settings
 
 OPS = torch.ops.infuse
@@ -120,6 +122,28 @@ def test_what_is_computed_before_and_behind_an_add_norm_stays_right(cpu_kernel: 
     with infuse.override(kernels="always"):
         run(function)
     assert cpu_kernel == [-1]
+
+
+def test_a_sum_that_is_returned_is_read_where_it_was_written(
+    cpu_kernel: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By the norm behind it, as if the formula stood in the graph, and not computed again from what it was made of."""
+    monkeypatch.setattr(profit, "choose", lambda timings, formula, passes, lost: (formula, {}))
+
+    def chain(add_norm: Callable[..., Any], x: Tensor, other: Tensor, weight: Tensor) -> tuple[Tensor, ...]:
+        y, total = add_norm(x, other, weight, 1e-6)
+        return tuple(add_norm(torch.relu(y), total, weight, 1e-6))
+
+    def loads(add_norm: Callable[..., Any], backend: str) -> int:
+        torch._dynamo.reset()
+        args = torch.randn(8, 64), torch.randn(8, 64), torch.randn(64)
+        function = torch.compile(functools.partial(chain, add_norm), backend=backend, mode="max-autotune-no-cudagraphs")
+        with torch.no_grad():
+            out, codes = run_and_get_code(function, *args)
+            torch.testing.assert_close(out, chain(add_norm, *args))
+        return str(codes[-1]).count("::loadu(")
+
+    assert loads(OPS.add_rms_norm, "infuse") == loads(add_rms_norm_ref, "inductor")
 
 
 def test_the_heuristic_takes_what_was_measured_to_win() -> None:
