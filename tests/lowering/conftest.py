@@ -1,22 +1,51 @@
-"""Kernels where there are none: the norms' out variants, implemented on the CPU, so that choices can be tested."""
+"""Kernels where there are none: CUDA operators implemented on the CPU, so that choices can be tested."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
 import torch
 
-from infuse.lowering import decisions
+from infuse.lowering import decisions, profit
 from infuse.ops import add_layer_norm, add_rms_norm, gated_rms_norm, layer_norm, library, rms_norm
 
 
 @pytest.fixture
-def cpu_kernel(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[int]]:
-    """The list of configurations with which the pretended kernels were called."""
-    calls: list[int] = []
+def implement_on_cpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[str, Callable[..., Any]], None]]:
+    """Gives an operator that is implemented for CUDA alone a function for the CPU, where the lowering then believes in
+    a kernel of two configurations."""
     implementation = torch.library.Library("infuse", "IMPL")
+    monkeypatch.setattr(library, "missing", lambda device: "")
+    monkeypatch.setattr(library, "configurations", lambda op: ("wide", "narrow"))
+    decisions.clear()
+    yield lambda name, function: implementation.impl(name, function, "CPU")
+    implementation._destroy()
+    torch._dynamo.reset()
+
+
+@pytest.fixture
+def choose_always(monkeypatch: pytest.MonkeyPatch) -> Callable[[str], list[set[str]]]:
+    """Has max-autotune take a candidate by its name, whatever the timings; returns which were timed, a set a choice."""
+
+    def take(winner: str) -> list[set[str]]:
+        timed: list[set[str]] = []
+
+        def choose(timings: dict[str, float], *rest: Any) -> tuple[str, dict[str, float]]:
+            timed.append(set(timings))
+            return winner, {}
+
+        monkeypatch.setattr(profit, "choose", choose)
+        return timed
+
+    return take
+
+
+@pytest.fixture
+def cpu_kernel(implement_on_cpu: Callable[[str, Callable[..., Any]], None]) -> list[int]:
+    """The list of configurations with which the pretended kernels of the norms were called."""
+    calls: list[int] = []
 
     def pretend(kind: str, formula: Any, num_results: int, num_given: int) -> None:
         def run_out(*args: Any) -> None:
@@ -29,21 +58,16 @@ def cpu_kernel(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[int]]:
             calls.append(args[-1])
             return tuple(result.contiguous() for result in formula(*args[:-1]))
 
-        implementation.impl(f"{kind}_out", run_out, "CPU")
+        implement_on_cpu(f"{kind}_out", run_out)
         if num_results == 2:
-            implementation.impl(f"{kind}_kernel", run, "CPU")
+            implement_on_cpu(f"{kind}_kernel", run)
 
     pretend("rms_norm", rms_norm.rms_norm_ref, 1, 6)
     pretend("layer_norm", layer_norm.layer_norm_ref, 1, 6)
     pretend("add_rms_norm", add_rms_norm.add_rms_norm_ref, 2, 7)
     pretend("add_layer_norm", add_layer_norm.add_layer_norm_ref, 2, 7)
     pretend("gated_rms_norm", gated_rms_norm.gated_rms_norm_ref, 1, 9)
-    monkeypatch.setattr(library, "missing", lambda device: "")
-    monkeypatch.setattr(library, "configurations", lambda op: ("wide", "narrow"))
-    decisions.clear()
-    yield calls
-    implementation._destroy()
-    torch._dynamo.reset()
+    return calls
 
 
 def _for_formula(kind: str, args: tuple[Any, ...]) -> list[Any]:

@@ -19,16 +19,10 @@ from infuse.lowering import rms_norm as lowering
 from infuse.lowering.heuristics import norm as heuristics
 from infuse.lowering.policy import place
 from infuse.settings import Settings
+from tests.lowering.compiled import compiled_code
 from tests.small_models import Block
 
 OPS = torch.ops.infuse
-
-
-def compiled_code(function: Callable[..., Any], *args: Tensor, **options: Any) -> tuple[Any, str]:
-    """The result without gradients and the last code generated (the earlier ones are of candidates being timed)."""
-    with torch.no_grad():
-        out, codes = run_and_get_code(torch.compile(function, backend="infuse", **options), *args)
-    return out, codes[-1]
 
 
 def kernels_in(code: str) -> int:
@@ -113,19 +107,13 @@ def test_kernels_never_and_the_heuristic_take_the_formula(cpu_kernel: list[int])
 
 @pytest.mark.parametrize("winner", ["kernel_1", "decomposition"])
 def test_max_autotune_measures_every_candidate_and_takes_the_winner(
-    cpu_kernel: list[int], monkeypatch: pytest.MonkeyPatch, winner: str
+    cpu_kernel: list[int], choose_always: Callable[[str], list[set[str]]], winner: str
 ) -> None:
-    timed: list[str] = []
-
-    def choose(timings: dict[str, float], *rest: Any) -> tuple[str, dict[str, float]]:
-        timed.extend(timings)
-        return winner, {}
-
-    monkeypatch.setattr(profit, "choose", choose)
+    timed = choose_always(winner)
     args = torch.randn(32, 64), torch.randn(64), torch.randn(64, 8)
     out, code = compiled_code(alone, *args, mode="max-autotune-no-cudagraphs")
     torch.testing.assert_close(out, alone(*args))
-    assert sorted(timed) == ["decomposition", "kernel_-1", "kernel_0", "kernel_1"]
+    assert timed == [{"decomposition", "kernel_-1", "kernel_0", "kernel_1"}]
     assert (f"{lowering.NORM.choice.name}(" in code) == (winner == "kernel_1")
     assert "infuse_stand_in" not in code
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -11,14 +11,14 @@ from torch import Tensor
 from torch._inductor.utils import run_and_get_code
 
 import infuse
-from infuse.lowering import decisions, profit
+from infuse.lowering import decisions
 from infuse.lowering import rope as lowering
 from infuse.lowering.heuristics import rope as heuristics
 from infuse.lowering.policy import place
-from infuse.ops import library
 from infuse.ops.qk_norm_rope import qk_norm_rope_ref
 from infuse.ops.rope import rope_bwd_ref, rope_ref
 from infuse.settings import Settings
+from tests.lowering.compiled import compiled_code
 
 OPS = torch.ops.infuse
 FLAGS = (False, False, False, False)
@@ -27,7 +27,7 @@ NORM = (None, 1e-6, False, 0.0, True, False)  # bias, eps, centered, weight_offs
 
 
 @pytest.fixture
-def cpu_kernel(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[int]]:
+def cpu_kernel(implement_on_cpu: Callable[[str, Callable[..., Any]], None]) -> list[int]:
     """The kernel by its formula; the list of configurations that it was called with."""
     calls: list[int] = []
 
@@ -39,21 +39,8 @@ def cpu_kernel(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[int]]:
         else:
             out.copy_((rope_bwd_ref if is_backward else rope_ref)(x, cos, sin, *flags))
 
-    implementation = torch.library.Library("infuse", "IMPL")
-    implementation.impl("rope_out", run, "CPU")
-    monkeypatch.setattr(library, "missing", lambda device: "")
-    monkeypatch.setattr(library, "configurations", lambda op: ("few", "many"))
-    decisions.clear()
-    yield calls
-    implementation._destroy()
-
-
-def compiled_code(function: Callable[..., Any], *args: Tensor, **options: Any) -> tuple[Any, str]:
-    """The result without gradients and the last code generated (the earlier ones are of candidates being timed)."""
-    torch._dynamo.reset()
-    with torch.no_grad():
-        out, codes = run_and_get_code(torch.compile(function, backend="infuse", **options), *args)
-    return out, codes[-1]
+    implement_on_cpu("rope_out", run)
+    return calls
 
 
 def between_products(x: Tensor, matrix: Tensor, cos: Tensor, sin: Tensor, weight: Tensor) -> Tensor:
@@ -101,19 +88,13 @@ def test_neighbours_that_would_fuse_keep_the_formula(cpu_kernel: list[int]) -> N
 @pytest.mark.usefixtures("everything_is_large")
 @pytest.mark.parametrize("winner", ["kernel_1", "decomposition"])
 def test_max_autotune_measures_every_candidate(
-    cpu_kernel: list[int], monkeypatch: pytest.MonkeyPatch, winner: str
+    cpu_kernel: list[int], choose_always: Callable[[str], list[set[str]]], winner: str
 ) -> None:
-    timed: list[str] = []
-
-    def choose(timings: dict[str, float], *rest: Any) -> tuple[str, dict[str, float]]:
-        timed.extend(timings)
-        return winner, {}
-
-    monkeypatch.setattr(profit, "choose", choose)
+    timed = choose_always(winner)
     args = arguments()
     out, code = compiled_code(between_products, *args, mode="max-autotune-no-cudagraphs")
     torch.testing.assert_close(out, between_products(*args), rtol=1e-4, atol=1e-4)
-    assert sorted(timed) == ["decomposition", "kernel_-1", "kernel_0", "kernel_1"]
+    assert timed == [{"decomposition", "kernel_-1", "kernel_0", "kernel_1"}]
     assert is_kernel(code) == (winner == "kernel_1")
 
 
