@@ -9,7 +9,7 @@ are [batch, seq_len, heads, head_dim], as projections leave them; the answer is 
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -200,57 +200,57 @@ def traffic(shape: Shape, dtype: torch.dtype, heads: int) -> int:
     return shape.positions * shape.head_dim * (2 * heads + 2) * dtype.itemsize
 
 
-def alone(shape: Shape, dtype: torch.dtype, *, kernels: bool) -> Case:
-    impls = [eager(rope), *compiled_pairs(rope, *MODES)]
-    if kernels:
-        impls.append(Impl("infuse-kernel", functools.partial(kernel_rope, has_norm=False)))
+def case_of(
+    name: str,
+    shape: Shape,
+    dtype: torch.dtype,
+    function: Function,
+    inputs: Callable[[torch.Generator], Sequence[Tensor]],
+    others: Sequence[Impl],
+    written_heads: int = 0,
+) -> Case:
+    """others: implementations beside eager and the compiled ones. written_heads: beside those of q and k."""
     return Case(
-        name=f"rope {shape}",
-        inputs=lambda g: (*heads_of(shape, g, dtype), *tables(g, dtype, shape.batch, shape.seq_len, shape.head_dim)),
-        eager=rope,
-        reference=rope,
-        impls=impls,
-        bytes=traffic(shape, dtype, shape.heads + shape.kv_heads),
+        name=f"{name} {shape}",
+        inputs=inputs,
+        eager=function,
+        reference=function,
+        impls=[eager(function), *compiled_pairs(function, *MODES), *others],
+        bytes=traffic(shape, dtype, shape.heads + shape.kv_heads + written_heads),
         flops=0,
         dtype=dtype,
     )
+
+
+def alone(shape: Shape, dtype: torch.dtype, *, kernels: bool) -> Case:
+    def inputs(g: torch.Generator) -> Sequence[Tensor]:
+        return *heads_of(shape, g, dtype), *tables(g, dtype, shape.batch, shape.seq_len, shape.head_dim)
+
+    others = [Impl("infuse-kernel", functools.partial(kernel_rope, has_norm=False))]
+    return case_of("rope", shape, dtype, rope, inputs, others if kernels else [])
 
 
 def interleaved(shape: Shape, dtype: torch.dtype, *, kernels: bool) -> Case:
-    impls = [eager(rope_interleaved), *compiled_pairs(rope_interleaved, *MODES)]
-    if kernels:
-        impls.append(Impl("infuse-kernel", kernel_interleaved))
-    return Case(
-        name=f"rope interleaved {shape}",
-        inputs=lambda g: (*heads_of(shape, g, dtype), random(g, torch.float32, shape.seq_len, shape.head_dim // 2, 2)),
-        eager=rope_interleaved,
-        reference=rope_interleaved,
-        impls=impls,
-        bytes=traffic(shape, dtype, shape.heads + shape.kv_heads),
-        flops=0,
-        dtype=dtype,
-    )
+    def inputs(g: torch.Generator) -> Sequence[Tensor]:
+        return *heads_of(shape, g, dtype), random(g, torch.float32, shape.seq_len, shape.head_dim // 2, 2)
+
+    others = [Impl("infuse-kernel", kernel_interleaved)]
+    return case_of("rope interleaved", shape, dtype, rope_interleaved, inputs, others if kernels else [])
 
 
 def with_norm(shape: Shape, dtype: torch.dtype, *, kernels: bool) -> Case:
-    impls = [eager(norm_rope), *compiled_pairs(norm_rope, *MODES)]
-    if kernels:
-        impls.append(Impl("infuse-kernel", functools.partial(kernel_rope, has_norm=True)))
-        impls.append(Impl("liger", liger_norm_rope))
-    return Case(
-        name=f"q/k norm + rope {shape}",
-        inputs=lambda g: (
+    def inputs(g: torch.Generator) -> Sequence[Tensor]:
+        return (
             *heads_of(shape, g, dtype),
             *(norm_weight(g, dtype, shape.head_dim) for _ in range(2)),
             *tables(g, dtype, shape.batch, shape.seq_len, shape.head_dim),
-        ),
-        eager=norm_rope,
-        reference=norm_rope,
-        impls=impls,
-        bytes=traffic(shape, dtype, shape.heads + shape.kv_heads),
-        flops=0,
-        dtype=dtype,
-    )
+        )
+
+    others = [
+        Impl("infuse-kernel", functools.partial(kernel_rope, has_norm=True)),
+        Impl("liger", liger_norm_rope),
+    ]
+    return case_of("q/k norm + rope", shape, dtype, norm_rope, inputs, others if kernels else [])
 
 
 def into_cache(shape: Shape, cache_len: int, dtype: torch.dtype, *, kernels: bool) -> Case:
@@ -259,7 +259,7 @@ def into_cache(shape: Shape, cache_len: int, dtype: torch.dtype, *, kernels: boo
     def function(packed: Tensor, *rest: Tensor) -> Tensor:
         return cache_write(shape.heads, packed, *rest)  # type: ignore[arg-type]
 
-    def inputs(g: torch.Generator) -> tuple[Tensor, ...]:
+    def inputs(g: torch.Generator) -> Sequence[Tensor]:
         cache = (shape.batch, shape.kv_heads, cache_len, shape.head_dim)
         all_heads = shape.heads + 2 * shape.kv_heads
         return (
@@ -270,19 +270,9 @@ def into_cache(shape: Shape, cache_len: int, dtype: torch.dtype, *, kernels: boo
             torch.arange(shape.seq_len, device=g.device) + cache_len // 2,
         )
 
-    impls = [eager(function), *compiled_pairs(function, *MODES)]
-    if kernels:
-        impls.append(Impl("infuse-kernel", functools.partial(kernel_cache_write, shape.heads)))
-    return Case(
-        name=f"q/k norm + rope + cache write {shape}",
-        inputs=inputs,
-        eager=function,
-        reference=function,
-        impls=impls,
-        bytes=traffic(shape, dtype, shape.heads + 2 * shape.kv_heads),
-        flops=0,
-        dtype=dtype,
-    )
+    others = [Impl("infuse-kernel", functools.partial(kernel_cache_write, shape.heads))]
+    name = "q/k norm + rope + cache write"
+    return case_of(name, shape, dtype, function, inputs, others if kernels else [], shape.kv_heads)
 
 
 def cases(device: Device, quick: bool) -> Iterator[Case]:

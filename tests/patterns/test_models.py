@@ -7,22 +7,9 @@ import torch
 from torch import Tensor, nn
 
 from tests.patterns.capture import MODES, assert_same_results, capture
+from tests.patterns.torchtune_models import torchtune
 
 COUNTS = {"rms_norm": 1, "add_rms_norm": 4, "swiglu": 2, "attention": 2, "rope": 4}
-
-
-def torchtune_llama3(dtype: torch.dtype) -> nn.Module:
-    llama3 = pytest.importorskip("torchtune.models.llama3").llama3
-    model: nn.Module = llama3(
-        vocab_size=32,
-        num_layers=2,
-        num_heads=4,
-        num_kv_heads=2,
-        embed_dim=32,
-        max_seq_len=16,
-        intermediate_dim=48,
-    )
-    return model.to(dtype)
 
 
 def hugging_face_llama(dtype: torch.dtype, attention: str) -> nn.Module:
@@ -47,7 +34,7 @@ def ids(length: int = 8) -> Tensor:
 
 @pytest.mark.parametrize(("dtype", "training", "dynamic"), MODES)
 def test_torchtune_llama3(dtype: torch.dtype, training: bool, dynamic: bool) -> None:
-    captured = capture(torchtune_llama3(dtype), ids(), training=training, dynamic=dynamic)
+    captured = capture(torchtune("llama3", dtype), ids(), training=training, dynamic=dynamic)
     assert captured.counts == COUNTS
     assert captured.refusals == []
     assert_same_results(captured, training)
@@ -56,7 +43,7 @@ def test_torchtune_llama3(dtype: torch.dtype, training: bool, dynamic: bool) -> 
 @pytest.mark.parametrize("length", [1, 4])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_torchtune_llama3_with_a_cache(dtype: torch.dtype, length: int) -> None:
-    model = torchtune_llama3(dtype)
+    model = torchtune("llama3", dtype)
     model.setup_caches(2, dtype)  # type: ignore[operator]
     mask = torch.ones(16, 16, dtype=torch.bool).tril()[:length].expand(2, length, 16)
     positions = torch.arange(length).expand(2, length)

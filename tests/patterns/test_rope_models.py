@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from infuse.settings import Settings
 from tests.patterns.capture import assert_same_results, capture
+from tests.patterns.torchtune_models import torchtune
 
 LAYERS = 2
 SIZES = {
@@ -54,20 +55,6 @@ def hugging_face(name: str, sizes: dict[str, Any], dtype: torch.dtype) -> nn.Mod
     config = transformers.AutoConfig.for_model(name, **{**SIZES, **sizes})
     model: nn.Module = transformers.AutoModelForCausalLM.from_config(config)
     return model.eval().to(dtype)
-
-
-def torchtune(name: str, dtype: torch.dtype) -> nn.Module:
-    models = pytest.importorskip(f"torchtune.models.{name}")
-    model: nn.Module = getattr(models, name)(
-        vocab_size=32,
-        num_layers=LAYERS,
-        num_heads=4,
-        num_kv_heads=2,
-        embed_dim=32,
-        max_seq_len=16,
-        intermediate_dim=48,
-    )
-    return model.to(dtype)
 
 
 def check(function: Any, spelling: str, training: bool, dynamic: bool) -> None:
