@@ -298,9 +298,15 @@ def lie_side_by_side(first: Node, second: Node) -> bool:
     return bool(equal(layouts[0].stride[-1], 2) and equal(behind, 1) and all(equal(a, b) for a, b in strides))
 
 
-def call_operator(target: torch._ops.OpOverload, *args: object) -> tuple[Node, ...]:
-    """An operator with several results, which it allocates itself, as a node of the graph under construction."""
-    given = [_for_kernel(arg) if is_tensor(arg) else arg for arg in args]
+def call_operator(
+    target: torch._ops.OpOverload, *args: object, as_they_lie: Sequence[Node] = ()
+) -> tuple[Node, ...]:
+    """An operator with several results, which it allocates itself, as a node of the graph under construction.
+
+    as_they_lie: those of the tensors whose elements need not be adjacent.
+    """
+    kept = {id(tensor) for tensor in as_they_lie}
+    given = [(_in_memory if id(arg) in kept else _for_kernel)(arg) if is_tensor(arg) else arg for arg in args]
     results: Any = ir.FallbackKernel.create(target, *given)
     return tuple(ir.TensorBox.create(result) for result in results)
 
@@ -332,7 +338,8 @@ def _is_fusable(target: object) -> bool:
     return name in ("prims::convert_element_type", "aten::sum", "aten::mean", "aten::amax", "aten::clone", "aten::cat")
 
 
-def _is_view(target: object) -> bool:
+def is_view(target: object) -> bool:
+    """Whether an operator of the graph that is lowered makes a view, or takes one result of several."""
     if isinstance(target, torch._ops.OpOverload):
         return target._schema.name.partition("::")[2] in _VIEWS
     return target is operator.getitem
@@ -342,7 +349,7 @@ def _readers(node: torch.fx.Node) -> list[torch.fx.Node]:
     """The nodes that read a value, through views."""
     found: list[torch.fx.Node] = []
     for user in node.users:
-        found.extend(_readers(user) if _is_view(user.target) else [user])
+        found.extend(_readers(user) if is_view(user.target) else [user])
     return found
 
 
@@ -405,6 +412,19 @@ def current_node() -> torch.fx.Node:
 def current_site() -> str:
     """The id of the site that the node being lowered comes from; "" when the author wrote the operator himself."""
     return str(current_node().meta.get("custom", {}).get(SITE_KEY, ""))
+
+
+_SITES_KEY = "infuse_sites"
+
+
+def set_sites(node: torch.fx.Node, sites: Sequence[str]) -> None:
+    """Makes a node that is lowered stand for several sites."""
+    node.meta[_SITES_KEY] = tuple(sites)
+
+
+def current_sites() -> tuple[str, ...]:
+    """The ids of the sites that the node being lowered stands for; one that is "" where there are none."""
+    return current_node().meta.get(_SITES_KEY) or (current_site(),)
 
 
 # --- examples --------------------------------------------------------------------------------------------------------

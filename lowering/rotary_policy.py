@@ -9,13 +9,13 @@ from dataclasses import replace
 from torch import Tensor
 
 from infuse.lowering.heuristics import rope as heuristics
-from infuse.ops import library, qk_norm_rope, rope_cache_write, rope_kernels
+from infuse.ops import library, qk_norm_rope, qk_norm_rope_bwd, rope_cache_write, rope_kernels
 from infuse.report import Placement
 from infuse.settings import Settings
 
 # Where an operator's arguments say that pairs are neighbours.
-_INTERLEAVED = {"rope": 3, "qk_norm_rope": 10, "rope_cache_write": 16}
-KINDS = tuple(_INTERLEAVED)
+_INTERLEAVED = {"rope": 3, "qk_norm_rope": 10}
+KINDS = (*_INTERLEAVED, "rope_cache_write")
 
 
 def place_rotary(
@@ -29,14 +29,12 @@ def place_rotary(
         return Placement("default", "kernel")
     if not reason and kind == "rope_cache_write":
         # Nothing is measured: a decomposition would be several kernels, of which each writes what the next one reads.
-        if heuristics.cache_write_runs_well(_problem(kind, args)):
-            return Placement("default", "kernel")
-        reason = "Inductor's kernels are as fast for so many rows"
-    elif not reason:
+        return Placement("default", "kernel")
+    if not reason:
         problem = _problem(kind, args)
         if max_autotune and heuristics.is_large(problem):
             return Placement("default", "kernel or decomposition, measured")
-        if heuristics.runs_well(problem):
+        if (kind == "qk_norm_rope" and not training) or heuristics.runs_well(problem):
             return Placement("default", "kernel, unless its neighbours would lose more by it")
         reason = "Inductor fuses it with its neighbours"
     if kind != "rope":
@@ -51,12 +49,13 @@ def _cannot_run(kind: str, x: Tensor, args: Sequence[object], training: bool, se
         return "kernels are off"
     if reason := library.missing(x.device):
         return reason
-    if training and kind != "rope":
-        return "no backward kernel"
     if kind == "rope_cache_write":
-        return rope_cache_write.can_run(*args)  # type: ignore[arg-type]
+        return "no backward kernel" if training else rope_cache_write.can_run(*args)  # type: ignore[arg-type]
     if kind == "qk_norm_rope":
-        return qk_norm_rope.can_run(*args)  # type: ignore[arg-type]
+        if reason := qk_norm_rope.can_run(*args):  # type: ignore[arg-type]
+            return reason
+        tensors = [arg if isinstance(arg, Tensor) else None for arg in args[:4]]
+        return qk_norm_rope_bwd.can_run(*tensors) if training else ""  # type: ignore[arg-type]
     _, cos, sin, *_ = args
     assert isinstance(cos, Tensor) and isinstance(sin, Tensor)
     return rope_kernels.can_rotate(x, cos, sin)
@@ -67,5 +66,4 @@ def _problem(kind: str, args: Sequence[object]) -> heuristics.Problem:
     x, interleaved = args[0], args[_INTERLEAVED[kind]]
     assert isinstance(x, Tensor)
     *leading, row_size = (size if isinstance(size, int) else 1 for size in x.shape)
-    has_norm = kind == "qk_norm_rope" or (kind == "rope_cache_write" and args[13] is not None)
-    return heuristics.Problem(math.prod(leading), row_size, x.dtype.itemsize, bool(interleaved), has_norm)
+    return heuristics.Problem(math.prod(leading), row_size, x.dtype.itemsize, bool(interleaved), kind != "rope")

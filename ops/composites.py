@@ -19,12 +19,22 @@ Formula = Callable[..., Any]
 
 
 def register_composite(
-    name: str, arguments: str, returns: str, *, formula: Formula, inline: Formula, parts: Formula, like_x: bool = False
+    name: str,
+    arguments: str,
+    returns: str,
+    *,
+    formula: Formula,
+    inline: Formula,
+    parts: Formula,
+    like_x: bool = False,
+    differentiable: Formula | None = None,
 ) -> None:
     """Defines the three overloads. The formulas take the operator's arguments, lists of tensors among them, and return
     a tensor or a list of them.
 
     like_x: the result's dimensions lie in memory in the order of the first argument's, instead of contiguously.
+    differentiable: called first where gradients are wanted; the result, with a backward of its own, or None where that
+        has no answer.
     """
 
     def implementation(*args: Any) -> Any:
@@ -40,6 +50,8 @@ def register_composite(
     def dispatch(*args: Any) -> Any:
         leaves, spec = pytree.tree_flatten(args)
         if torch.is_grad_enabled() and any(isinstance(leaf, Tensor) and leaf.requires_grad for leaf in leaves):
+            if differentiable is not None and (result := differentiable(*args)) is not None:
+                return result
             results: tuple[Tensor, ...] = apply(operator, formula, spec, *leaves)
             return results[0] if returns == "Tensor" else list(results)
         with torch._C._AutoDispatchBelowAutograd():

@@ -17,9 +17,10 @@ import torch
 from torch import Tensor
 
 from infuse.ops import library, rope_kernels
+from infuse.ops import qk_norm_rope_bwd as _bwd  # noqa: F401  registers the operator
 from infuse.ops.composites import register_composite
 from infuse.ops.layer_norm import layer_norm_ref
-from infuse.ops.registration import implement
+from infuse.ops.registration import differentiate, implement
 from infuse.ops.rms_norm import rms_norm_ref
 from infuse.ops.rope import FLAGS as ROPE_FLAGS
 from infuse.ops.rope import rope_ref
@@ -95,6 +96,46 @@ def _cuda(x: Tensor, cos: Tensor, sin: Tensor, weight: Tensor | None, *rest: Any
     return y
 
 
+class _NormRope(torch.autograd.Function):
+    """Of the forms that infuse::qk_norm_rope_bwd knows. x is saved, and nothing that the forward computes."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, cos: Tensor, sin: Tensor, weight: Tensor | None, eps: float, *rest: Any
+    ) -> Tensor:
+        ctx.save_for_backward(x, cos, sin, weight)
+        ctx.eps, ctx.rest = eps, rest
+        return torch.ops.infuse.qk_norm_rope(x, *_arguments(cos, sin, weight, eps, *rest))  # type: ignore[no-any-return]
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+        x, cos, sin, weight = ctx.saved_tensors
+        none = [None for _ in ctx.rest]
+        if torch.is_grad_enabled():
+            inputs = (x, cos, sin, weight, ctx.eps, *ctx.rest)
+            return differentiate(lambda x, *args: qk_norm_rope_ref(x, *_arguments(*args)), inputs, (dy,))
+        dx, dweight = torch.ops.infuse.qk_norm_rope_bwd(dy, x, cos, sin, weight, ctx.eps, *ctx.rest)
+        return dx, None, None, None if weight is None else dweight, None, *none
+
+
+def _arguments(
+    cos: Tensor, sin: Tensor, weight: Tensor | None, eps: float, weight_offset: float, cast: bool, *flags: bool
+) -> tuple[Any, ...]:
+    """The operator's arguments behind x."""
+    return cos, sin, weight, None, eps, False, weight_offset, cast, False, *flags
+
+
+def _differentiable(
+    x: Tensor, cos: Tensor, sin: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float, *rest: Any
+) -> Tensor | None:
+    """The result, with its gradient an operator; None where there is none of this form."""
+    centered, weight_offset, cast_before_weight, eps_as_minimum, *flags = rest
+    if bias is not None or centered or eps_as_minimum or cos.requires_grad or sin.requires_grad:
+        return None
+    y: Tensor = _NormRope.apply(x, cos, sin, weight, eps, weight_offset, cast_before_weight, *flags)
+    return y
+
+
 qk_norm_rope_ref = _formula(rms_norm_ref, layer_norm_ref, rope_ref)
 register_composite(
     "qk_norm_rope",
@@ -104,5 +145,6 @@ register_composite(
     inline=qk_norm_rope_ref,
     parts=_formula(torch.ops.infuse.rms_norm, torch.ops.infuse.layer_norm, torch.ops.infuse.rope),
     like_x=True,
+    differentiable=_differentiable,
 )
 implement("qk_norm_rope", _cuda, "CUDA")

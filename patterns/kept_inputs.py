@@ -10,9 +10,9 @@ from __future__ import annotations
 from torch.fx import Node
 
 from infuse.patterns.canonical import CanonicalGraph
-from infuse.patterns.sites import Site
+from infuse.patterns.sites import Make, Site
 
-KINDS = ("rms_norm", "layer_norm", "add_rms_norm", "add_layer_norm")
+KINDS = ("rms_norm", "layer_norm", "add_rms_norm", "add_layer_norm", "qk_norm_rope")
 # Never computed again; their backward does not read their result (that of sdpa does, so it is saved).
 _PRODUCERS = ("linear", "matmul", "bmm")
 _VIEWS = ("alias", "reshape", "permute", "expand")
@@ -24,7 +24,8 @@ def is_kept(view: CanonicalGraph, site: Site) -> bool:
     if site.kind.startswith("add_"):
         x, residual = site.args[:2]
         return _is_new(view, x) or _is_new(view, residual)
-    x = _behind_views(view, site.args[0])
+    x = site.args[0]
+    x = _behind_views(view, x.args[0] if isinstance(x, Make) else x)
     if not isinstance(x, Node):
         return False
     if x.op in ("placeholder", "get_attr") or view.word(x) in (*_PRODUCERS, "sdpa"):

@@ -275,7 +275,8 @@ class Writer:
             return placement
         if self.emitter is None or kept_inputs.is_kept(self.emitter.view, site):
             return placement
-        return Placement("inline", "decomposition (its input would be saved for a kernel alone)")
+        reason = "its input would be saved for a kernel alone"
+        return Placement("", "", declined=reason) if site.parts else Placement("inline", f"decomposition ({reason})")
 
     def write(self, finding: Finding) -> None:
         """A composite site that cannot be emitted leaves its place to its parts."""

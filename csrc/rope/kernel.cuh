@@ -45,8 +45,9 @@ struct Slot {
 };
 
 template <int kVecElems>
-__device__ __forceinline__ Slot slot_of_lane(const Params& params, const Part& part, bool has_item) {
-  const std::uint32_t lane = threadIdx.x, half = params.rotary_dim / 2;
+__device__ __forceinline__ Slot slot_of_lane(const Params& params, const Part& part, std::uint32_t lane,
+                                             bool has_item) {
+  const std::uint32_t half = params.rotary_dim / 2;
   Slot slot;
   slot.rotates = lane * kVecElems < half;
   if (slot.rotates) {
@@ -62,25 +63,35 @@ __device__ __forceinline__ Slot slot_of_lane(const Params& params, const Part& p
   return slot;
 }
 
-// kElems factors of each table, from `first` on in the row of cos and from `first_of_sin` on in that of sin.
-template <typename Factor, int kElems>
+// kCount vectors of each table: those of cos begin at `first`, those of sin at `first_of_sin` in their rows. All loads
+// stand before what is done with them, so that they are in flight together.
+template <typename Factor, int kElems, int kCount>
 __device__ __forceinline__ void load_factors(const Params& params, const Factor* cos_row, const Factor* sin_row,
-                                             std::uint32_t first, std::uint32_t first_of_sin, bool valid,
-                                             Vec<Factor, kElems>& cos, Vec<Factor, kElems>& sin) {
+                                             const std::uint32_t (&first)[kCount],
+                                             const std::uint32_t (&first_of_sin)[kCount], bool valid,
+                                             Vec<Factor, kElems>* cos, Vec<Factor, kElems>* sin) {
   if (!params.zipped_tables) {
-    cos = load<Reuse::kShared, Factor, kElems>(cos_row + first, valid);
-    sin = load<Reuse::kShared, Factor, kElems>(sin_row + first_of_sin, valid);
+#pragma unroll
+    for (int v = 0; v < kCount; ++v) cos[v] = load<Reuse::kShared, Factor, kElems>(cos_row + first[v], valid);
+#pragma unroll
+    for (int v = 0; v < kCount; ++v) sin[v] = load<Reuse::kShared, Factor, kElems>(sin_row + first_of_sin[v], valid);
     return;
   }
-  float both[2 * kElems], cos_values[kElems], sin_values[kElems];
-  unpack(load<Reuse::kShared, Factor, 2 * kElems>(cos_row + 2 * first, valid), both);
+  Vec<Factor, 2 * kElems> zipped[kCount];
 #pragma unroll
-  for (int i = 0; i < kElems; ++i) {
-    cos_values[i] = both[2 * i];
-    sin_values[i] = both[2 * i + 1];
+  for (int v = 0; v < kCount; ++v) zipped[v] = load<Reuse::kShared, Factor, 2 * kElems>(cos_row + 2 * first[v], valid);
+#pragma unroll
+  for (int v = 0; v < kCount; ++v) {
+    float both[2 * kElems], cos_values[kElems], sin_values[kElems];
+    unpack(zipped[v], both);
+#pragma unroll
+    for (int i = 0; i < kElems; ++i) {
+      cos_values[i] = both[2 * i];
+      sin_values[i] = both[2 * i + 1];
+    }
+    cos[v] = pack<Factor>(cos_values);
+    sin[v] = pack<Factor>(sin_values);
   }
-  cos = pack<Factor>(cos_values);
-  sin = pack<Factor>(sin_values);
 }
 
 // Each of kElems / 2 factors twice.
@@ -93,8 +104,7 @@ __device__ __forceinline__ Vec<Factor, kElems> doubled(const Vec<Factor, kElems 
   return pack<Factor>(values);
 }
 
-// The factors of a lane's two vectors, one for each element, sin with the signs of the rotation: the first element of a
-// pair gets minus its partner.
+// The factors of a lane's two vectors, one for each element; sin as it lies in the table.
 template <typename Factor, int kElems>
 __device__ __forceinline__ void load_tables(const Params& params, const Part& part, Place place, const Slot& slot,
                                             Vec<Factor, kElems> (&cos)[2], Vec<Factor, kElems> (&sin)[2]) {
@@ -104,27 +114,34 @@ __device__ __forceinline__ void load_tables(const Params& params, const Part& pa
                           place.inner * part.sin.inner_stride;
   const bool valid = slot.rotates && slot.valid[0];
   if (params.per_pair && params.interleaved) {
+    const std::uint32_t firsts[2] = {slot.offset[0] / 2, slot.offset[1] / 2};
+    Vec<Factor, kElems / 2> half_cos[2], half_sin[2];
+    load_factors(params, cos_row, sin_row, firsts, firsts, valid, half_cos, half_sin);
 #pragma unroll
     for (int v = 0; v < 2; ++v) {
-      const std::uint32_t first = slot.offset[v] / 2;
-      Vec<Factor, kElems / 2> half_cos, half_sin;
-      load_factors(params, cos_row, sin_row, first, first, valid, half_cos, half_sin);
-      cos[v] = doubled<Factor, kElems>(half_cos);
-      sin[v] = doubled<Factor, kElems>(half_sin);
+      cos[v] = doubled<Factor, kElems>(half_cos[v]);
+      sin[v] = doubled<Factor, kElems>(half_sin[v]);
     }
   } else if (params.per_pair) {
-    load_factors(params, cos_row, sin_row, slot.offset[0], slot.offset[0], valid, cos[0], sin[0]);
+    const std::uint32_t first[1] = {slot.offset[0]};
+    load_factors(params, cos_row, sin_row, first, first, valid, cos, sin);
     cos[1] = cos[0];
     sin[1] = sin[0];
   } else {
     const bool crosswise = params.sin_of_partner && !params.interleaved;
     const std::uint32_t firsts[2] = {crosswise ? slot.offset[1] : slot.offset[0],
                                      crosswise ? slot.offset[0] : slot.offset[1]};
-#pragma unroll
-    for (int v = 0; v < 2; ++v) {
-      load_factors(params, cos_row, sin_row, slot.offset[v], firsts[v], valid, cos[v], sin[v]);
-      if (params.sin_of_partner && params.interleaved) sin[v] = swap_neighbours(sin[v]);
-    }
+    load_factors(params, cos_row, sin_row, slot.offset, firsts, valid, cos, sin);
+  }
+}
+
+// Gives sin the signs of the rotation: the first element of a pair gets minus its partner. Apart from the loads, which
+// even an instruction that is predicated off would wait for.
+template <typename Factor, int kElems>
+__device__ __forceinline__ void finish_tables(const Params& params, Vec<Factor, kElems> (&sin)[2]) {
+  if (params.sin_of_partner && params.interleaved && !params.per_pair) {
+    sin[0] = swap_neighbours(sin[0]);
+    sin[1] = swap_neighbours(sin[1]);
   }
   flip_signs(sin[0], !params.inverse, params.interleaved == params.inverse);
   flip_signs(sin[1], params.interleaved != params.inverse, params.inverse);
@@ -248,12 +265,11 @@ __global__ __launch_bounds__(kMaxThreads, Traits::kMinCtas) void rope_kernel(con
   const std::uint32_t item = (blockIdx.x - part.first_cta) * blockDim.y + threadIdx.y;
   const bool has_item = item < part.items;
   const Place place = place_of_item(part, has_item ? item : 0);
-  const Slot slot = slot_of_lane<kVecElems>(params, part, has_item);
+  const Slot slot = slot_of_lane<kVecElems>(params, part, threadIdx.x, has_item);
   std::uint32_t head = place.block * kHeads * params.batches;
   std::uint32_t heads = part.heads - head;  // from the first of this batch on
 
-  const X* x_row = static_cast<const X*>(part.x) + place.outer * part.x_stride[0] + place.inner * part.x_stride[1] +
-                   head * part.x_stride[2];
+  const X* x_row = row_at<const X>(part.x, part.x_stride, place, head);
   Heads<Traits> rows;
   rows.load(x_row, part.x_stride[2], slot, heads);
   Vec<Factor, kVecElems> cos[2], sin[2];
@@ -264,6 +280,11 @@ __global__ __launch_bounds__(kMaxThreads, Traits::kMinCtas) void rope_kernel(con
     for (int v = 0; v < 2; ++v) scale[v].load(params, part, slot.offset[v], slot.valid[v]);
   }
   X* out_row = static_cast<X*>(part.out) + out_offset(part, place) + head * part.out_stride[2];
+  if constexpr (Traits::kNorm) {
+#pragma unroll
+    for (int v = 0; v < 2; ++v) scale[v].finish(params, part);
+  }
+  finish_tables(params, sin);
 
   for (std::uint32_t batch = 0;;) {
     if constexpr (Traits::kNorm) {

@@ -20,7 +20,7 @@ struct PositionsArg {
   std::int64_t size, stride;
 };
 
-// One tensor: x [..., dim] and out alike. cos, sin null: copied. positions: x [batch, heads, seq_len, dim] goes to out
+// One tensor: x [..., dim], out and saved (see Part) alike. cos, sin null: copied. positions: x [batch, heads, seq_len, dim] goes to out
 // [batch, heads, cache_len, dim].
 struct Operand {
   TensorArg x, out;
@@ -29,6 +29,7 @@ struct Operand {
   const TensorArg* weight = nullptr;
   const PositionsArg* positions = nullptr;
   bool has_norm = false;
+  const TensorArg* saved = nullptr;
 };
 
 struct Options {
@@ -48,5 +49,28 @@ void launch(const char* op, const Operand* operands, int count, const Options& o
 template <DType kX>
 void launch_planned(const char* op, const Plan& plan, DType factors, bool has_norm, const Params& params, unsigned ctas,
                     int device, cudaStream_t stream);
+
+// The backward of norms and rotations: what to launch, but for the tensors that the caller allocates.
+struct PreparedBackward {
+  Params params;
+  DType weight_dtype[kMaxParts];  // kNone for what is not there
+  DType factors, dtype;
+  int device;
+  int lanes = 0;
+  unsigned ctas = 0;
+  std::int64_t workspace_floats = 0;
+};
+
+// operands: x is dy, out is dx, saved what was normalised; none may be empty. Throws std::runtime_error for what the
+// kernel can't take.
+PreparedBackward prepare_backward(const char* op, const Operand* operands, int count, const Options& options);
+
+// workspace: workspace_floats of fp32; dweights: [dim] contiguous for each operand with a weight. Two launches, no
+// synchronisation.
+void launch_backward(const char* op, PreparedBackward prepared, float* workspace, void* const* dweights,
+                     cudaStream_t stream);
+
+template <DType kX>
+void launch_backward_planned(const char* op, const PreparedBackward& prepared, cudaStream_t stream);
 
 }  // namespace infuse::rope

@@ -5,10 +5,10 @@
 
 namespace infuse::rope {
 
-// One leading dimension of x, with the strides of all four tensors along it, 0 where a table is broadcast.
+// One leading dimension of x, with the strides of all tensors along it, 0 where a table is broadcast.
 struct Dim {
   std::int64_t size = 1;
-  std::int64_t x = 0, out = 0, cos = 0, sin = 0;
+  std::int64_t x = 0, out = 0, cos = 0, sin = 0, saved = 0;
 };
 
 // x [outer, inner, heads, dim]: the tables are broadcast along heads.
@@ -20,7 +20,7 @@ constexpr int kMaxLayoutDims = 64;
 
 constexpr bool lies_behind(const Dim& outer, const Dim& inner) {
   return outer.x == inner.x * inner.size && outer.out == inner.out * inner.size &&
-         outer.cos == inner.cos * inner.size && outer.sin == inner.sin * inner.size;
+         outer.cos == inner.cos * inner.size && outer.sin == inner.sin * inner.size && outer.saved == inner.saved * inner.size;
 }
 
 // Finds the layout of `count` leading dimensions, outermost first; false if more than two are left besides the heads.

@@ -37,6 +37,7 @@ __device__ __forceinline__ float narrow_value(const Params& params, const Part& 
   if (part.has_norm) {
     Scale<X, 1> scale;
     scale.load(params, part, at, true);
+    scale.finish(params, part);
     x = scale.is_packed(params) ? scale.template normalize<true>(x, rstd) : scale.template normalize<false>(x, rstd);
   }
   float value[1];
@@ -56,8 +57,7 @@ __global__ __launch_bounds__(kNarrowThreads) void narrow_kernel(const __grid_con
   const std::uint32_t item = (blockIdx.x - part.first_cta) * blockDim.y + threadIdx.y;
   const bool has_item = item < part.items;
   const Place place = place_of_item(part, has_item ? item : 0);
-  const X* row = static_cast<const X*>(part.x) + place.outer * part.x_stride[0] + place.inner * part.x_stride[1] +
-                 place.block * part.x_stride[2];
+  const X* row = row_at<const X>(part.x, part.x_stride, place, place.block);
   X* out = static_cast<X*>(part.out) + out_offset(part, place) + place.block * part.out_stride[2];
   const std::uint32_t dim = has_item ? params.dim : 0;
   const std::uint32_t rotated = has_item && part.rotates ? params.rotary_dim : 0, half = rotated / 2;

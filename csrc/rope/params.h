@@ -24,9 +24,13 @@ struct Part {
   void* out;
   Table cos, sin;      // null: the rows are copied
   const void* weight;  // [dim] contiguous, or null
+  // The backward of a norm: x is dy and out is dx; what was normalised, as x; sums for the weight's gradient, one row
+  // for each CTA [CTAs, dim], or null.
+  const void* saved;
+  float* weight_parts;
   // Where along out's inner dimension each row goes, [inner] of int64 or int32; null: where it was in x.
   const void* positions;
-  std::int64_t x_stride[3], out_stride[3];  // elements: outer, inner, heads
+  std::int64_t x_stride[3], out_stride[3], saved_stride[3];  // elements: outer, inner, heads
   std::int64_t position_stride;
   std::int64_t num_positions;  // size of out's inner dimension, where there are positions
   std::uint32_t first_cta;     // kNoCta: there is no such part
@@ -38,6 +42,7 @@ struct Part {
 
 struct Params {
   Part parts[kMaxParts];
+  std::uint32_t num_parts;
   std::uint32_t dim;         // of a row
   std::uint32_t rotary_dim;  // its first elements, which are rotated; even
   std::uint32_t batches;     // of a lane's heads, worked on one after the other

@@ -23,12 +23,17 @@ constexpr Config kConfigs[] = {
     {"heads2x2x64", 2, 2, 64},  // 2
     {"heads4x2x64", 4, 2, 64},  // 3
     {"heads1x4x64", 1, 4, 64},  // 4
+    {"heads1x2x64", 1, 2, 64},  // 5
+    {"heads4x64", 4, 1, 64},    // 6
 };
 constexpr int kNumConfigs = sizeof(kConfigs) / sizeof(kConfigs[0]);
 constexpr int kHeuristic = -1;
 constexpr int kMaxThreads = 64;
 constexpr int kWarpLanes = 32;
 constexpr int kNarrowThreads = 128;
+constexpr int kBackwardThreads = 256;
+constexpr int kBackwardCtasPerSm = 2;  // with registers for that many
+constexpr int kBackwardHeads = 8;      // that a group of lanes works on, one after the other, with the same factors
 
 struct Problem {
   std::int64_t dim, rotary_dim;

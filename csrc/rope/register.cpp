@@ -1,6 +1,8 @@
 // Registers the rotary kernels with torch. The schemas and their tags are defined in Python, in ops/.
 //
 // Only the LibTorch Stable ABI is used, so one binary serves torch 2.11 and later.
+#include <torch/csrc/stable/ops.h>
+
 #include "infuse/export.h"
 #include "infuse/torch_tensor.h"
 #include "rope/launch.h"
@@ -96,11 +98,54 @@ void rope_cache_write_out(const Tensor& q, const Tensor& k, const Tensor& v, con
   launch(kOp, operands, 3, options);
 }
 
+void qk_norm_rope_bwd_out(const Tensor& dy, const Tensor& x, const std::optional<Tensor>& other_dy,
+                          const std::optional<Tensor>& other, const Tensor& cos, const Tensor& sin,
+                          const std::optional<Tensor>& weight, const std::optional<Tensor>& other_weight, double eps,
+                          double weight_offset, bool interleaved, bool per_pair, bool inverse, bool upcast, Tensor dx,
+                          std::optional<Tensor> other_dx, std::optional<Tensor> dweight,
+                          std::optional<Tensor> other_dweight) {
+  constexpr char kOp[] = "qk_norm_rope_bwd_out";
+  const bool pair = other.has_value();
+  infuse::check(other_dy.has_value() == pair && other_dx.has_value() == pair, kOp,
+                "other, got one of other, other_dy and other_dx without the others, expected all or none");
+  infuse::check(dweight.has_value() == weight.has_value() && other_dweight.has_value() == other_weight.has_value(), kOp,
+                "dweight, got one without its weight or the other way round, expected both or neither");
+  const auto cos_arg = infuse::tensor_arg(cos, kOp, "cos"), sin_arg = infuse::tensor_arg(sin, kOp, "sin");
+  const auto weight_arg = infuse::tensor_arg(weight, kOp, "weight");
+  const auto other_weight_arg = infuse::tensor_arg(other_weight, kOp, "other_weight");
+  const auto x_arg = infuse::tensor_arg(x, kOp, "x");
+  const auto other_arg = infuse::tensor_arg(other, kOp, "other");
+  Options options = norm_options(eps, weight_offset, false);
+  set_flags(&options, interleaved, per_pair, inverse, upcast, infuse::rope::kHeuristic);
+  options.is_backward = true;
+  Operand operands[2] = {{infuse::tensor_arg(dy, kOp, "dy"), infuse::written_tensor_arg(dx, kOp, "dx"), &cos_arg,
+                          &sin_arg, infuse::pointer_to(weight_arg), nullptr, true, &x_arg}};
+  if (pair) {
+    operands[1] = {infuse::tensor_arg(*other_dy, kOp, "other_dy"),
+                   infuse::written_tensor_arg(*other_dx, kOp, "other_dx"),
+                   &cos_arg,
+                   &sin_arg,
+                   infuse::pointer_to(other_weight_arg),
+                   nullptr,
+                   true,
+                   infuse::pointer_to(other_arg)};
+  }
+  const auto prepared = infuse::rope::prepare_backward(kOp, operands, pair ? 2 : 1, options);
+  const torch::stable::accelerator::DeviceGuard guard(x_arg.device);
+  const Tensor workspace =
+      torch::stable::new_empty(x, {prepared.workspace_floats}, torch::headeronly::ScalarType::Float);
+  void* const dweights[2] = {dweight.has_value() ? dweight->mutable_data_ptr() : nullptr,
+                             other_dweight.has_value() ? other_dweight->mutable_data_ptr() : nullptr};
+  infuse::rope::launch_backward(kOp, prepared, static_cast<float*>(workspace.mutable_data_ptr()), dweights,
+                                infuse::current_stream(x_arg.device, kOp));
+}
+
 }  // namespace
 
 STABLE_TORCH_LIBRARY_IMPL(infuse, CUDA, m) {
   m.impl("rope_out", TORCH_BOX(&rope_out));
   m.impl("rope_cache_write_out", TORCH_BOX(&rope_cache_write_out));
+  m.impl("qk_norm_rope_bwd_out", TORCH_BOX(&qk_norm_rope_bwd_out));
 }
 
 INFUSE_EXPORT_CONFIGS(rope, infuse::rope::kConfigs)

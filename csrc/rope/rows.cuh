@@ -27,6 +27,12 @@ __device__ __forceinline__ Place place_of_item(const Part& part, std::uint32_t i
   return {outer, row - outer * part.inner.divisor, item - row * part.head_blocks.divisor};
 }
 
+// A row of a tensor [outer, inner, heads, dim].
+template <typename T, typename Data>
+__device__ __forceinline__ T* row_at(Data* data, const std::int64_t (&stride)[3], Place place, std::uint32_t head) {
+  return static_cast<T*>(data) + place.outer * stride[0] + place.inner * stride[1] + head * stride[2];
+}
+
 // Offset in out of the first head at a place. A position counts from the end if it is negative, as an index does; one
 // outside of out stops the kernel with an error, as torch's own index kernels do.
 __device__ __forceinline__ std::int64_t out_offset(const Part& part, Place place) {
@@ -64,24 +70,35 @@ struct Scale {
     return sizeof(X) == 2 && params.cast_before_weight;
   }
 
+  // The weights as they lie in memory.
   __device__ __forceinline__ void load(const Params& params, const Part& part, std::uint32_t first, bool valid) {
     valid = valid && part.weight != nullptr;
-    float values[kElems];
     if (params.wide_weight) {
-      unpack(infuse::load<Reuse::kShared, float, kElems>(static_cast<const float*>(part.weight) + first, valid),
-             values);
+      keep(infuse::load<Reuse::kShared, float, kElems>(static_cast<const float*>(part.weight) + first, valid));
     } else {
-      unpack(infuse::load<Reuse::kShared, X, kElems>(static_cast<const X*>(part.weight) + first, valid), values);
+      keep(infuse::load<Reuse::kShared, X, kElems>(static_cast<const X*>(part.weight) + first, valid));
     }
-#pragma unroll
-    for (int i = 0; i < kElems; ++i) values[i] = valid ? params.weight_offset + values[i] : 1.0f;
+  }
+
+  // Apart from the loads, so that others can be issued before it waits for them.
+  __device__ __forceinline__ void finish(const Params& params, const Part& part) {
+    float values[kElems];
+    const bool has_weight = part.weight != nullptr;
     if (is_packed(params)) {
-      const Vec<X, kElems> packed = pack<X>(values);
+      if (has_weight) return;
 #pragma unroll
-      for (int i = 0; i < Vec<X, kElems>::kWords; ++i) words[i] = packed.words[i];
-    } else {
+      for (int i = 0; i < kElems; ++i) values[i] = 1.0f;
+      keep(pack<X>(values));
+      return;
+    }
+    if (!params.wide_weight) {
+      unpack(packed(), values);
 #pragma unroll
       for (int i = 0; i < kElems; ++i) words[i] = __float_as_uint(values[i]);
+    }
+#pragma unroll
+    for (int i = 0; i < kElems; ++i) {
+      words[i] = __float_as_uint(has_weight ? params.weight_offset + __uint_as_float(words[i]) : 1.0f);
     }
   }
 
@@ -93,14 +110,26 @@ struct Scale {
 #pragma unroll
     for (int i = 0; i < kElems; ++i) values[i] *= rstd;
     if constexpr (kPacked) {
-      Vec<X, kElems> weight;
+      return multiply(pack<X>(values), packed());
+    } else {
 #pragma unroll
-      for (int i = 0; i < Vec<X, kElems>::kWords; ++i) weight.words[i] = words[i];
-      return multiply(pack<X>(values), weight);
+      for (int i = 0; i < kElems; ++i) values[i] *= __uint_as_float(words[i]);
+      return pack<X>(values);
     }
+  }
+
+ private:
+  template <typename T>
+  __device__ __forceinline__ void keep(const Vec<T, kElems>& vec) {
 #pragma unroll
-    for (int i = 0; i < kElems; ++i) values[i] *= __uint_as_float(words[i]);
-    return pack<X>(values);
+    for (int i = 0; i < Vec<T, kElems>::kWords; ++i) words[i] = vec.words[i];
+  }
+
+  __device__ __forceinline__ Vec<X, kElems> packed() const {
+    Vec<X, kElems> vec;
+#pragma unroll
+    for (int i = 0; i < Vec<X, kElems>::kWords; ++i) vec.words[i] = words[i];
+    return vec;
   }
 };
 

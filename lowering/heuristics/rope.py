@@ -18,8 +18,6 @@ class Problem:
 
 # Below, launches count and not bytes: Inductor puts q's and k's rotations, and what is around them, into one kernel.
 _MANY_ELEMENTS = 2**20
-# Above, a launch more or less does not count.
-_MANY_ROWS_OF_A_CACHE_WRITE = 2**14
 
 
 def is_large(problem: Problem) -> bool:
@@ -36,9 +34,9 @@ def runs_well(problem: Problem) -> bool:
     return is_large(problem) and (problem.interleaved or problem.has_norm)
 
 
-def cache_write_runs_well(problem: Problem) -> bool:
-    """Whether rotations and cache writes are taken out of the graph for one kernel. problem: q's."""
-    return problem.rows <= _MANY_ROWS_OF_A_CACHE_WRITE
+def pair_runs_well(problem: Problem) -> bool:
+    """The same for q and k in one launch. problem: the rows of both."""
+    return problem.has_norm or runs_well(problem)
 
 
 def configurations(problem: Problem, available: int) -> tuple[int, ...]:

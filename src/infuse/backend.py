@@ -21,13 +21,14 @@ from torch._inductor.custom_graph_pass import CustomGraphPass
 from infuse import history
 from infuse.caches import build_hash, tag_caches
 from infuse.lowering.policy import place
+from infuse.lowering.rotary_pairs import PairRotations
 from infuse.patterns.passes import rewrite
 from infuse.report import SiteRecord
 from infuse.settings import Settings, resolve, split_options
 
 _LOWERED = (
     *("rms_norm", "add_rms_norm", "layer_norm", "add_layer_norm", "norm_backward", "gated_rms_norm"),
-    *("swiglu", "rope", "qk_norm_rope", "attention"),
+    *("swiglu", "rope", "qk_norm_rope", "qk_norm_rope_bwd", "rope_pair", "attention"),
 )
 for _op in _LOWERED:
     importlib.import_module(f"infuse.lowering.{_op}")
@@ -150,18 +151,25 @@ def inductor_config(mode: str | None, options: Mapping[str, object] | None) -> d
     mine, theirs = split_options(options)
     settings = resolve(mine)
     config = _checked_config(mode, theirs)
-    user_passes = config.get("pre_grad_custom_pass", torch._inductor.config.pre_grad_custom_pass)
-    before = tuple(user_passes) if isinstance(user_passes, (list, tuple)) else (user_passes,) if user_passes else ()
+    before = _user_passes(config, "pre_grad_custom_pass")
     autotune = any(
         config.get(name, getattr(torch._inductor.config, name)) for name in ("max_autotune", "max_autotune_pointwise")
     )
-    # A config that already holds the rewrite (options() inside options()) must not run it twice.
-    before = tuple(user_pass for user_pass in before if not isinstance(user_pass, InfusePass))
     rewrite_pass = InfusePass(settings, bool(autotune), before)
     config["pre_grad_custom_pass"] = rewrite_pass
+    late = "post_grad_custom_pre_pass"
+    config[late] = PairRotations(build_hash(), _user_passes(config, late))
     if hasattr(torch._inductor.config, "pre_grad_pass_timing"):
         _run_before_the_caches(config, theirs, rewrite_pass)
     return config
+
+
+def _user_passes(config: Mapping[str, Any], name: str) -> tuple[Callable[[Any], None], ...]:
+    """The user's own passes at a place, without ours, which options() inside options() has put around them."""
+    given = config.get(name, getattr(torch._inductor.config, name))
+    passes = tuple(given) if isinstance(given, (list, tuple)) else (given,) if given else ()
+    own = (InfusePass, PairRotations)
+    return tuple(user for found in passes for user in (found.before if isinstance(found, own) else (found,)))
 
 
 def _run_before_the_caches(config: dict[str, Any], given: Mapping[str, object], rewrite_pass: InfusePass) -> None:

@@ -6,10 +6,28 @@
 #include <string>
 
 #include "rope/launch.cpp"
+#include "rope/launch_backward.cpp"
+#include "rope/launch_backward_planned.cuh"
 #include "rope/launch_planned.cuh"
+#include "rope/operands.cpp"
 
 using namespace infuse;
 using namespace infuse::rope;
+
+namespace infuse::norm_backward {
+// The kernel is tested with the backward of norms.
+void launch_sum_parts(const SumPartsParams& params, int count, int, cudaStream_t) {
+  for (int i = 0; i < count; ++i) {
+    for (std::uint32_t column = 0; column < params.dim; ++column) {
+      float sum = 0.0f;
+      for (std::uint32_t part = 0; part < params.num_parts; ++part) sum += params.parts[i][part * params.dim + column];
+      if (params.dtype[i] == DType::kFloat32) static_cast<float*>(params.out[i])[column] = sum;
+      if (params.dtype[i] == DType::kFloat16) static_cast<__half*>(params.out[i])[column] = __half(sum);
+      if (params.dtype[i] == DType::kBFloat16) static_cast<__nv_bfloat16*>(params.out[i])[column] = __nv_bfloat16(sum);
+    }
+  }
+}
+}  // namespace infuse::norm_backward
 
 namespace infuse::rope {
 template void launch_planned<DType::kBFloat16>(const char*, const Plan&, DType, bool, const Params&, unsigned, int,
@@ -18,6 +36,9 @@ template void launch_planned<DType::kFloat16>(const char*, const Plan&, DType, b
                                               cudaStream_t);
 template void launch_planned<DType::kFloat32>(const char*, const Plan&, DType, bool, const Params&, unsigned, int,
                                               cudaStream_t);
+template void launch_backward_planned<DType::kBFloat16>(const char*, const PreparedBackward&, cudaStream_t);
+template void launch_backward_planned<DType::kFloat16>(const char*, const PreparedBackward&, cudaStream_t);
+template void launch_backward_planned<DType::kFloat32>(const char*, const PreparedBackward&, cudaStream_t);
 }  // namespace infuse::rope
 
 namespace {
@@ -222,6 +243,87 @@ void test_cache_write(DType dtype, bool wide_positions, const Options& options) 
   }
 }
 
+// The gradients of one tensor's rows against the formula, and the sums for its weight's.
+void check_gradients(const Tensor& dy, const Tensor& x, const Tensor& dx, const Tensor* weight, const Tensor* dweight,
+                     const Tensor& cos, const Tensor& sin, const Options& options) {
+  const std::int64_t dim = x.sizes.back();
+  std::vector<double> sums(static_cast<std::size_t>(dim)), scales(static_cast<std::size_t>(dim));
+  std::vector<double> g(sums.size()), w(sums.size());
+  for (Sizes index(4); index[0] < x.sizes[0];) {
+    double squares = 0, along = 0, largest = 0, ignored;
+    for (index[3] = 0; index[3] < dim; ++index[3]) {
+      const auto i = static_cast<std::size_t>(index[3]);
+      expect(dy, nullptr, &cos, &sin, {}, options, index, &g[i], &ignored);
+      w[i] = weight != nullptr ? options.weight_offset + weight->at({index[3]}) : 1.0;
+      squares += x.at(index) * x.at(index);
+      along += g[i] * w[i] * x.at(index);
+      largest = std::fmax(largest, std::fabs(g[i] * w[i]));
+    }
+    const double rstd = 1 / std::sqrt(squares / static_cast<double>(dim) + options.eps);
+    for (index[3] = 0; index[3] < dim; ++index[3]) {
+      const auto i = static_cast<std::size_t>(index[3]);
+      const double n = x.at(index) * rstd;
+      const double expected = rstd * (g[i] * w[i] - n * along * rstd / static_cast<double>(dim));
+      if (!(std::fabs(dx.at(index) - expected) <= allowed(x.dtype) * (std::fabs(expected) + 1e-1 * rstd * largest))) {
+        std::printf("dx: got %g, expected %g\n", dx.at(index), expected);
+        emulation::die("wrong gradient");
+      }
+      sums[i] += g[i] * n;
+      scales[i] += std::fabs(g[i] * n);
+    }
+    index[3] = 0;
+    for (std::size_t d = 3; d-- > 0;) {
+      if (++index[d] < x.sizes[d] || d == 0) break;
+      index[d] = 0;
+    }
+  }
+  for (std::int64_t i = 0; dweight != nullptr && i < dim; ++i) {
+    const double expected = sums[static_cast<std::size_t>(i)];
+    if (!(std::fabs(dweight->at({i}) - expected) <= allowed(dweight->dtype) * scales[static_cast<std::size_t>(i)])) {
+      std::printf("dweight[%ld]: got %g, expected %g\n", long(i), dweight->at({i}), expected);
+      emulation::die("wrong gradient of a weight");
+    }
+  }
+}
+
+void test_norm_backward(const Case& c, const Norm& norm, Options options, std::int64_t seq_len) {
+  emulation::ranges.clear();
+  options.eps = 1e-3;
+  options.is_backward = true;
+  options.weight_offset = norm.has_weight ? 1.0 : 0.0;
+  const std::int64_t batch = 2, heads[] = {11, 2};
+  const std::int64_t factors = options.per_pair ? c.rotary_dim / 2 : c.rotary_dim;
+  const Sizes table = c.heads_first ? Sizes{seq_len, factors} : Sizes{seq_len, 1, factors};
+  const Tensor cos(c.cos, table, dense(table), 0, false), sin(c.sin, table, dense(table), 0, false);
+  const TensorArg cos_arg = cos.arg("cos"), sin_arg = sin.arg("sin");
+  const DType weight_dtype = norm.wide_weight ? DType::kFloat32 : c.x;
+  std::vector<Tensor> dy, x, dx, weight, dweight;
+  for (const std::int64_t count : heads) {
+    const Sizes own{batch, count, seq_len, c.dim}, other{batch, seq_len, count, c.dim};
+    const Sizes& sizes = c.heads_first ? own : other;
+    dy.push_back(Tensor(c.x, sizes, dense(sizes), 0, false));
+    x.push_back(make_x(c, sizes, false));
+    dx.push_back(make_x(c, sizes, true));
+    weight.push_back(Tensor(weight_dtype, {c.dim}, {1}, 0, false));
+    dweight.push_back(Tensor(weight_dtype, {c.dim}, {1}, 0, true));
+  }
+  const TensorArg x_args[] = {x[0].arg("x"), x[1].arg("other")};
+  const TensorArg weight_args[] = {weight[0].arg("weight"), weight[1].arg("other_weight")};
+  Operand operands[2];
+  for (std::size_t i = 0; i < 2; ++i) {
+    operands[i] = {dy[i].arg("dy"), dx[i].arg("dx"), &cos_arg, &sin_arg, norm.has_weight ? &weight_args[i] : nullptr,
+                   nullptr, true, &x_args[i]};
+  }
+  const PreparedBackward prepared = prepare_backward("qk_norm_rope_bwd_out", operands, 2, options);
+  const Tensor workspace(DType::kFloat32, {prepared.workspace_floats}, {1}, 0, true);
+  void* const dweights[] = {dweight[0].data, dweight[1].data};
+  launch_backward("qk_norm_rope_bwd_out", prepared, reinterpret_cast<float*>(workspace.data), dweights, nullptr);
+  for (std::size_t i = 0; i < 2; ++i) {
+    check_gradients(dy[i], x[i], dx[i], norm.has_weight ? &weight[i] : nullptr, norm.has_weight ? &dweight[i] : nullptr,
+                    cos, sin, options);
+  }
+}
+
 void test_layout() {
   Layout layout;
   // [batch, seq_len, heads] of a contiguous tensor, one table for all batches.
@@ -265,6 +367,20 @@ int main() {
       test({kBFloat16, kBFloat16, kBFloat16, 21, 6, heads_first, 0, 0, 1}, wide, options);
     }
   }
+  for (int form = 0; form < 8; ++form) {
+    Options options;
+    options.interleaved = form & 1;
+    options.per_pair = form & 2;
+    options.inverse = form & 4;
+    for (const bool heads_first : {false, true}) {
+      test_norm_backward({kBFloat16, kBFloat16, kBFloat16, 64, 64, heads_first, 0, 0, 1}, norm, options, 3);
+      test_norm_backward({kFloat16, kFloat32, kFloat32, 80, 32, heads_first, 8, 0, 1}, wide, options, 3);
+      test_norm_backward({kFloat32, kFloat32, kFloat32, 64, 48, heads_first, 4, 0, 1}, bare, options, 3);
+    }
+  }
+  test_norm_backward({kBFloat16, kFloat32, kFloat32, 512, 512, false, 0, 0, 1}, norm, {}, 2);
+  test_norm_backward({kBFloat16, kBFloat16, kBFloat16, 16, 16, true, 0, 0, 1}, norm, {}, 300);
+  test_norm_backward({kFloat32, kFloat32, kFloat32, 256, 256, false, 0, 0, 1}, norm, {}, 1100);  // more than one round
   for (int config = kHeuristic; config < kNumConfigs; ++config) {
     Options options;
     options.config = config;

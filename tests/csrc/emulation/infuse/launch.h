@@ -9,6 +9,8 @@ inline int count_sms(const char*, int) { return 132; }
 
 struct Launch {
   dim3 grid, block;
+  int shared_bytes = 0;
+  bool starts_early = false;
 };
 
 template <typename Params>
