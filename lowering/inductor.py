@@ -298,9 +298,7 @@ def lie_side_by_side(first: Node, second: Node) -> bool:
     return bool(equal(layouts[0].stride[-1], 2) and equal(behind, 1) and all(equal(a, b) for a, b in strides))
 
 
-def call_operator(
-    target: torch._ops.OpOverload, *args: object, as_they_lie: Sequence[Node] = ()
-) -> tuple[Node, ...]:
+def call_operator(target: torch._ops.OpOverload, *args: object, as_they_lie: Sequence[Node] = ()) -> tuple[Node, ...]:
     """An operator with several results, which it allocates itself, as a node of the graph under construction.
 
     as_they_lie: those of the tensors whose elements need not be adjacent.

@@ -1,4 +1,4 @@
-"""Lowering of the gradients of normalised and rotated heads: the kernel where it wins in the graph, else the formula."""
+"""Lowering of the gradients of normalised, rotated heads: the kernel where it wins in the graph, else the formula."""
 
 from __future__ import annotations
 

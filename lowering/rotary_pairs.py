@@ -63,7 +63,9 @@ def _read(node: Node) -> _Rotation | None:
     if node.target is _OPS.qk_norm_rope.default:
         x, cos, sin, weight, bias, eps, centered, offset, cast, eps_as_minimum, *flags = node.args
         if bias is None and not centered and not eps_as_minimum:
-            return _Rotation((x,), (cos, sin), weight, (eps, offset, cast, *flags, False, -1), _OPS.rope_pair.default, 1)
+            return _Rotation(
+                (x,), (cos, sin), weight, (eps, offset, cast, *flags, False, -1), _OPS.rope_pair.default, 1
+            )
     if node.target is _OPS.qk_norm_rope_bwd.default:
         dy, x, cos, sin, weight, *numbers = node.args
         return _Rotation((dy, x), (cos, sin), weight, (*numbers,), _OPS.qk_norm_rope_pair_bwd.default, 2)

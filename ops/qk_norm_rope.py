@@ -100,9 +100,7 @@ class _NormRope(torch.autograd.Function):
     """Of the forms that infuse::qk_norm_rope_bwd knows. x is saved, and nothing that the forward computes."""
 
     @staticmethod
-    def forward(
-        ctx: Any, x: Tensor, cos: Tensor, sin: Tensor, weight: Tensor | None, eps: float, *rest: Any
-    ) -> Tensor:
+    def forward(ctx: Any, x: Tensor, cos: Tensor, sin: Tensor, weight: Tensor | None, eps: float, *rest: Any) -> Tensor:
         ctx.save_for_backward(x, cos, sin, weight)
         ctx.eps, ctx.rest = eps, rest
         return torch.ops.infuse.qk_norm_rope(x, *_arguments(cos, sin, weight, eps, *rest))  # type: ignore[no-any-return]

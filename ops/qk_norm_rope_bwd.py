@@ -150,7 +150,7 @@ def _takes(dy: Tensor, x: Tensor, cos: Tensor, sin: Tensor, weight: Tensor | Non
 def _cuda(
     dy: Tensor, x: Tensor, cos: Tensor, sin: Tensor, weight: Tensor | None, eps: float, offset: float, *rest: Any
 ) -> tuple[Tensor, Tensor]:
-    cast_before_weight, *flags = rest
+    _, *flags = rest
     if not _takes(dy, x, cos, sin, weight, flags[1]):
         return _implementation(dy, x, cos, sin, weight, eps, offset, *rest)
     dx, dweight = _gradients(x, weight)
@@ -174,7 +174,7 @@ def _pair_cuda(
     offset: float,
     *rest: Any,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    cast_before_weight, *flags = rest
+    _, *flags = rest
     same = (weight is None) == (other_weight is None) and (
         weight is None or other_weight is None or weight.dtype == other_weight.dtype
     )
