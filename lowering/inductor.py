@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch._inductor import config, ir
 from torch._inductor.codegen.subgraph import SubgraphChoiceCaller, SubgraphTemplate
-from torch._inductor.custom_graph_pass import CustomGraphPass
+from torch._inductor.custom_graph_pass import CustomGraphPass as CustomGraphPass
 from torch._inductor.decomposition import fast_random_decomps, register_decomposition, select_decomp_table
 from torch._inductor.lowering import needs_realized_inputs, register_lowering
 from torch._inductor.runtime.benchmarking import benchmarker

@@ -58,7 +58,13 @@ def lower(target: Any, formula: Callable[..., Any], pairs: int, *args: Any) -> A
             return "eps is symbolic"
         tables = inductor.example(cos), inductor.example(sin)
         reasons = (
-            op.can_run(inductor.example(x), *tables, weight and inductor.example(weight), inductor.example(dy))
+            op.can_run(
+                inductor.example(x),
+                *tables,
+                None if weight is None else inductor.example(weight),
+                numbers[4],
+                inductor.example(dy),
+            )
             for dy, x, weight in zip(gradients, xs, weights)
         )
         return next(filter(None, reasons), "")

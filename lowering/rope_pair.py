@@ -65,7 +65,8 @@ def lower(*args: Any) -> Any:
         return inductor.call_operator(target, *tensors, *numbers, config, as_they_lie=together)
 
     def can_run() -> str:
-        return op.can_run(*(inductor.example(arg) if inductor.is_tensor(arg) else arg for arg in args))
+        examples: list[Any] = [inductor.example(arg) if inductor.is_tensor(arg) else arg for arg in args]
+        return op.can_run(*examples)
 
     if declined := decline(x, can_run):
         return take(FORMULA, declined)

@@ -56,9 +56,9 @@ def _read(node: Node) -> _Rotation | None:
     if node.kwargs:
         return None
     if node.target in (_OPS.rope.default, _OPS.rope_bwd.default):
-        x, cos, sin, *flags = node.args
-        flags += [False] * (4 - len(flags))
-        numbers = (None, 0.0, False, *flags, node.target is _OPS.rope_bwd.default, -1)
+        x, cos, sin, *given = node.args
+        filled = (*given, *(False for _ in range(4 - len(given))))
+        numbers = (None, 0.0, False, *filled, node.target is _OPS.rope_bwd.default, -1)
         return _Rotation((x,), (cos, sin), None, numbers, _OPS.rope_pair.default, 1)
     if node.target is _OPS.qk_norm_rope.default:
         x, cos, sin, weight, bias, eps, centered, offset, cast, eps_as_minimum, *flags = node.args
@@ -67,8 +67,8 @@ def _read(node: Node) -> _Rotation | None:
                 (x,), (cos, sin), weight, (eps, offset, cast, *flags, False, -1), _OPS.rope_pair.default, 1
             )
     if node.target is _OPS.qk_norm_rope_bwd.default:
-        dy, x, cos, sin, weight, *numbers = node.args
-        return _Rotation((dy, x), (cos, sin), weight, (*numbers,), _OPS.qk_norm_rope_pair_bwd.default, 2)
+        dy, x, cos, sin, weight, *rest = node.args
+        return _Rotation((dy, x), (cos, sin), weight, (*rest,), _OPS.qk_norm_rope_pair_bwd.default, 2)
     return None
 
 

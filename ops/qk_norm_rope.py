@@ -130,8 +130,8 @@ def _differentiable(
     centered, weight_offset, cast_before_weight, eps_as_minimum, *flags = rest
     if bias is not None or centered or eps_as_minimum or cos.requires_grad or sin.requires_grad:
         return None
-    y: Tensor = _NormRope.apply(x, cos, sin, weight, eps, weight_offset, cast_before_weight, *flags)
-    return y
+    apply: Callable[..., Tensor] = _NormRope.apply
+    return apply(x, cos, sin, weight, eps, weight_offset, cast_before_weight, *flags)
 
 
 qk_norm_rope_ref = _formula(rms_norm_ref, layer_norm_ref, rope_ref)

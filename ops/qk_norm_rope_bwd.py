@@ -61,7 +61,9 @@ def qk_norm_rope_pair_bwd_ref(
     return *mine, *qk_norm_rope_bwd_ref(other_dy, other, cos, sin, other_weight, *rest)
 
 
-def can_run(x: Tensor, cos: Tensor, sin: Tensor, weight: Tensor | None, dy: Tensor | None = None) -> str:
+def can_run(
+    x: Tensor, cos: Tensor, sin: Tensor, weight: Tensor | None, per_pair: bool, dy: Tensor | None = None
+) -> str:
     """Why the CUDA kernel cannot take these arguments, "" when it can. Reads shapes, strides and dtypes only."""
     reason = rope_kernels.can_rotate(x, cos, sin) or rope_kernels.can_normalise(x, weight, False)
     if reason:
@@ -70,11 +72,14 @@ def can_run(x: Tensor, cos: Tensor, sin: Tensor, weight: Tensor | None, dy: Tens
         return f"no backward kernel for factors in {cos.dtype} and {sin.dtype} beside x in {x.dtype}"
     if dy is not None and (dy.dtype != x.dtype or not rope_kernels.has_adjacent_elements(dy)):
         return f"no backward kernel for a gradient in {dy.dtype} of strides {tuple(dy.stride())}"
-    dim, factors = x.shape[-1], cos.shape[-1]
+    return _why_no_vectors(x.shape[-1], cos.shape[-1], per_pair, _VECTOR_BYTES // x.itemsize)
+
+
+def _why_no_vectors(dim: object, factors: object, per_pair: bool, elements: int) -> str:
+    """Why lanes of one warp cannot hold a row in vectors of so many elements, "" when they can."""
     if not isinstance(dim, int) or not isinstance(factors, int):
         return "no backward kernel for a symbolic size of a head"
-    elements = _VECTOR_BYTES // x.itemsize
-    if dim % elements or factors % elements or dim > 2 * _LANES * elements:
+    if dim % elements or factors % (elements if per_pair else 2 * elements) or dim > 2 * _LANES * elements:
         return f"no backward kernel for {factors} factors of {dim} elements"
     return ""
 
@@ -138,7 +143,7 @@ def _pair_implementation(
 
 def _takes(dy: Tensor, x: Tensor, cos: Tensor, sin: Tensor, weight: Tensor | None, per_pair: bool) -> bool:
     """Whether the kernel can run on these very tensors. A table of cos and sin side by side is read as it lies."""
-    if library.missing(x.device) or can_run(x, cos, sin, weight, dy) or not x.numel():
+    if library.missing(x.device) or can_run(x, cos, sin, weight, per_pair, dy) or not x.numel():
         return False
     together = per_pair and cos.stride(-1) == 2 and sin.data_ptr() == cos.data_ptr() + cos.itemsize
     tables = [cos] if together else [cos, sin]
