@@ -55,7 +55,7 @@ def _cannot_run(kind: str, x: Tensor, args: Sequence[object], training: bool, se
         if reason := qk_norm_rope.can_run(*args):  # type: ignore[arg-type]
             return reason
         per_pair = args[_INTERLEAVED[kind] + 1]
-        return qk_norm_rope_bwd.can_run(*args[:4], per_pair) if training else ""  # type: ignore[arg-type]
+        return qk_norm_rope_bwd.can_run(*args[:4], per_pair) if training else ""  # type: ignore[call-arg, arg-type]
     _, cos, sin, *_ = args
     assert isinstance(cos, Tensor) and isinstance(sin, Tensor)
     return rope_kernels.can_rotate(x, cos, sin)

@@ -13,6 +13,7 @@ from torch._inductor.utils import run_and_get_code
 import infuse
 from infuse.backend import inductor_config
 from infuse.lowering import decisions, profit
+from infuse.lowering.heuristics import rope as heuristics
 from infuse.lowering.rotary_pairs import PairRotations
 from infuse.ops import library
 from infuse.ops.rope_pair import can_run, rope_pair_ref
@@ -89,6 +90,27 @@ def test_the_gradients_of_both_are_one_call_too() -> None:
     torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-4)
     assert [code.count(CALL) for code in codes[-2:]] == [1, 1]
     assert "True, False, False, False, True, -1)" in codes[-1]  # interleaved ..., is_backward
+
+
+def test_the_gradients_of_norms_and_rotations_are_one_call(monkeypatch: pytest.MonkeyPatch) -> None:
+    def loss(x: Tensor, q_matrix: Tensor, k_matrix: Tensor, cos: Tensor, sin: Tensor, weight: Tensor) -> Tensor:
+        q, k = (
+            OPS.qk_norm_rope(heads(x, matrix), cos[:, None], sin[:, None], weight, *NORM, *FLAGS)
+            for matrix in (q_matrix, k_matrix)
+        )
+        return (q.flatten(2) @ q_matrix + k.flatten(2) @ k_matrix).pow(2).sum()
+
+    monkeypatch.setattr(heuristics, "_MANY_ELEMENTS", 1)
+    args = inputs()
+    wanted = [arg.requires_grad_() for arg in (args[0], args[5])]
+    expected = torch.autograd.grad(loss(*args), wanted)
+    function = torch.compile(loss, backend="infuse")
+    got, codes = run_and_get_code(lambda: torch.autograd.grad(function(*args), wanted))
+    for mine, theirs in zip(got, expected):
+        torch.testing.assert_close(mine, theirs, rtol=1e-4, atol=1e-4)
+    assert codes[-2].count(CALL) == 1
+    assert codes[-1].count("torch.ops.infuse.qk_norm_rope_pair_bwd.default(") == 1
+    assert "torch.ops.infuse.qk_norm_rope_bwd." not in codes[-1]
 
 
 @pytest.mark.parametrize("difference", ["tables", "flags", "order"])
