@@ -31,7 +31,7 @@ define(
 )
 
 # The operators that the kernels serve.
-OPERATORS = ("rope", "rope_bwd", "qk_norm_rope", "rope_cache_write")
+OPERATORS = ("rope", "rope_bwd", "qk_norm_rope", "qk_norm_rope_bwd", "rope_cache_write")
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 _MAX_DIMS = 4  # of a tensor that is rotated: two besides the heads and the last
 
