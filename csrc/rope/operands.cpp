@@ -238,7 +238,8 @@ Work gather(const char* op, const Operand* operands, int count, const Options& o
         ", expected an even number of at most ", dim);
 
   Work work;
-  work.problem = {dim, rotary_dim, 0, 0, size_bytes(first.x.dtype), kVectorBytes, 0, kVectorBytes, false};
+  work.problem = {dim, rotary_dim, 0, 0, size_bytes(first.x.dtype), kVectorBytes, 0, kVectorBytes, false, false};
+  work.problem.wide_factors = first.cos->dtype == DType::kFloat32 && first.x.dtype != DType::kFloat32;
   set_options(first, options, &work.params);
   for (int i = 0; i < count; ++i) {
     if (!is_empty(operands[i].x)) add_part(op, operands[i], options, &work);

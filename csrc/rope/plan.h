@@ -23,8 +23,7 @@ constexpr Config kConfigs[] = {
     {"heads2x2x64", 2, 2, 64},  // 2
     {"heads4x2x64", 4, 2, 64},  // 3
     {"heads1x4x64", 1, 4, 64},  // 4
-    {"heads1x2x64", 1, 2, 64},  // 5
-    {"heads4x64", 4, 1, 64},    // 6
+    {"heads4x64", 4, 1, 64},    // 5
 };
 constexpr int kNumConfigs = sizeof(kConfigs) / sizeof(kConfigs[0]);
 constexpr int kHeuristic = -1;
@@ -44,6 +43,7 @@ struct Problem {
   int weight_size_bytes;       // 0 without
   int weight_alignment_bytes;  // of all weights
   bool has_norm;
+  bool wide_factors;  // tables of float32 beside a narrower x
 };
 
 struct Plan {
@@ -70,13 +70,12 @@ constexpr int lanes_of_row(const Problem& problem) {
   return lanes <= kWarpLanes ? lanes : 0;
 }
 
-// Many heads a lane, so that what it does once for all of them does not count, when there are lanes enough for that;
-// with few rows small CTAs, so that all SMs work. The bounds are those of an H200 (benchmarks/rope.py).
+// Two heads at a time, four where the factors are wide and have to be converted or taken apart before they are used, and
+// no batches: small CTAs that come and go keep more loads in flight than long ones. With few rows one head, so that all
+// SMs work. The bounds are those of an H200 (benchmarks/rope.py).
 constexpr int choose_config(const Problem& problem, int lanes, int num_sms) {
-  const std::int64_t all = problem.rows * lanes, fill = std::int64_t{1024} * num_sms;
-  if (all < fill || problem.heads < 2) return 0;
-  if (problem.has_norm) return all < 3 * fill ? 1 : problem.heads >= 8 ? 3 : problem.heads >= 4 ? 4 : 1;
-  return all < 2 * fill || all >= 8 * fill || problem.heads < 4 ? 1 : 2;
+  if (problem.rows * lanes < std::int64_t{1024} * num_sms || problem.heads < 2) return 0;
+  return problem.wide_factors ? 5 : 1;
 }
 
 // `config` is kHeuristic or an index into kConfigs.
