@@ -65,6 +65,11 @@ def max_autotune() -> bool:
     return bool(config.max_autotune or config.max_autotune_pointwise)
 
 
+def cuda_graphs() -> bool:
+    """Whether the generated code is to be captured and replayed."""
+    return bool(config.triton.cudagraphs)
+
+
 def is_tensor(value: object) -> bool:
     return isinstance(value, ir.IRNode)
 

@@ -13,7 +13,7 @@ from infuse import build
 from infuse.lowering import inductor, profit
 from infuse.lowering.decisions import Decision, record
 from infuse.lowering.heuristics import norm as heuristics
-from infuse.ops import library
+from infuse.ops import library, norm_kernels
 
 FORMULA = "decomposition"
 
@@ -101,9 +101,16 @@ def lower(norm: Norm, given: Sequence[Any]) -> Any:
     """The IR node, or nodes, of the results."""
     args = _with_defaults(norm, given)
     x = args[0]
-    rows, row_size = inductor.rows_and_row_size(x)
-    capability = library.capability(x.get_device())
-    problem = heuristics.Problem(norm.kind, rows, row_size, x.get_dtype().itemsize, capability)
+    with inductor.fake_mode():
+        scattered = norm_kernels.are_scattered(inductor.example(x))
+    problem = heuristics.Problem(
+        norm.kind,
+        *inductor.rows_and_row_size(x),
+        x.get_dtype().itemsize,
+        library.capability(x.get_device()),
+        scattered=scattered,
+        captured=inductor.cuda_graphs(),
+    )
     described = f"{problem.rows}x{problem.row_size} {x.get_dtype()}"
 
     def take(
@@ -117,15 +124,23 @@ def lower(norm: Norm, given: Sequence[Any]) -> Any:
     if inductor.settings_in_effect().kernels == "always":
         return take("kernel_-1", "kernels are always taken")
     around = inductor.neighbours(args[: norm.rows], inductor.current_node(), norm.results)
-    if not inductor.max_autotune():
-        well = around.passes == 0 and heuristics.runs_well(problem)
-        return take("kernel_-1" if well else FORMULA, "by stored measurements")
+    if inductor.max_autotune():
+        timings, how = _measure(norm, args, problem), "measured"
+    else:
+        timings, how = heuristics.expected_times(problem, norm.passes), "by stored measurements"
+    # The formula may read tensors twice: a pass that fusing would save costs what one costs the fastest.
+    passes = norm.passes * timings.get(FORMULA, 0.0) / min(timings.values(), default=1.0)
+    label, costs = profit.choose(timings, FORMULA, passes, around.passes)
+    why = f"{how}; fusing with the neighbours saves {around.passes} passes"
+    return take(label, why, timings if how == "measured" else None, costs if how == "measured" else None)
+
+
+def _measure(norm: Norm, args: Sequence[Any], problem: heuristics.Problem) -> Mapping[str, float]:
+    """Milliseconds of the formula and of every configuration."""
     configs = heuristics.configurations(problem, len(library.configurations("norm")))
     kernels = {f"kernel_{config}": _kernel(norm, args, config) for config in configs}
     layout = inductor.output_layout(norm.fake, args)
-    timings = inductor.measure(f"infuse_{norm.kind}", kernels, {FORMULA: norm.formula}, args, layout)
-    label, costs = profit.choose(timings, FORMULA, norm.passes, around.passes)
-    return take(label, f"measured; fusing with the neighbours saves {around.passes} passes", timings, costs)
+    return inductor.measure(f"infuse_{norm.kind}", kernels, {FORMULA: norm.formula}, args, layout)
 
 
 def _config_of(label: str) -> int:

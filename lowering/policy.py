@@ -95,8 +95,21 @@ def _place_norm(
         return Placement("default", "kernel")
     if max_autotune:
         return Placement("default", "kernel or decomposition, measured")
+    return _place_unmeasured(kind, x)
+
+
+def _place_unmeasured(kind: str, x: Tensor) -> Placement:
+    """By what the kernel can gain at best: whether there will be CUDA graphs is known to the lowering."""
     rows = x.numel() // x.shape[-1] if isinstance(x.numel(), int) and x.numel() else 0
-    sizes = (rows, int(x.shape[-1]), x.dtype.itemsize)
-    if rows and norm_heuristics.runs_well(norm_heuristics.Problem(kind, *sizes, library.capability(x.device))):
+    problem = norm_heuristics.Problem(
+        kind,
+        rows,
+        int(x.shape[-1]),
+        x.dtype.itemsize,
+        library.capability(x.device),
+        scattered=norm_kernels.are_scattered(x),
+        captured=True,
+    )
+    if rows and norm_heuristics.factor(problem) > 1:
         return Placement("default", "kernel unless Inductor could fuse its neighbours")
     return _inline("Inductor fuses it with its neighbours")

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import torch
 from torch import Tensor
 
@@ -34,3 +36,16 @@ def can_run(
         if rows is not None and isinstance(rows.shape[-1], int) and rows.shape[-1] > 1 and rows.stride(-1) != 1:
             return f"no kernel for a last dimension of stride {rows.stride(-1)}"
     return ""
+
+
+def are_scattered(x: Tensor) -> bool:
+    """Whether the rows of x [..., D] do not lie at one distance from each other, as heads inside a packed tensor.
+
+    False where that depends on symbolic sizes.
+    """
+    leading = [
+        (size, stride) for size, stride in zip(x.shape[:-1], x.stride()) if not isinstance(size, int) or size != 1
+    ]
+    if not all(isinstance(number, int) for pair in leading for number in pair):
+        return False
+    return any(outer != size * stride for (_, outer), (size, stride) in itertools.pairwise(leading))

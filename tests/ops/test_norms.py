@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.library import opcheck
 
 import infuse
-from infuse.ops import problems
+from infuse.ops import norm_kernels, problems
 from infuse.ops import rms_norm as op
 from tests.tolerances import assert_close_to_fp64, error
 
@@ -196,6 +196,13 @@ def test_the_kernel_takes_what_it_says() -> None:
 
 def bounded_below(x: Tensor, weight: Tensor, minimum: float) -> Tensor:
     return x / x.pow(2).mean(-1, keepdim=True).clamp(min=minimum).sqrt() * weight
+
+
+def test_rows_at_one_distance_are_not_scattered() -> None:
+    packed = torch.empty(2, 8, 6, 16)
+    together = packed, packed[:, :, 1:2], packed[..., :8], packed[:1, 1:5], packed[0, 0, 0], packed[:, :1, 0]
+    assert not any(norm_kernels.are_scattered(x) for x in together)
+    assert all(norm_kernels.are_scattered(x) for x in (packed[:, :, :4], packed.transpose(0, 1), packed[:, 1:, 0]))
 
 
 def test_eps_as_minimum_bounds_the_mean_of_squares() -> None:
