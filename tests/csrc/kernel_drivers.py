@@ -12,6 +12,7 @@ below a thousand launches, which is a few seconds under the slowest tool.
 
 from __future__ import annotations
 
+import itertools
 import math
 import sys
 from collections.abc import Callable, Iterator
@@ -20,6 +21,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
+import infuse.ops.qk_norm_rope_bwd  # noqa: F401, defines its operators
 from infuse.ops import library, rope_kernels
 from tests.ops.norm_forms import BF16, FEW, FORMS, FP16, FP32, Form
 
@@ -224,6 +226,35 @@ def rope_cache_write(device: torch.device) -> Iterator[Launch]:
                         *(q, k, v, *tables, *tables, positions, positions),
                         *(*norm, 0.0, False, *PLAIN, config, *caches, torch.empty_like(q)),
                     )
+
+
+@driver
+def qk_norm_rope_backward(device: torch.device) -> Iterator[Launch]:
+    """Of q and k in one launch, of one alone, with and without weights; what has no vectors has no kernel."""
+    for dtype, table_dtype, weight_dtype in (
+        (BF16, BF16, BF16),
+        (BF16, FP32, FP32),
+        (FP16, FP16, None),
+        (FP32, FP32, FP32),
+    ):
+        make = partial(random, dtype=dtype, device=device)
+        for dim, rotary_dim in ((128, 128), (80, 32), (256, 256)):
+            q, k, _ = make(2, 37, 5 + 2 + 2, dim).split((5, 2, 2), dim=2)
+            for flags in itertools.product((False, True), (False, True), (False, True), (False,)):
+                tables = _tables(37, rotary_dim, table_dtype, device, per_pair=flags[1])
+                weights = [_vector(dim, dtype=weight_dtype, device=device) for _ in range(2)]
+                dweights = [None if weight is None else torch.empty_like(weight) for weight in weights]
+                dys = [make(*x.shape) for x in (q, k)]
+                dxs = [torch.empty_like(x) for x in (q, k)]
+                numbers = (EPS, 1.0, *flags)
+                yield partial(
+                    OPS.qk_norm_rope_bwd_out,
+                    *(dys[0], q, dys[1], k, *tables, *weights, *numbers, *dxs, *dweights),
+                )
+                yield partial(
+                    OPS.qk_norm_rope_bwd_out,
+                    *(dys[0], q, None, None, *tables, weights[0], None, *numbers, dxs[0], None, dweights[0], None),
+                )
 
 
 if __name__ == "__main__":
