@@ -14,28 +14,23 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from infuse.ops import checks, library, norm_kernels
+from infuse.ops import checks, library, norm_kernels, norm_sharding
 from infuse.ops.layer_norm import (
     FLAGS,
     check_arguments,
-    gradient_of,
     layer_norm_bwd_ref,
     layer_norm_fwd_ref,
     layer_norm_ref,
     output_dtype,
-    row_placements,
-    whole,
 )
 from infuse.ops.norm_backward import norm_backward
 from infuse.ops.registration import (
-    Placements,
     define,
     differentiate,
     implement,
     register,
     register_differentiable,
     register_fake,
-    register_sharding,
 )
 from infuse.ops.rms_norm import statistics_dtype
 
@@ -262,30 +257,6 @@ def _bwd_cuda(
     return norm_backward(dy, *arguments) or add_layer_norm_bwd_ref(dy, *arguments, cast_before_weight)
 
 
-def _rules(x: Any, weight: Any, bias: Any, num_outputs: int, flags: tuple[Any, ...]) -> Placements:
-    rest = [whole(weight), whole(bias), *(None for _ in flags)]
-    return [([rows] * num_outputs, [rows, rows, *rest]) for rows in row_placements(x)]
-
-
-def _sharding(x: Any, residual: Any, weight: Any, bias: Any, *flags: Any) -> Placements:
-    return _rules(x, weight, bias, 2, flags)
-
-
-def _fwd_sharding(x: Any, residual: Any, weight: Any, bias: Any, *flags: Any) -> Placements:
-    return _rules(x, weight, bias, 4, flags)
-
-
-def _bwd_sharding(
-    dy: Any, dsum: Any, total: Any, weight: Any, bias: Any, mean: Any, rstd: Any, *flags: Any
-) -> Placements:
-    rules: list[tuple[list[Any], list[Any]]] = []
-    for rows in row_placements(total):
-        gradients = [rows, gradient_of(weight, rows), gradient_of(bias, rows)]
-        rest = [whole(weight), whole(bias), rows, rows, *(None for _ in flags)]
-        rules.append((gradients, [rows, rows, rows, *rest]))
-    return rules
-
-
 register_differentiable(
     "add_layer_norm",
     ARGUMENTS,
@@ -325,9 +296,7 @@ register_fake("add_layer_norm_kernel", lambda *arguments: add_layer_norm_fake(*a
 implement("add_layer_norm", _cuda, "CUDA")
 implement("add_layer_norm_fwd", _fwd_cuda, "CUDA")
 implement("add_layer_norm_bwd", _bwd_cuda, "CUDA")
-register_sharding("add_layer_norm", _sharding)
-register_sharding("add_layer_norm_fwd", _fwd_sharding)
-register_sharding("add_layer_norm_bwd", _bwd_sharding)
+norm_sharding.register("add_layer_norm")
 
 
 def add_layer_norm(

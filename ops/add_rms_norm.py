@@ -13,17 +13,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from infuse.ops import checks, library, norm_kernels
+from infuse.ops import checks, library, norm_kernels, norm_sharding
 from infuse.ops.norm_backward import norm_backward
 from infuse.ops.registration import (
-    Placements,
     define,
     differentiate,
     implement,
     register,
     register_differentiable,
     register_fake,
-    register_sharding,
 )
 from infuse.ops.rms_norm import (
     FLAGS,
@@ -245,36 +243,6 @@ def _bwd_cuda(
     return found[:2]
 
 
-def _rules(x: Any, weight: Any, num_outputs: int, flags: tuple[Any, ...]) -> Placements:
-    from torch.distributed.tensor import Replicate, Shard
-
-    whole = None if weight is None else Replicate()
-    placements = [Replicate(), *(Shard(dim) for dim in range(len(x.shape) - 1))]
-    return [([place] * num_outputs, [place, place, whole, *(None for _ in flags)]) for place in placements]
-
-
-def _sharding(x: Any, residual: Any, weight: Any, *flags: Any) -> Placements:
-    """Any dimension but the last; the weight is whole everywhere."""
-    return _rules(x, weight, 2, flags)
-
-
-def _fwd_sharding(x: Any, residual: Any, weight: Any, *flags: Any) -> Placements:
-    return _rules(x, weight, 3, flags)
-
-
-def _bwd_sharding(dy: Any, dsum: Any, total: Any, weight: Any, rstd: Any, *flags: Any) -> Placements:
-    """Sharded rows give partial sums of the weight's gradient."""
-    from torch.distributed.tensor import Partial, Replicate, Shard
-
-    whole = None if weight is None else Replicate()
-    partial = Replicate() if weight is None else Partial()
-    rules: list[tuple[list[Any], list[Any]]] = []
-    for place in [Replicate(), *(Shard(dim) for dim in range(len(total.shape) - 1))]:
-        dweight = Replicate() if place.is_replicate() else partial
-        rules.append(([place, dweight], [place, place, place, whole, place, *(None for _ in flags)]))
-    return rules
-
-
 register_differentiable(
     "add_rms_norm",
     ARGUMENTS,
@@ -315,9 +283,7 @@ register_fake("add_rms_norm_kernel", lambda *arguments: add_rms_norm_fake(*argum
 implement("add_rms_norm", _cuda, "CUDA")
 implement("add_rms_norm_fwd", _fwd_cuda, "CUDA")
 implement("add_rms_norm_bwd", _bwd_cuda, "CUDA")
-register_sharding("add_rms_norm", _sharding)
-register_sharding("add_rms_norm_fwd", _fwd_sharding)
-register_sharding("add_rms_norm_bwd", _bwd_sharding)
+norm_sharding.register("add_rms_norm")
 
 
 def add_rms_norm(

@@ -23,16 +23,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from infuse.ops import checks, library, norm_kernels
-from infuse.ops.layer_norm import gradient_of, row_placements, whole
+from infuse.ops import checks, library, norm_kernels, norm_sharding
 from infuse.ops.registration import (
-    Placements,
     define,
     differentiate,
     implement,
     register,
     register_differentiable,
-    register_sharding,
 )
 from infuse.ops.rms_norm import statistics_dtype
 
@@ -285,28 +282,6 @@ def _fwd_cuda(x: Tensor, gate: Tensor, weight: Tensor | None, eps: float, *flags
     return y, rstd
 
 
-def _rules(x: Any, weight: Any, num_outputs: int, flags: tuple[Any, ...]) -> Placements:
-    rest = [whole(weight), *(None for _ in flags)]
-    return [([rows] * num_outputs, [rows, rows, *rest]) for rows in row_placements(x)]
-
-
-def _sharding(x: Any, gate: Any, weight: Any, *flags: Any) -> Placements:
-    """Any dimension but the last; the weight is whole everywhere."""
-    return _rules(x, weight, 1, flags)
-
-
-def _fwd_sharding(x: Any, gate: Any, weight: Any, *flags: Any) -> Placements:
-    return _rules(x, weight, 2, flags)
-
-
-def _bwd_sharding(dy: Any, x: Any, gate: Any, weight: Any, rstd: Any, *flags: Any) -> Placements:
-    rules: list[tuple[list[Any], list[Any]]] = []
-    for rows in row_placements(x):
-        inputs = [rows, rows, rows, whole(weight), rows, *(None for _ in flags)]
-        rules.append(([rows, rows, gradient_of(weight, rows)], inputs))
-    return rules
-
-
 register_differentiable(
     "gated_rms_norm",
     ARGUMENTS,
@@ -338,9 +313,7 @@ define(
 )
 implement("gated_rms_norm", _cuda, "CUDA")
 implement("gated_rms_norm_fwd", _fwd_cuda, "CUDA")
-register_sharding("gated_rms_norm", _sharding)
-register_sharding("gated_rms_norm_fwd", _fwd_sharding)
-register_sharding("gated_rms_norm_bwd", _bwd_sharding)
+norm_sharding.register("gated_rms_norm")
 
 
 def gated_rms_norm(

@@ -16,16 +16,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from infuse.ops import checks, library, norm_kernels
+from infuse.ops import checks, library, norm_kernels, norm_sharding
 from infuse.ops.norm_backward import norm_backward
 from infuse.ops.registration import (
-    Placements,
     define,
     differentiate,
     implement,
     register,
     register_differentiable,
-    register_sharding,
 )
 from infuse.ops.rms_norm import statistics_dtype
 
@@ -262,44 +260,6 @@ def _bwd_cuda(
     return norm_backward(dy, None, *arguments) or layer_norm_bwd_ref(dy, *arguments, cast_before_weight)
 
 
-def row_placements(x: Any) -> list[Any]:
-    """Whole, or sharded over any dimension but the last."""
-    from torch.distributed.tensor import Replicate, Shard
-
-    return [Replicate(), *(Shard(dim) for dim in range(len(x.shape) - 1))]
-
-
-def whole(vector: Any) -> Any:
-    """The placement of a weight or a bias."""
-    from torch.distributed.tensor import Replicate
-
-    return None if vector is None else Replicate()
-
-
-def gradient_of(vector: Any, rows: Any) -> Any:
-    """The placement of a weight's or a bias's gradient: sharded rows give partial sums of it."""
-    from torch.distributed.tensor import Partial, Replicate
-
-    return Replicate() if vector is None or rows.is_replicate() else Partial()
-
-
-def _sharding(x: Any, weight: Any, bias: Any, *flags: Any) -> Placements:
-    rest = [whole(weight), whole(bias), *(None for _ in flags)]
-    return [([rows], [rows, *rest]) for rows in row_placements(x)]
-
-
-def _fwd_sharding(x: Any, weight: Any, bias: Any, *flags: Any) -> Placements:
-    return [(outputs * 3, inputs) for outputs, inputs in _sharding(x, weight, bias, *flags)]
-
-
-def _bwd_sharding(dy: Any, x: Any, weight: Any, bias: Any, mean: Any, rstd: Any, *flags: Any) -> Placements:
-    rules: list[tuple[list[Any], list[Any]]] = []
-    for rows in row_placements(x):
-        gradients = [rows, gradient_of(weight, rows), gradient_of(bias, rows)]
-        rules.append((gradients, [rows, rows, whole(weight), whole(bias), rows, rows, *(None for _ in flags)]))
-    return rules
-
-
 register_differentiable(
     "layer_norm",
     ARGUMENTS,
@@ -332,9 +292,7 @@ define(
 implement("layer_norm", _cuda, "CUDA")
 implement("layer_norm_fwd", _fwd_cuda, "CUDA")
 implement("layer_norm_bwd", _bwd_cuda, "CUDA")
-register_sharding("layer_norm", _sharding)
-register_sharding("layer_norm_fwd", _fwd_sharding)
-register_sharding("layer_norm_bwd", _bwd_sharding)
+norm_sharding.register("layer_norm")
 
 
 def layer_norm(

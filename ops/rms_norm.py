@@ -16,16 +16,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from infuse.ops import checks, library, norm_kernels
+from infuse.ops import checks, library, norm_kernels, norm_sharding
 from infuse.ops.norm_backward import norm_backward
 from infuse.ops.registration import (
-    Placements,
     define,
     differentiate,
     implement,
     register,
     register_differentiable,
-    register_sharding,
 )
 
 FLAGS = "float weight_offset=0.0, bool cast_before_weight=False, bool eps_as_minimum=False"
@@ -265,32 +263,6 @@ def _bwd_cuda(
     return found[:2]
 
 
-def _sharding(x: Any, weight: Any, *flags: Any) -> Placements:
-    """Any dimension but the last; the weight is whole everywhere."""
-    from torch.distributed.tensor import Replicate, Shard
-
-    def rule(x_placement: Any) -> tuple[list[Any], list[Any]]:
-        return [x_placement], [x_placement, None if weight is None else Replicate(), *(None for _ in flags)]
-
-    return [rule(Replicate()), *(rule(Shard(dim)) for dim in range(len(x.shape) - 1))]
-
-
-def _fwd_sharding(x: Any, weight: Any, *flags: Any) -> Placements:
-    return [(outputs * 2, inputs) for outputs, inputs in _sharding(x, weight, *flags)]
-
-
-def _bwd_sharding(dy: Any, x: Any, weight: Any, rstd: Any, *flags: Any) -> Placements:
-    """Sharded rows give partial sums of the weight's gradient."""
-    from torch.distributed.tensor import Partial, Replicate, Shard
-
-    def rule(placement: Any, dweight: Any) -> tuple[list[Any], list[Any]]:
-        whole = None if weight is None else Replicate()
-        return [placement, dweight], [placement, placement, whole, placement, *(None for _ in flags)]
-
-    partial = Replicate() if weight is None else Partial()
-    return [rule(Replicate(), Replicate()), *(rule(Shard(dim), partial) for dim in range(len(x.shape) - 1))]
-
-
 register_differentiable(
     "rms_norm",
     ARGUMENTS,
@@ -323,9 +295,7 @@ define(
 implement("rms_norm", _cuda, "CUDA")
 implement("rms_norm_fwd", _fwd_cuda, "CUDA")
 implement("rms_norm_bwd", _bwd_cuda, "CUDA")
-register_sharding("rms_norm", _sharding)
-register_sharding("rms_norm_fwd", _fwd_sharding)
-register_sharding("rms_norm_bwd", _bwd_sharding)
+norm_sharding.register("rms_norm")
 
 
 def rms_norm(
