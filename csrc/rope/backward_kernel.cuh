@@ -143,6 +143,8 @@ template <typename X, typename Factor>
 __global__ __launch_bounds__(kBackwardThreads, kBackwardCtasPerSm) void norm_backward_kernel(
     const __grid_constant__ Params params) {
   constexpr int kElems = kVectorBytes / static_cast<int>(sizeof(X));
+  // The next row is loaded while this one is worked on, unless wide factors take the registers for it.
+  constexpr bool kAhead = sizeof(Factor) == sizeof(X);
   wait_for_previous_kernel();
 #pragma unroll 1
   for (std::uint32_t p = 0; p < params.num_parts; ++p) {
@@ -167,13 +169,15 @@ __global__ __launch_bounds__(kBackwardThreads, kBackwardCtasPerSm) void norm_bac
       for (std::uint32_t h = 0; h < params.batches; ++h) {
         dy_row += part.x_stride[2];
         x_row += part.saved_stride[2];
-        next.load(dy_row, x_row, slot, h + 1 < params.batches && h + 1 < heads);
+        const bool has_next = h + 1 < params.batches && h + 1 < heads;
+        if constexpr (kAhead) next.load(dy_row, x_row, slot, has_next);
         differentiate(params, slot, h < heads, cos, sin, row, weight);
 #pragma unroll
         for (int v = 0; v < 2; ++v) {
           if (slot.valid[v] && h < heads) store(dx_row + slot.offset[v], row.x[v]);
         }
         dx_row += part.out_stride[2];
+        if constexpr (!kAhead) next.load(dy_row, x_row, slot, has_next);
         row = next;
       }
     }

@@ -292,6 +292,28 @@ def test_cache_write_in_a_cuda_graph_follows_the_positions() -> None:
     assert torch.equal(caches[1][:, :, 4:5], v)
 
 
+def test_layers_in_one_cuda_graph_write_their_own_caches() -> None:
+    """Three layers' launches in a row, each into caches of its own; nothing else changes, and q lies in new memory."""
+    cos, sin = tables((2,), 64, False, BF16)
+    positions = torch.tensor([3, 5], device="cuda")
+    inputs = [[random(1, heads, 2, 64) for heads in (8, 2, 2)] for _ in range(3)]
+    caches = [(random(1, 2, 16, 64), random(1, 2, 16, 64)) for _ in range(3)]
+    expected = [[cache.clone() for cache in pair] for pair in caches]
+    unchanged = [[tensor.clone() for tensor in layer] for layer in inputs]
+    write(*inputs[0], cos, sin, positions, (torch.empty_like(caches[0][0]), torch.empty_like(caches[0][1])), None)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        outs = [write(*layer, cos, sin, positions, pair, None) for layer, pair in zip(inputs, caches)]
+    graph.replay()
+    for (q, k, v), out, pair, right, before in zip(inputs, outs, caches, expected, unchanged):
+        right[0][:, :, positions] = rotate(k, cos, sin, (False, False, False, False))
+        right[1][:, :, positions] = v
+        assert torch.equal(out, rotate(q, cos, sin, (False, False, False, False)))
+        assert all(torch.equal(cache, other) for cache, other in zip(pair, right))
+        assert all(torch.equal(tensor, other) for tensor, other in zip((q, k, v), before))
+        assert out.data_ptr() not in {tensor.data_ptr() for tensor in (q, k, v, *pair)}
+
+
 # --- compiled --------------------------------------------------------------------------------------------------------
 
 
