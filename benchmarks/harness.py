@@ -107,6 +107,7 @@ class Contestant:
     """An implementation that gave the right answer and is ready to be timed."""
 
     impl: Impl
+    function: Function  # a method `remark` of it, if there is one, adds to the rows' notes
     timed: Timed
     peak_bytes: int | None
 
@@ -205,7 +206,8 @@ class Session:
             try:
                 answers = [(found, expected[index]) for index, found in contestant.timed.last if index in expected]
                 error = max(check("timed run", found, right, allowed) for found, right in answers)
-                note = ", ".join(filter(None, [contestant.impl.note, _paired_note(name, stats)]))
+                remark = getattr(contestant.function, "remark", str)
+                note = ", ".join(filter(None, [contestant.impl.note, remark(), _paired_note(name, stats)]))
                 rows.append(self.row(case, name, stats[name], error, contestant.peak_bytes, note))
             except (WrongAnswer, AboveRoofline) as failure:
                 failures[name] = failure
@@ -231,7 +233,7 @@ class Session:
             timed.run()
         self.device.synchronize()
         print(f"  {impl.name}: ready in {time.perf_counter() - begin:.1f} s", flush=True)
-        return Contestant(impl, timed, peak_bytes)
+        return Contestant(impl, function, timed, peak_bytes)
 
     def _input_sets(self, case: Case) -> list[Inputs]:
         """Enough sets that a sample takes a while and no set is still in the last-level cache when its turn comes."""

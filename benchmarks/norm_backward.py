@@ -28,8 +28,10 @@ from norms import norm_weight, random
 from torch import Tensor
 from torch.nn import functional as F
 
+Modes = Sequence[tuple[str, str | None]]
 # dy and dsum are drawn around zero, as gradients are; the reference follows from them in fp64.
-MODES = (("", None), ("-max-autotune", NO_CUDAGRAPHS))
+DEFAULT: Modes = (("", None),)
+MODES: Modes = (*DEFAULT, ("-max-autotune", NO_CUDAGRAPHS))
 
 
 def rms_norm_backward(dy: Tensor, x: Tensor, weight: Tensor, rstd: Tensor) -> tuple[Tensor, Tensor]:
@@ -62,6 +64,21 @@ def layer_norm_backward(
     return dx.to(x.dtype), dweight, dbias
 
 
+def gated_rms_norm_backward(
+    dy: Tensor, x: Tensor, gate: Tensor, weight: Tensor, rstd: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """What autograd derives from Mamba-2's norm, rms_norm(x * silu(gate))."""
+    wide = torch.promote_types(x.dtype, torch.float32)
+    h, z, rstd = x.to(wide), gate.to(wide), rstd.unsqueeze(-1)
+    sigmoid = torch.sigmoid(z)
+    act, slope = z * sigmoid, sigmoid * (1 + z * (1 - sigmoid))
+    n = h * act * rstd
+    dweight = (dy.to(wide) * n).flatten(0, -2).sum(0).to(weight.dtype)
+    g = dy.to(wide) * weight.to(wide)
+    dh = rstd * (g - n * (g * n).mean(-1, keepdim=True))
+    return (dh * act).to(x.dtype), (dh * h * slope).to(gate.dtype), dweight
+
+
 def builtin(dy: Tensor, x: Tensor, weight: Tensor, rstd: Tensor) -> tuple[Tensor, Tensor]:
     """F.rms_norm's own backward, where there is one for the device."""
     found: tuple[Tensor, Tensor] = torch.ops.aten._fused_rms_norm_backward(
@@ -89,6 +106,13 @@ def layer_norm_operator(
     return torch.ops.infuse.layer_norm_bwd(dy, x, weight, bias, mean, rstd, 0.0, False)  # type: ignore[no-any-return]
 
 
+def gated_rms_norm_operator(
+    dy: Tensor, x: Tensor, gate: Tensor, weight: Tensor, rstd: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    flags = (False, "silu", 1, False, False)
+    return torch.ops.infuse.gated_rms_norm_bwd(dy, x, gate, weight, rstd.unsqueeze(-1), *flags)  # type: ignore[no-any-return]
+
+
 def kernel(operator: Function) -> Impl:
     """The operator outside a compiler: the kernel with the launcher's own choice of configuration."""
 
@@ -98,15 +122,15 @@ def kernel(operator: Function) -> Impl:
             raise Unavailable(missing)
         return operator
 
-    return Impl("infuse-kernel", prepare, note="torch.ops.infuse.norm_backward, not compiled")
+    return Impl("infuse-kernel", prepare, note="the operator, not compiled")
 
 
-def competitors(formula: Function, operator: Function) -> list[Impl]:
+def competitors(formula: Function, operator: Function, modes: Modes) -> list[Impl]:
     """Stock compiles the formula, Infuse the operator, which its rewrite of the forward leaves in the backward."""
     impls = []
-    for suffix, mode in MODES:
+    for suffix, mode in modes:
         impls.append(compiled(formula, "compile" + suffix, mode=mode))
-        impls.append(replace(compiled(operator, "infuse" + suffix, backend="infuse", mode=mode)))
+        impls.append(compiled(operator, "infuse" + suffix, backend="infuse", mode=mode))
     return impls
 
 
@@ -154,24 +178,24 @@ def rstd_of(x: Tensor) -> Tensor:
     return torch.rsqrt(x.float().square().mean(-1) + EPS)
 
 
-def rms_norm_case(shape: Sequence[int], dtype: torch.dtype, on_gpu: bool) -> Case:
+def rms_norm_case(shape: Sequence[int], dtype: torch.dtype, on_gpu: bool, modes: Modes) -> Case:
     def inputs(g: torch.Generator) -> tuple[Tensor, ...]:
         dy, x = random(g, dtype, *shape), random(g, dtype, *shape)
         return dy, x, norm_weight(g, dtype, shape[-1]), rstd_of(x)
 
-    impls = [eager(rms_norm_backward, "eager-handwritten"), *competitors(rms_norm_backward, rms_norm_operator)]
+    impls = [eager(rms_norm_backward, "eager-handwritten"), *competitors(rms_norm_backward, rms_norm_operator, modes)]
     if on_gpu:
         impls += [eager(builtin), kernel(rms_norm_operator), Impl("liger", liger_rms_norm)]
     name = "rms_norm backward " + "x".join(map(str, shape))
     return alone(name, shape, dtype, 3, inputs, rms_norm_backward, impls)
 
 
-def add_rms_norm_case(shape: Sequence[int], dtype: torch.dtype, on_gpu: bool) -> Case:
+def add_rms_norm_case(shape: Sequence[int], dtype: torch.dtype, on_gpu: bool, modes: Modes) -> Case:
     def inputs(g: torch.Generator) -> tuple[Tensor, ...]:
         dy, dsum, total = (random(g, dtype, *shape) for _ in range(3))
         return dy, dsum, total, norm_weight(g, dtype, shape[-1]), rstd_of(total)
 
-    impls = [eager(add_rms_norm_backward), *competitors(add_rms_norm_backward, add_rms_norm_operator)]
+    impls = [eager(add_rms_norm_backward), *competitors(add_rms_norm_backward, add_rms_norm_operator, modes)]
     if on_gpu:
         impls += [kernel(add_rms_norm_operator), Impl("liger", liger_add_rms_norm)]
     name = "add + rms_norm backward " + "x".join(map(str, shape))
@@ -185,11 +209,24 @@ def layer_norm_case(shape: Sequence[int], dtype: torch.dtype, on_gpu: bool) -> C
         mean, variance = x.float().mean(-1), x.float().var(-1, correction=0)
         return dy, x, weight, bias, mean, torch.rsqrt(variance + EPS)
 
-    impls = [eager(layer_norm_backward), *competitors(layer_norm_backward, layer_norm_operator)]
+    impls = [eager(layer_norm_backward), *competitors(layer_norm_backward, layer_norm_operator, DEFAULT)]
     if on_gpu:
         impls += [kernel(layer_norm_operator), Impl("liger", liger_layer_norm)]
     name = "layer_norm backward " + "x".join(map(str, shape))
     return alone(name, shape, dtype, 3, inputs, layer_norm_backward, impls)
+
+
+def gated_rms_norm_case(shape: Sequence[int], dtype: torch.dtype, on_gpu: bool) -> Case:
+    def inputs(g: torch.Generator) -> tuple[Tensor, ...]:
+        dy, x, gate = (random(g, dtype, *shape) for _ in range(3))
+        return dy, x, gate, norm_weight(g, dtype, shape[-1]), rstd_of(x.float() * F.silu(gate.float()))
+
+    operator = gated_rms_norm_operator
+    impls = [eager(gated_rms_norm_backward), *competitors(gated_rms_norm_backward, operator, DEFAULT)]
+    if on_gpu:
+        impls.append(kernel(operator))
+    name = "gated rms_norm backward " + "x".join(map(str, shape))
+    return alone(name, shape, dtype, 5, inputs, gated_rms_norm_backward, impls)
 
 
 def alone(
@@ -216,6 +253,13 @@ def alone(
 
 def norm_and_projection(x: Tensor, weight: Tensor, projection: Tensor) -> Tensor:
     return F.linear(hugging_face(x, weight), projection)
+
+
+def norm_and_projections(x: Tensor, weight: Tensor, projection: Tensor) -> Tensor:
+    """As around attention: the gradient of y is the sum of three products, and x goes on as the residual."""
+    q, k, v, back = projection.chunk(4)
+    y = hugging_face(x, weight)
+    return x + F.linear(F.linear(y, q) * torch.sigmoid(F.linear(y, k)) * F.linear(y, v), back.t())
 
 
 def residual_block(x: Tensor, residual: Tensor, weight: Tensor, projection: Tensor) -> tuple[Tensor, Tensor]:
@@ -273,12 +317,15 @@ def cases(device: Device, quick: bool) -> Iterator[Case]:
     else:
         shapes, trained = [(4096, 1024), (512, 8, 64)], (4096, 512)
     for shape in shapes:
-        yield rms_norm_case(shape, dtype, on_gpu)
+        yield rms_norm_case(shape, dtype, on_gpu, MODES if shape in shapes[:3] else DEFAULT)
     for shape in shapes[:3]:
-        yield add_rms_norm_case(shape, dtype, on_gpu)
+        yield add_rms_norm_case(shape, dtype, on_gpu, MODES if shape == shapes[0] else DEFAULT)
     for shape in shapes[:2]:
         yield layer_norm_case(shape, dtype, on_gpu)
+    for shape in [(16384, 4096), (8192, 8192)] if on_gpu and not quick else shapes[:1]:
+        yield gated_rms_norm_case(shape, dtype, on_gpu)
     yield training_case("train rms_norm + linear", norm_and_projection, trained, dtype, 1)
+    yield training_case("train rms_norm + 3 linears", norm_and_projections, trained, dtype, 1)
     yield training_case("train add + rms_norm + linear", residual_block, trained, dtype, 2)
 
 

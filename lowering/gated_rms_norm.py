@@ -4,9 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
-
-from infuse.lowering import inductor, norm_kernels
+from infuse.lowering import norm_kernels
 from infuse.ops import gated_rms_norm as op
 
 
@@ -28,5 +26,3 @@ NORM = norm_kernels.register(
     can_run=op.can_run,
     numbers=_numbers,
 )
-inductor.register_inline(torch.ops.infuse.gated_rms_norm_fwd.default, op.gated_rms_norm_fwd_ref)
-inductor.register_inline(torch.ops.infuse.gated_rms_norm_bwd.default, op.gated_rms_norm_bwd_ref)

@@ -6,7 +6,6 @@ either way (infuse.lowering.norm_backward opens it), so what is saved, computed 
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Sequence
 
 import torch
@@ -17,7 +16,7 @@ from infuse.ops import library, norm_backward
 from infuse.report import Placement
 from infuse.settings import Settings
 
-KINDS = ("rms_norm", "add_rms_norm", "layer_norm", "add_layer_norm")
+KINDS = ("rms_norm", "add_rms_norm", "layer_norm", "add_layer_norm", "gated_rms_norm")
 MANY_ROWS = 16384  # stands for a number of rows that is not known
 
 
@@ -38,20 +37,30 @@ def place(kind: str, args: Sequence[object], settings: Settings, max_autotune: b
 
 def _cannot_run(kind: str, x: Tensor, args: Sequence[object]) -> str:
     """Why the backward kernel cannot take this norm's tensors, "" when it can."""
+    if kind == "gated_rms_norm":
+        return _gated_cannot_run(x, args)
     given = iter(args[2:] if kind.startswith("add_") else args[1:])
     weight = next(given)
     bias = next(given) if kind.endswith("layer_norm") else None
-    eps, offset, cast_before_weight, eps_as_minimum = next(given), next(given), next(given), next(given, False)
+    eps, offset = next(given), next(given)
     if not isinstance(eps, float) or not isinstance(offset, (int, float)):
         return "eps is symbolic"
     assert weight is None or isinstance(weight, Tensor)
     assert bias is None or isinstance(bias, Tensor)
     # A sum is written contiguously, whatever the strides of its terms.
     taken = torch.empty_like(x, memory_format=torch.contiguous_format) if kind.startswith("add_") else x
-    # The gradient of y has the dtype of y.
-    dtypes = [vector.dtype for vector in (weight, bias) if vector is not None and cast_before_weight]
-    dy = torch.empty_like(taken, dtype=functools.reduce(torch.promote_types, dtypes, x.dtype))
-    return norm_backward.can_run(dy, None, taken, weight, bias, eps if eps_as_minimum else None)
+    # The gradient of y has the dtype of y, but behind a cast to x's dtype, as autocast puts there, the lowering finds
+    # it in that one.
+    return norm_backward.can_run(taken, None, taken, weight, bias)
+
+
+def _gated_cannot_run(x: Tensor, args: Sequence[object]) -> str:
+    gate, weight, eps = args[1:4]
+    groups = args[6] if len(args) > 6 else 1
+    if not isinstance(eps, float) or not isinstance(groups, int):
+        return "eps is symbolic"
+    assert isinstance(gate, Tensor) and (weight is None or isinstance(weight, Tensor))
+    return norm_backward.can_run(x, None, x, weight, None, gate, groups)
 
 
 def _runs_well(kind: str, x: Tensor) -> bool:
@@ -59,6 +68,8 @@ def _runs_well(kind: str, x: Tensor) -> bool:
     if not isinstance(row_size, int) or not row_size:
         return False
     rows = numel // row_size if isinstance(numel, int) else MANY_ROWS
-    problem = heuristics.Problem(rows, row_size, x.dtype.itemsize, kind.startswith("add_"), kind.endswith("layer_norm"))
+    tensors = 4 if kind.startswith("add_") else 5 if kind.startswith("gated_") else 3
+    sizes = (rows, row_size, x.dtype.itemsize, tensors)
+    problem = heuristics.Problem(*sizes, kind.endswith("layer_norm"), kind.startswith("gated_"))
     capability = torch.cuda.get_device_capability(x.device) if x.device.type == "cuda" else (0, 0)
     return rows > 0 and heuristics.runs_well(problem, capability)

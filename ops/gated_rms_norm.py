@@ -24,6 +24,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from infuse.ops import checks, library, norm_kernels, norm_sharding
+from infuse.ops.norm_backward import gated_norm_backward
 from infuse.ops.registration import (
     define,
     differentiate,
@@ -282,6 +283,15 @@ def _fwd_cuda(x: Tensor, gate: Tensor, weight: Tensor | None, eps: float, *flags
     return y, rstd
 
 
+def _bwd_cuda(
+    dy: Tensor, x: Tensor, gate: Tensor, weight: Tensor | None, rstd: Tensor, *flags: Any
+) -> tuple[Tensor, Tensor, Tensor]:
+    checks.same_shape("gated_rms_norm_bwd", x=x, dy=dy)
+    norm_before_gate, activation = flags[:2]
+    found = gated_norm_backward(dy, x, gate, weight, rstd, not norm_before_gate, activation == "silu")
+    return gated_rms_norm_bwd_ref(dy, x, gate, weight, rstd, *flags) if found is None else found
+
+
 register_differentiable(
     "gated_rms_norm",
     ARGUMENTS,
@@ -313,6 +323,7 @@ define(
 )
 implement("gated_rms_norm", _cuda, "CUDA")
 implement("gated_rms_norm_fwd", _fwd_cuda, "CUDA")
+implement("gated_rms_norm_bwd", _bwd_cuda, "CUDA")
 norm_sharding.register("gated_rms_norm")
 
 

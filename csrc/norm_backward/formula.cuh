@@ -5,6 +5,14 @@
 //   dx = rstd * (g - mean(g) - n * mean(g * n)) + dsum      without mean(g) for RMSNorm
 //   dweight = sum over rows of dy * n;  dbias = sum over rows of dy
 //
+// With a gate, a = act(gate), behind the norm, y = n * weight * a:
+//
+//   g is taken with dy * a instead of dy, and so is dweight;  dgate = dy * n * weight * act'(gate)
+//
+// and before it, n = x * a * rstd: what is called dx above is the gradient of x * a, so
+//
+//   dgate = dx * x * act'(gate), and then dx = dx * a
+//
 // Where the forward rounded n before the weight multiply, autograd would round g and the n of dweight to x's dtype as
 // well. That is left out here, as Inductor leaves it out: it only adds error.
 #pragma once
@@ -17,6 +25,52 @@ namespace infuse::norm_backward {
 struct RowStats {
   float mean, rstd;
 };
+
+template <typename X>
+__device__ __forceinline__ float sigmoid(float value) {
+  if constexpr (sizeof(X) == 4) return 1.0f / (1.0f + expf(-value));
+  return __fdividef(1.0f, 1.0f + __expf(-value));  // deviates by 2^-21
+}
+
+// act and its derivative of a vector of the gate.
+template <typename X, int kElems>
+__device__ __forceinline__ void activate(const Params& params, const Vec<X, kElems>& gate, float (&act)[kElems],
+                                         float (&slope)[kElems]) {
+  float z[kElems];
+  unpack(gate, z);
+#pragma unroll
+  for (int i = 0; i < kElems; ++i) {
+    const float s = sigmoid<X>(z[i]), rest = 1.0f - s;
+    act[i] = params.gate_is_silu ? z[i] * s : s;
+    slope[i] = params.gate_is_silu ? s * fmaf(z[i], rest, 1.0f) : s * rest;
+  }
+}
+
+// Turns x * rstd into n, and dy into what g and dweight are taken with.
+template <int kElems>
+__device__ __forceinline__ void apply_gate(const Params& params, const float (&act)[kElems], float (&n)[kElems],
+                                           float (&dy)[kElems]) {
+#pragma unroll
+  for (int i = 0; i < kElems; ++i) {
+    n[i] *= params.gate_first ? act[i] : 1.0f;
+    dy[i] *= params.gate_first ? 1.0f : act[i];
+  }
+}
+
+// dgate, and dx from the gradient of what the norm read. scale, n: of the norm.
+template <typename X, int kElems>
+__device__ __forceinline__ void gate_gradient(const Params& params, const Vec<X, kElems>& gate,
+                                              const float (&x)[kElems], const float (&dy)[kElems],
+                                              const float (&scale)[kElems], const float (&n)[kElems],
+                                              float (&dx)[kElems], float (&dgate)[kElems]) {
+  float act[kElems], slope[kElems];
+  activate(params, gate, act, slope);
+#pragma unroll
+  for (int i = 0; i < kElems; ++i) {
+    dgate[i] = slope[i] * (params.gate_first ? dx[i] * x[i] : dy[i] * n[i] * scale[i]);
+    dx[i] *= params.gate_first ? act[i] : 1.0f;
+  }
+}
 
 // Means over a row, and sums while they are taken.
 struct RowMeans {

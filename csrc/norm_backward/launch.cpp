@@ -1,6 +1,9 @@
 // Checks, plan and choice of dtypes for the norms' backward. Host code only, compiled once and not per architecture.
 #include "norm_backward/launch.h"
 
+#include <cmath>
+#include <limits>
+
 #include "dispatch.h"
 #include "infuse/check.h"
 
@@ -14,11 +17,13 @@ void check_like_x(const TensorArg& tensor, const TensorArg& x) {
   check_last_stride(kOp, tensor);
 }
 
+// Of x's leading dimensions, and one of size 1 may follow.
 void check_statistics(const TensorArg& statistics, const TensorArg& x) {
   check_dtype(kOp, statistics, DType::kFloat32);
   check_same_device(kOp, statistics, x);
-  bool same = statistics.num_dims == x.num_dims - 1;
-  for (int i = 0; same && i < statistics.num_dims; ++i) same = statistics.sizes[i] == x.sizes[i];
+  const int leading = x.num_dims - 1;
+  bool same = statistics.num_dims == leading || (statistics.num_dims == leading + 1 && statistics.sizes[leading] == 1);
+  for (int i = 0; same && i < leading; ++i) same = statistics.sizes[i] == x.sizes[i];
   check(same, kOp, "shape of ", statistics.name, ", got ", shape_text(statistics), ", expected ",
         shape_text(x.sizes, x.num_dims - 1));
   check_contiguous(kOp, statistics);
@@ -30,16 +35,24 @@ void check_arguments(const Arguments& arguments) {
         ", expected -1 to ", kNumConfigs - 1);
   check_num_dims(kOp, x);
   check_last_stride(kOp, x);
-  check_like_x(*arguments.dy, x);
-  if (arguments.dsum != nullptr) check_like_x(*arguments.dsum, x);
+  for (const TensorArg* tensor : {arguments.dy[0], arguments.dy[1], arguments.dy[2], arguments.dsum, arguments.gate}) {
+    if (tensor != nullptr) check_like_x(*tensor, x);
+  }
   if (arguments.weight != nullptr) check_weight(kOp, *arguments.weight, x);
   if (arguments.bias != nullptr) check_weight(kOp, *arguments.bias, x);
   check(arguments.bias == nullptr || arguments.mean != nullptr, kOp, "bias, got one without mean, expected none");
+  check(arguments.gate == nullptr || arguments.mean == nullptr, kOp, "gate, got one with mean, expected none");
   if (arguments.mean != nullptr) check_statistics(*arguments.mean, x);
   check_statistics(*arguments.rstd, x);
   check(count_rows(x) <= kMaxRows, kOp, "rows of x, got ", count_rows(x), ", expected at most ", kMaxRows);
   const std::int64_t dim = x.sizes[x.num_dims - 1];
   check(dim <= kMaxRows, kOp, "last dimension of x, got ", dim, ", expected at most ", kMaxRows);
+}
+
+// A mean of squares below the minimum gives 1 / sqrt(minimum) but for the rounding of the two that computed it.
+float constant_rstd(double minimum) {
+  if (minimum <= 0.0) return std::numeric_limits<float>::infinity();
+  return static_cast<float>((1.0 - 1e-6) / std::sqrt(minimum));
 }
 
 Device describe(int device) {
@@ -51,11 +64,22 @@ Device describe(int device) {
   return found;
 }
 
-// Fills in what a row tensor of x's shape adds to the parameters and to the problem.
-void add_rows(const TensorArg& tensor, std::int64_t num_rows, const void** data, RowMap* rows, Problem* problem) {
-  *data = tensor.data;
-  *rows = map_rows(kOp, tensor);
-  problem->alignment_bytes = smaller(problem->alignment_bytes, alignment_bytes(tensor, *rows, num_rows));
+// Appends a tensor with rows, if it is there, to the parameters and to the problem.
+void add_rows(const TensorArg* tensor, Params* params, Problem* problem) {
+  if (tensor == nullptr) return;
+  Rows& rows = params->tensors[params->num_tensors++];
+  rows.data = tensor->data;
+  rows.map = map_rows(kOp, *tensor);
+  problem->alignment_bytes = smaller(problem->alignment_bytes, alignment_bytes(*tensor, rows.map, problem->rows));
+}
+
+void add_all_rows(const Arguments& arguments, Params* params, Problem* problem) {
+  for (const TensorArg* tensor : {arguments.x, arguments.dy[0], arguments.gate}) add_rows(tensor, params, problem);
+  params->more_dy = params->num_tensors;
+  for (int i = 1; i < kMaxDyTerms; ++i) add_rows(arguments.dy[i], params, problem);
+  params->dsum = params->num_tensors;
+  add_rows(arguments.dsum, params, problem);
+  problem->num_tensors = static_cast<int>(params->num_tensors);
 }
 
 DType dtype_or_none(const TensorArg* tensor) { return tensor != nullptr ? tensor->dtype : DType::kNone; }
@@ -85,6 +109,9 @@ Prepared prepare(const Arguments& arguments) {
   prepared.dtype = x.dtype;
   prepared.weight_dtype = dtype_or_none(arguments.weight);
   prepared.bias_dtype = dtype_or_none(arguments.bias);
+  prepared.form = arguments.gate != nullptr   ? Form::kGatedRmsNorm
+                  : arguments.mean != nullptr ? Form::kLayerNorm
+                                              : Form::kRmsNorm;
   prepared.device = x.device;
   Params& params = prepared.params;
   params.rows = static_cast<std::uint32_t>(rows);
@@ -96,11 +123,8 @@ Prepared prepare(const Arguments& arguments) {
   problem.dim = dim;
   problem.size_bytes = size_bytes(x.dtype);
   problem.alignment_bytes = kVectorBytes;
-  problem.has_dsum = arguments.dsum != nullptr;
-  problem.centered = arguments.mean != nullptr;
-  add_rows(x, rows, &params.x, &params.x_rows, &problem);
-  add_rows(*arguments.dy, rows, &params.dy, &params.dy_rows, &problem);
-  if (arguments.dsum != nullptr) add_rows(*arguments.dsum, rows, &params.dsum, &params.dsum_rows, &problem);
+  problem.form = prepared.form;
+  add_all_rows(arguments, &params, &problem);
   if (arguments.weight != nullptr) {
     params.weight = arguments.weight->data;
     problem.weight_size_bytes = size_bytes(arguments.weight->dtype);
@@ -111,6 +135,9 @@ Prepared prepare(const Arguments& arguments) {
   params.inv_dim = static_cast<float>(1.0 / static_cast<double>(dim));
   params.weight_offset = arguments.weight != nullptr ? static_cast<float>(arguments.weight_offset) : 1.0f;
   params.weight_dtype = prepared.weight_dtype;
+  params.constant_rstd = constant_rstd(arguments.minimum);
+  params.gate_first = arguments.gate_first;
+  params.gate_is_silu = arguments.gate_is_silu;
 
   const Device device = describe(x.device);
   const Plan plan = make_plan(problem, static_cast<int>(arguments.config), device);
@@ -124,10 +151,11 @@ Prepared prepare(const Arguments& arguments) {
   return prepared;
 }
 
-void launch(Prepared prepared, float* workspace, void* dx, void* dweight, void* dbias, cudaStream_t stream) {
+void launch(Prepared prepared, float* workspace, void* dx, void* dgate, void* dweight, void* dbias, cudaStream_t stream) {
   Params& params = prepared.params;
   if (params.dim == 0) return;
   params.dx = dx;
+  params.dgate = prepared.form == Form::kGatedRmsNorm ? dgate : nullptr;
   const std::size_t part_floats = static_cast<std::size_t>(prepared.max_parts) * params.dim;
   SumPartsParams sums{};
   int count = 0;

@@ -14,10 +14,13 @@ namespace infuse::norm_backward {
 
 constexpr char kOp[] = "norm_backward";
 
-// Pointers are null for what is not there: dsum, mean (RMSNorm), weight and dweight, bias and dbias.
+// Pointers are null for what is not there: all but dy[0], x and rstd. mean: of LayerNorm.
 struct Arguments {
-  const TensorArg *dy, *dsum, *x, *weight, *bias, *mean, *rstd;
+  const TensorArg* dy[kMaxDyTerms];
+  const TensorArg *dsum, *x, *gate, *weight, *bias, *mean, *rstd;
   double weight_offset;
+  double minimum;  // of the mean of squares, 0 without one
+  bool gate_first, gate_is_silu;
   std::int64_t config;  // kHeuristic or an index into kConfigs
 };
 
@@ -25,6 +28,7 @@ struct Arguments {
 struct Prepared {
   Plan plan;
   Params params;
+  Form form;
   DType dtype, weight_dtype, bias_dtype;  // kNone for what is not there
   int device;
   int num_sms;
@@ -36,9 +40,9 @@ struct Prepared {
 Prepared prepare(const Arguments& arguments);
 
 // Launches on `stream` of the current device, which must be the arguments'. workspace: workspace_floats of fp32,
-// aligned to 16 bytes; dx: contiguous, as x; dweight, dbias: [dim] contiguous. No synchronisation. Throws
+// aligned to 16 bytes; dx: contiguous, as x, and so is dgate if there is a gate; dweight, dbias: [dim] contiguous. No synchronisation. Throws
 // std::runtime_error for a failed launch.
-void launch(Prepared prepared, float* workspace, void* dx, void* dweight, void* dbias, cudaStream_t stream);
+void launch(Prepared prepared, float* workspace, void* dx, void* dgate, void* dweight, void* dbias, cudaStream_t stream);
 
 // One instantiation per combination of dtypes, each in a file of its own so that they compile in parallel. Return the
 // number of parts that were written.

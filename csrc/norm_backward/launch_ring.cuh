@@ -26,10 +26,16 @@ int launch_ring(const Prepared& prepared, cudaStream_t stream) {
   int num_parts = 0;
   dispatch_int<1, 2, 4>(kOp, "vectors a thread", prepared.plan.vecs_per_thread, [&](auto vecs) {
     constexpr int kVecs = decltype(vecs)::value;
-    if (prepared.params.mean == nullptr) {
-      num_parts = launch_config(ring_kernel<RingTraits<kX, kWeight, kVecs, false>>, prepared, stream);
-    } else if constexpr (max_cta_threads(kVecs, true) > 0) {
-      num_parts = launch_config(ring_kernel<RingTraits<kX, kWeight, kVecs, true>>, prepared, stream);
+    const auto launch = [&](auto form) {
+      constexpr Form kForm = decltype(form)::value;
+      if constexpr (max_cta_threads(kVecs, kForm) > 0) {
+        num_parts = launch_config(ring_kernel<RingTraits<kX, kWeight, kVecs, kForm>>, prepared, stream);
+      }
+    };
+    switch (prepared.form) {
+      case Form::kRmsNorm: return launch(std::integral_constant<Form, Form::kRmsNorm>{});
+      case Form::kLayerNorm: return launch(std::integral_constant<Form, Form::kLayerNorm>{});
+      case Form::kGatedRmsNorm: return launch(std::integral_constant<Form, Form::kGatedRmsNorm>{});
     }
   });
   return num_parts;

@@ -8,6 +8,8 @@
 
 namespace infuse::norm_backward {
 
+enum class Form { kRmsNorm, kLayerNorm, kGatedRmsNorm };
+
 // One way to launch the ring kernel. Threads of a row and rows of a CTA follow from the problem; what a configuration
 // can't take goes to the two-pass kernels, so each configuration takes every problem.
 struct Config {
@@ -25,6 +27,18 @@ constexpr Config kConfigs[] = {
     {"vecs4_512x1_stages2", 4, 512, 2, 1},    // 3
     {"vecs4_128x4_stages4", 4, 128, 4, 4},    // 4
     {"vecs1_1024x1_stages3", 1, 1024, 3, 1},  // 5
+    {"vecs2_256x1_stages2", 2, 256, 2, 1},
+    {"vecs2_256x1_stages3", 2, 256, 3, 1},
+    {"vecs2_256x2_stages2", 2, 256, 2, 2},
+    {"vecs1_512x1_stages2", 1, 512, 2, 1},
+    {"vecs1_512x1_stages3", 1, 512, 3, 1},
+    {"vecs1_512x2_stages2", 1, 512, 2, 2},
+    {"vecs2_128x4_stages2", 2, 128, 2, 4},
+    {"vecs2_128x2_stages3", 2, 128, 3, 2},
+    {"vecs4_256x2_stages2", 4, 256, 2, 2},
+    {"vecs4_256x1_stages2", 4, 256, 2, 1},
+    {"vecs4_128x2_stages2", 4, 128, 2, 2},
+    {"vecs2_384x1_stages2", 2, 384, 2, 1},
 };
 constexpr int kNumConfigs = sizeof(kConfigs) / sizeof(kConfigs[0]);
 constexpr int kHeuristic = -1;
@@ -32,8 +46,9 @@ constexpr int kHeuristic = -1;
 // Of the ring kernel, whose threads hold the weight and an fp32 sum for each of their elements, two if centered.
 constexpr int kMaxVecs = 4;
 // 0: no such kernel.
-constexpr int max_cta_threads(int vecs, bool centered) {
-  return vecs == 1 ? (centered ? 768 : 1024) : vecs == kMaxVecs && centered ? 0 : 512;
+constexpr int max_cta_threads(int vecs, Form form) {
+  if (vecs == 1) return form == Form::kRmsNorm ? 1024 : 768;
+  return vecs == kMaxVecs && form != Form::kRmsNorm ? 0 : 512;
 }
 constexpr int kMaxRowThreads = 512;
 constexpr int kMaxRowGroups = 15;        // of more than one warp, which need a barrier each
@@ -47,12 +62,12 @@ constexpr int kColumnCtasPerSm = 8;
 struct Problem {
   std::int64_t rows;
   std::int64_t dim;
-  int size_bytes;       // of an element of x, dy, dsum and dx
+  int size_bytes;       // of an element of every tensor with rows
   int alignment_bytes;  // every address of a row's start, of any of them, is a multiple of it
   int weight_size_bytes;  // 0 without a weight
   int weight_alignment_bytes;
-  bool has_dsum;
-  bool centered;  // LayerNorm
+  int num_tensors;  // with rows that are read
+  Form form;
 };
 
 struct Device {
@@ -89,9 +104,8 @@ constexpr Plan try_config(Plan plan, const Problem& problem, const Device& devic
   const int threads = choose_threads(row_vecs, config.vecs);
   int rows = config.cta_threads > threads ? config.cta_threads / threads : 1;
   if (threads > 32) rows = smaller(rows, kMaxRowGroups);
-  const int tensors = problem.has_dsum ? 3 : 2;
-  const int bytes = config.stages * threads * rows * (tensors * config.vecs * kVectorBytes + kStatisticsBytes);
-  if (threads * rows > max_cta_threads(config.vecs, problem.centered) || bytes > device.max_shared_bytes) return plan;
+  const int bytes = config.stages * threads * rows * (problem.num_tensors * config.vecs * kVectorBytes + kStatisticsBytes);
+  if (threads * rows > max_cta_threads(config.vecs, problem.form) || bytes > device.max_shared_bytes) return plan;
   plan.vecs_per_thread = config.vecs;
   plan.threads_per_row = threads;
   plan.rows_per_cta = rows;
@@ -108,7 +122,7 @@ constexpr int choose_config(const Problem& problem, std::int64_t row_vecs, const
   const int threads = choose_threads(row_vecs, 2);
   const std::int64_t rows = threads < 512 ? 512 / threads : 1;
   if (problem.rows <= rows * device.num_sms) return 2;
-  return 2 * rows * problem.dim * problem.size_bytes >= kEnoughBytes ? 0 : 1;
+  return problem.num_tensors * rows * problem.dim * problem.size_bytes >= kEnoughBytes ? 0 : 1;
 }
 
 // `config` is kHeuristic or an index into kConfigs.

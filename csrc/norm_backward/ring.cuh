@@ -25,26 +25,16 @@ struct Columns {
   }
 
   __device__ __forceinline__ std::uint32_t vec(int i) const { return first + i * chunk; }
-};
 
-// A thread's vectors of a row tensor in global memory.
-template <typename Traits>
-class RowPointer {
- public:
-  using X = typename Traits::X;
-
-  __device__ __forceinline__ RowPointer(const void* tensor, const Columns& columns)
-      : first_(static_cast<const char*>(tensor) + std::size_t{columns.first} * kVectorBytes),
-        step_bytes_(columns.chunk * kVectorBytes) {}
-
-  // offset: of the row, in elements.
-  __device__ __forceinline__ const X* at(std::int64_t offset, int i) const {
-    return reinterpret_cast<const X*>(first_ + offset * static_cast<int>(sizeof(X)) + i * step_bytes_);
+  // Of the thread's first vector in a row of a tensor in global memory; offset: of the row, in elements.
+  template <typename X>
+  __device__ __forceinline__ char* address(const void* tensor, std::int64_t offset) const {
+    return static_cast<char*>(const_cast<void*>(tensor)) + offset * static_cast<int>(sizeof(X)) +
+           first * kVectorBytes;
   }
 
- private:
-  const char* first_;
-  std::uint32_t step_bytes_;
+  // From one of the thread's vectors to its next.
+  __device__ __forceinline__ std::uint32_t step_bytes() const { return chunk * kVectorBytes; }
 };
 
 // A stage of a warp is [tensor][vector][lane] of 16 bytes and [statistic][lane] of 4; a warp's stages lie together.
@@ -54,17 +44,12 @@ class Ring {
   using X = typename Traits::X;
   static constexpr int kElems = Traits::kVecElems;
   static constexpr int kVecs = Traits::kVecs;
-  enum Tensor { kX, kDy, kDsum };
 
   __device__ __forceinline__ Ring(const Params& params, const Columns& columns)
-      : params_(params),
-        columns_(columns),
-        x_(params.x, columns),
-        dy_(params.dy, columns),
-        dsum_(params.dsum, columns) {
+      : params_(params), columns_(columns) {
     const std::uint32_t thread = threadIdx.y * blockDim.x + threadIdx.x;
     const std::uint32_t lane = thread % kWarpSize;
-    const std::uint32_t vector_bytes = (params.dsum != nullptr ? 3 : 2) * kVecs * kWarpSize * kVectorBytes;
+    const std::uint32_t vector_bytes = params.num_tensors * kVecs * kWarpSize * kVectorBytes;
     stage_bytes_ = vector_bytes + kStatisticsBytes * kWarpSize;
     const std::uint32_t warp_bytes = params.stages * stage_bytes_;
     first_ = opaque(dynamic_shared_memory() + thread / kWarpSize * warp_bytes + lane * kVectorBytes, params.zero);
@@ -83,9 +68,12 @@ class Ring {
   // Starts the copies of a row, if there is one, into the next stage and ends their group.
   __device__ __forceinline__ void start(std::uint32_t row) {
     if (row < params_.rows) {
-      start_tensor(kX, x_, params_.x_rows.offset(row));
-      start_tensor(kDy, dy_, params_.dy_rows.offset(row));
-      if (params_.dsum != nullptr) start_tensor(kDsum, dsum_, params_.dsum_rows.offset(row));
+#pragma unroll
+      for (int tensor = 0; tensor < Traits::kFixedTensors; ++tensor) start_tensor(tensor, row);
+#pragma unroll 1
+      for (std::uint32_t tensor = Traits::kFixedTensors; tensor < params_.num_tensors; ++tensor) {
+        start_tensor(tensor, row);
+      }
       copy_async<4>(writing_ + statistics_, params_.rstd + row, true);
       if constexpr (Traits::kCentered) {
         copy_async<4>(writing_ + statistics_ + kWarpSize * 4, params_.mean + row, true);
@@ -105,8 +93,19 @@ class Ring {
   }
 
   // Of the oldest row.
-  __device__ __forceinline__ Vec<X, kElems> get(Tensor tensor, int i) const {
+  __device__ __forceinline__ Vec<X, kElems> get(std::uint32_t tensor, int i) const {
     return load_shared<X, kElems>(reading_ + slot(tensor, i));
+  }
+
+  // The sum of its terms, in fp32.
+  __device__ __forceinline__ void get_dy(int i, float (&dy)[kElems]) const {
+    unpack(get(kDy, i), dy);
+#pragma unroll 1
+    for (std::uint32_t tensor = Traits::kFixedTensors; tensor < params_.dsum; ++tensor) {
+      float term[kElems];
+      unpack(get(tensor, i), term);
+      add(term, dy);
+    }
   }
 
   __device__ __forceinline__ RowStats stats() const {
@@ -121,7 +120,7 @@ class Ring {
   __device__ __forceinline__ void advance() { reading_ = after(reading_); }
 
  private:
-  static __device__ __forceinline__ std::uint32_t slot(Tensor tensor, int i) {
+  static __device__ __forceinline__ std::uint32_t slot(std::uint32_t tensor, int i) {
     return (tensor * kVecs + i) * kWarpSize * kVectorBytes;
   }
 
@@ -129,16 +128,18 @@ class Ring {
     return stage + stage_bytes_ == end_ ? first_ : stage + stage_bytes_;
   }
 
-  __device__ __forceinline__ void start_tensor(Tensor tensor, const RowPointer<Traits>& rows, std::int64_t offset) {
+  __device__ __forceinline__ void start_tensor(std::uint32_t tensor, std::uint32_t row) {
+    const Rows& rows = params_.tensors[tensor];
+    const char* source = columns_.address<X>(rows.data, rows.map.offset(row));
 #pragma unroll
     for (int i = 0; i < kVecs; ++i) {
-      copy_async<16>(writing_ + slot(tensor, i), rows.at(offset, i), columns_.vec(i) < params_.row_vecs);
+      copy_async<16>(writing_ + slot(tensor, i), source + i * columns_.step_bytes(),
+                     columns_.vec(i) < params_.row_vecs);
     }
   }
 
   const Params& params_;
   const Columns& columns_;
-  RowPointer<Traits> x_, dy_, dsum_;
   SharedAddress first_, end_;        // of this thread's stages
   SharedAddress reading_, writing_;  // the oldest stage and the next to fill
   std::uint32_t stage_bytes_;

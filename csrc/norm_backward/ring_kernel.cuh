@@ -83,20 +83,51 @@ __device__ __forceinline__ void write_part(const Params& params, float* parts,
   }
 }
 
+// n and g of a vector, g's sums, and, with kSumUp, what the vector adds to the gradients of weight and bias.
+template <typename Traits, bool kSumUp, int kElems = Traits::kVecElems>
+__device__ __forceinline__ void terms_of(const Params& params, const Ring<Traits>& ring, const RowStats& stats,
+                                         Scales<Traits>& scales, int i, float (&n)[kElems], float (&g)[kElems],
+                                         RowMeans& sums, float (&dweight)[kElems], float (&dbias)[kElems]) {
+  float dy[kElems], scale[kElems];
+  normalize<Traits::kCentered>(ring.get(kX, i), stats, n);
+  ring.get_dy(i, dy);
+  if constexpr (Traits::kGated) {
+    float act[kElems], slope[kElems];
+    activate(params, ring.get(kGate, i), act, slope);
+    apply_gate(params, act, n, dy);
+  }
+  scales.get(params, i, scale);
+  weigh<Traits::kCentered>(dy, scale, n, g, sums);
+  if constexpr (kSumUp) {
+    add_products(dy, n, dweight);
+    if constexpr (Traits::kCentered) add(dy, dbias);
+  }
+}
+
+// Turns dx of the norm into that of x, and gives dgate.
+template <typename Traits, int kElems = Traits::kVecElems>
+__device__ __forceinline__ void gate_gradient_of(const Params& params, const Ring<Traits>& ring,
+                                                 Scales<Traits>& scales, int i, const float (&n)[kElems],
+                                                 float (&dx)[kElems], float (&dgate)[kElems]) {
+  float x[kElems], dy[kElems], scale[kElems];
+  unpack(ring.get(kX, i), x);
+  ring.get_dy(i, dy);
+  scales.get(params, i, scale);
+  gate_gradient(params, ring.get(kGate, i), x, dy, scale, n, dx, dgate);
+}
+
 // Without the minimum of one CTA ptxas aims at two, and spills.
 template <typename Traits>
 __global__ __launch_bounds__(Traits::kMaxThreads, 1) void ring_kernel(const __grid_constant__ Params params) {
   using X = typename Traits::X;
-  using R = Ring<Traits>;
   constexpr int kVecs = Traits::kVecs, kElems = Traits::kVecElems;
-  constexpr bool kCentered = Traits::kCentered, kHoldsRow = Traits::kHoldsRow;
+  constexpr bool kCentered = Traits::kCentered, kGated = Traits::kGated, kHoldsRow = Traits::kHoldsRow;
   __shared__ PairSumStorage storage;
   const RowSum row_sum(storage);
 
   wait_for_previous_kernel();
   const Columns columns = Columns::of<kVecs>(threadIdx.x, blockDim.x);
-  R ring(params, columns);
-  const RowPointer<Traits> dx_rows(params.dx, columns);
+  Ring<Traits> ring(params, columns);
   // Rows are at most 2^31, and a step and its stages are far fewer: no overflow.
   const std::uint32_t step = gridDim.x * blockDim.y;
   std::uint32_t ahead = blockIdx.x * blockDim.y + threadIdx.y;  // the next row to start
@@ -118,17 +149,12 @@ __global__ __launch_bounds__(Traits::kMaxThreads, 1) void ring_kernel(const __gr
     if (has_row) {
 #pragma unroll
       for (int i = 0; i < kVecs; ++i) {
-        float dy[kElems], scale[kElems];
-        normalize<kCentered>(ring.get(R::kX, i), stats, n[i]);
-        unpack(ring.get(R::kDy, i), dy);
-        scales.get(params, i, scale);
-        weigh<kCentered>(dy, scale, n[i], g[i], means);
-        add_products(dy, n[i], dweight[i]);
-        if constexpr (kCentered) add(dy, dbias[i]);
+        terms_of<Traits, true>(params, ring, stats, scales, i, n[i], g[i], means, dweight[i],
+                               dbias[kCentered ? i : 0]);
       }
     }
     row_sum.add_up<kCentered>(means.gn, means.g, turn);
-    means.gn *= params.inv_dim;
+    means.gn *= stats.rstd < params.constant_rstd ? params.inv_dim : 0.0f;
     means.g *= params.inv_dim;
 
     if (has_row) {
@@ -136,21 +162,28 @@ __global__ __launch_bounds__(Traits::kMaxThreads, 1) void ring_kernel(const __gr
 #pragma unroll
       for (int i = 0; i < kVecs; ++i) {
         if constexpr (!kHoldsRow) {
-          float dy[kElems], scale[kElems];
           RowMeans unused = {0.0f, 0.0f};
-          normalize<kCentered>(ring.get(R::kX, i), stats, n[i]);
-          unpack(ring.get(R::kDy, i), dy);
-          scales.get(params, i, scale);
-          weigh<kCentered>(dy, scale, n[i], g[i], unused);
+          terms_of<Traits, false>(params, ring, stats, scales, i, n[i], g[i], unused, dweight[i],
+                                  dbias[kCentered ? i : 0]);
         }
         float dx[kElems];
         input_gradient<kCentered>(g[i], n[i], means, stats.rstd, dx);
-        if (params.dsum != nullptr) {
+        const auto write = [&](void* tensor, const float (&values)[kElems]) {
+          if (columns.vec(i) >= params.row_vecs) return;
+          char* address = columns.address<X>(tensor, offset) + i * columns.step_bytes();
+          store(reinterpret_cast<X*>(address), pack<X>(values));
+        };
+        if constexpr (kGated) {
+          float dgate[kElems];
+          gate_gradient_of<Traits>(params, ring, scales, i, n[i], dx, dgate);
+          write(params.dgate, dgate);
+        }
+        if (params.dsum < params.num_tensors) {
           float dsum[kElems];
-          unpack(ring.get(R::kDsum, i), dsum);
+          unpack(ring.get(params.dsum, i), dsum);
           add(dsum, dx);
         }
-        if (columns.vec(i) < params.row_vecs) store(const_cast<X*>(dx_rows.at(offset, i)), pack<X>(dx));
+        write(params.dx, dx);
       }
     }
     ring.advance();

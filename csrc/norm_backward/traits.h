@@ -6,19 +6,21 @@
 
 namespace infuse::norm_backward {
 
-// The kernel that reads its rows once. kX: dtype of x, dy, dsum and dx. kWeight: of the weight (x's or float32; x's
-// when there is none). kCentered: LayerNorm instead of RMSNorm.
-template <DType kX, DType kWeight, int kVecsPerThread, bool kCentered_>
+// The kernel that reads its rows once. kX: dtype of all tensors with rows. kWeight: of the weight (x's or float32; x's
+// when there is none).
+template <DType kX, DType kWeight, int kVecsPerThread, Form kForm>
 struct RingTraits {
   using X = Element<kX>;
   using W = Element<kWeight>;
   static_assert(kWeight == kX || kWeight == DType::kFloat32);
   static constexpr int kVecElems = kVectorBytes / static_cast<int>(sizeof(X));
   static constexpr int kVecs = kVecsPerThread;
-  static constexpr bool kCentered = kCentered_;
-  static constexpr int kMaxThreads = max_cta_threads(kVecs, kCentered);
+  static constexpr bool kCentered = kForm == Form::kLayerNorm;
+  static constexpr bool kGated = kForm == Form::kGatedRmsNorm;
+  static constexpr int kFixedTensors = kGated ? 3 : 2;
+  static constexpr int kMaxThreads = max_cta_threads(kVecs, kForm);
   // Whether n and g stay in registers while the row's sums are taken. If not, they are computed again.
-  static constexpr bool kHoldsRow = kVecs * kVecElems <= 16;
+  static constexpr bool kHoldsRow = !kGated && kVecs * kVecElems <= 16;
 };
 
 // The kernels that read x and dy twice, for rows that are too long or not aligned.

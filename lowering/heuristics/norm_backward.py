@@ -7,18 +7,14 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True, slots=True)
 class Problem:
-    """rows x row_size elements of itemsize bytes; add: with the gradient of the sum; centered: LayerNorm."""
+    """rows x row_size elements of itemsize bytes; tensors: how many are read or written; centered: LayerNorm."""
 
     rows: int
     row_size: int
     itemsize: int
-    add: bool
+    tensors: int
     centered: bool
-
-    @property
-    def passes(self) -> int:
-        """Tensors [rows, row_size] that are read or written, at least."""
-        return 4 if self.add else 3
+    gated: bool = False
 
 
 H200 = (9, 0)
@@ -35,7 +31,7 @@ def factor(problem: Problem, capability: tuple[int, int]) -> float:
     """
     row_bytes = problem.row_size * problem.itemsize
     longest = 16384 if problem.centered else 32768
-    measured = capability == H200 and problem.itemsize == 2 and row_bytes <= longest
+    measured = capability == H200 and problem.itemsize == 2 and row_bytes <= longest and not problem.gated
     if not measured or problem.rows * problem.row_size < ENOUGH_ELEMENTS:
         return 1.0
     if row_bytes <= 512:
@@ -47,7 +43,7 @@ def factor(problem: Problem, capability: tuple[int, int]) -> float:
 
 def expected_times(problem: Problem, capability: tuple[int, int]) -> dict[str, float]:
     """Times of formula and kernel in units of a pass over one tensor by the formula."""
-    return {"decomposition": problem.passes, "kernel_-1": problem.passes / factor(problem, capability)}
+    return {"decomposition": problem.tensors, "kernel_-1": problem.tensors / factor(problem, capability)}
 
 
 def runs_well(problem: Problem, capability: tuple[int, int]) -> bool:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from infuse import build
-from infuse.ops import add_layer_norm, add_rms_norm, layer_norm, library, rms_norm
+from infuse.ops import add_layer_norm, add_rms_norm, gated_rms_norm, layer_norm, library, rms_norm
 
 pytestmark = [pytest.mark.gpu, pytest.mark.usefixtures("kernels")]
 
@@ -160,6 +160,74 @@ def test_magnitudes(name: str, scale: float) -> None:
     check(form, tensors, run(form, tensors))
 
 
+def strided_terms(*shape: int, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
+    """Three tensors of one shape: rows behind one another, padded rows, and one row for all."""
+    plain = torch.randn(shape, device="cuda", dtype=dtype)
+    padded = torch.randn((*shape[:-1], shape[-1] + 16), device="cuda", dtype=dtype)[..., 8:-8]
+    return plain, padded, torch.randn(shape[-1], device="cuda", dtype=dtype).expand(shape)
+
+
+@pytest.mark.parametrize("dim", [7, 128, 896, 4096, 8192, 16384, 20000])
+@pytest.mark.parametrize("name", ["rms bf16", "add + rms bf16", "add + layer bf16", "layer fp32, no weight"])
+def test_a_gradient_that_is_a_sum_is_added_up_in_fp32(name: str, dim: int) -> None:
+    form = FORMS[name]
+    _, dsum, x, *rest = form.make(3 if dim > 10_000 else 37, dim)
+    assert x is not None
+    dy, *more = strided_terms(*x.shape, dtype=form.dtype)
+    for terms in (more[:1], more):
+        total = torch.stack([dy, *terms]).double().sum(0)
+        names = dict(zip(("dy_1", "dy_2"), terms))
+        for config in configs():
+            found = OPS.norm_backward(dy, dsum, x, *rest, form.offset, config, **names)
+            check(form, (total, dsum, x, *rest), found)
+
+
+@pytest.mark.parametrize("dim", [100, 128, 4096, 20000])
+@pytest.mark.parametrize("name", ["rms bf16", "rms fp32", "add + rms bf16"])
+def test_where_the_minimum_is_in_force_rstd_depends_on_nothing(name: str, dim: int) -> None:
+    form, minimum = FORMS[name], 1.0
+    dy, dsum, x, weight, *_ = form.make(20, dim)
+    assert dy is not None and x is not None
+    x[::2] *= 0.5
+    x[1::2] *= 2
+    rstd = torch.rsqrt(x.float().square().mean(-1).clamp(min=minimum))
+    wide = [None if tensor is None else tensor.double() for tensor in (dy, x, weight)]
+    expected, expected_dweight = rms_norm.rms_norm_bwd_ref(*wide, rstd.double(), 0.0, False, minimum)  # type: ignore[arg-type]
+    for config in configs():
+        dx, dweight, _ = OPS.norm_backward(dy, dsum, x, weight, None, None, rstd, form.offset, config, minimum=minimum)
+        wanted = expected if dsum is None else expected + dsum
+        ulp = torch.finfo(form.dtype).eps
+        torch.testing.assert_close(dx.double(), wanted, rtol=ulp, atol=8 * ulp)
+        torch.testing.assert_close(dweight.double(), expected_dweight, rtol=ulp, atol=1e-4)
+
+
+@pytest.mark.parametrize("gate_first", [False, True])
+@pytest.mark.parametrize("dim", [7, 128, 896, 4096, 8192, 16384])
+@pytest.mark.parametrize("dtype, weight_dtype", [(BF16, BF16), (BF16, FP32), (FP16, FP16), (FP32, FP32)])
+def test_gates(dtype: torch.dtype, weight_dtype: torch.dtype, dim: int, gate_first: bool) -> None:
+    dy, x, gate = strided_terms(37, dim, dtype=dtype)
+    more = tuple(torch.randn_like(dy) for _ in range(2))
+    weight = (1 + 0.2 * torch.randn(dim, device="cuda")).to(weight_dtype)
+    for is_silu, terms in ((True, ()), (False, more)):
+        activation = "silu" if is_silu else "sigmoid"
+        wide_gate = gate.double()
+        act = torch.nn.functional.silu(wide_gate) if is_silu else wide_gate.sigmoid()
+        normed = x.double() * (act if gate_first else 1)
+        rstd = torch.rsqrt(normed.square().mean(-1) + 1e-5).float()
+        total = torch.stack([dy, *terms]).double().sum(0)
+        wide = (total, x.double(), wide_gate, weight.double(), rstd.double().unsqueeze(-1))
+        expected = gated_rms_norm.gated_rms_norm_bwd_ref(*wide, not gate_first, activation, 1, False, False)
+        names = dict(zip(("dy_1", "dy_2"), terms))
+        for config in configs():
+            found = OPS.gated_norm_backward(dy, x, gate, weight, rstd, gate_first, is_silu, config, **names)
+            again = OPS.gated_norm_backward(dy, x, gate, weight, rstd, gate_first, is_silu, config, **names)
+            for mine, same, theirs in zip(found, again, expected, strict=True):
+                assert torch.equal(mine, same)
+                ulp = torch.finfo(mine.dtype).eps
+                atol = 16 * FP32_ULP * dim**0.5 * theirs.abs().max().item() + 1e-5
+                torch.testing.assert_close(mine.double(), theirs, rtol=ulp, atol=atol)
+
+
 @pytest.mark.parametrize("dim", [128, 896, 4096])
 def test_strided_views(dim: int) -> None:
     """Heads of a packed projection, padded rows, an expanded gradient, and three leading dimensions."""
@@ -226,6 +294,7 @@ def test_errors_name_what_is_wrong() -> None:
         "shape of weight": (dy, None, x, weight[:8], None, None, rstd, 0.0, -1),
         "bias, got one without mean": (dy, None, x, weight, weight, None, rstd, 0.0, -1),
         "shape of rstd": (dy, None, x, weight, None, None, rstd[:2], 0.0, -1),
+        "shape of dy_2": (dy, None, x, weight, None, None, rstd, 0.0, -1, dy, dy[:2]),
         "stride of the last dimension of x": (dy, None, x.t().contiguous().t(), weight, None, None, rstd, 0.0, -1),
     }
     for message, args in wrong.items():
@@ -246,6 +315,19 @@ def test_the_operators_use_the_kernel_and_fall_back() -> None:
             dy = dy.t().contiguous().t() if transposed else dy
             found = getattr(OPS, f"{name}_bwd")(dy, *rest, 0.0, False)
             expected = getattr(module, f"{name}_bwd_ref")(dy, *rest, 0.0, False)
+            for mine, theirs in zip(found, expected, strict=True):
+                torch.testing.assert_close(mine, theirs, rtol=2e-2, atol=2e-2)
+
+
+def test_the_gated_operator_uses_the_kernel_and_falls_back() -> None:
+    dy, x, gate = (torch.randn(33, 64, device="cuda", dtype=BF16) for _ in range(3))
+    weight = torch.rand(64, device="cuda", dtype=BF16)
+    for norm_before_gate in (False, True):
+        for groups in (1, 4):
+            flags = (norm_before_gate, "silu", groups, False, False)
+            _, rstd = gated_rms_norm.gated_rms_norm_fwd_ref(x, gate, weight, 1e-5, *flags)
+            found = OPS.gated_rms_norm_bwd(dy, x, gate, weight, rstd, *flags)
+            expected = gated_rms_norm.gated_rms_norm_bwd_ref(dy, x, gate, weight, rstd, *flags)
             for mine, theirs in zip(found, expected, strict=True):
                 torch.testing.assert_close(mine, theirs, rtol=2e-2, atol=2e-2)
 
