@@ -426,9 +426,9 @@ class _SumOfLoads(DefaultHandler):
 
 
 def terms(tensor: Node, node: torch.fx.Node, limit: int, dtype: torch.dtype) -> list[Node]:
-    """The at most `limit` tensors in memory, of its shape and of `dtype`, whose sum in fp32 `tensor`, the first argument
-    of the operator `node`, is; itself where it is something else, or where others read it too, so that it is in memory
-    anyway.
+    """The at most `limit` tensors in memory, of its shape and of `dtype`, whose sum in fp32 is `tensor`, the first
+    argument of the operator `node`; itself where it is something else, or where others read it too, so that it is in
+    memory anyway.
 
     Inductor adds in fp32 without rounding in between, which is what a kernel that takes the terms must do.
     """
@@ -462,9 +462,40 @@ def _strided(
     return ir.TensorBox(ir.ReinterpretView(data=storage, layout=layout))
 
 
+def overwritable(tensors: Sequence[Node], node: torch.fx.Node) -> Node | None:
+    """A contiguous view of one of `tensors`, the terms of the first argument of the operator `node`, whose memory a
+    kernel may give to a result of its size: an extern kernel's whole result that nothing else reads."""
+    equal = V.graph.sizevars.statically_known_equals
+    if not _is_read_once(node.args[0]):
+        return None
+    for tensor in tensors:
+        if not ir.is_storage_and_layout(tensor):
+            continue
+        storage, layout = ir.as_storage_and_layout(tensor, freeze=True)
+        size = list(tensor.get_size())
+        packed = ir.FixedLayout(layout.device, layout.dtype, size, ir.FlexibleLayout.contiguous_strides(size))
+        strides = zip(size, layout.stride, packed.stride)
+        contiguous = all(equal(dim, 1) or equal(stride, expected) for dim, stride, expected in strides)
+        whole = equal(layout.offset, 0) and equal(storage.data.get_numel(), tensor.get_numel())
+        if isinstance(storage.data, ir.ExternKernelOut) and contiguous and whole:
+            return ir.TensorBox(ir.ReinterpretView(data=storage, layout=packed))
+    return None
+
+
+def _is_read_once(value: object) -> bool:
+    """Whether a value, and what it is a view or a sum of, is made by operators of the graph for one reader each."""
+    if not isinstance(value, torch.fx.Node) or value.op != "call_function" or value.target is operator.getitem:
+        return False
+    if _is_view(value.target):
+        return len(value.users) == 1 and _is_read_once(value.args[0])
+    if value.target is torch.ops.aten.add.Tensor:
+        return len(_readers(value)) == 1 and all(map(_is_read_once, value.args))
+    return len(_readers(value)) == 1
+
+
 def sum_behind(node: torch.fx.Node) -> tuple[torch.fx.Node, Node] | None:
     """Where the first result of the operator `node` is read by nothing but its sum with another tensor of that shape
-    and dtype, which is in memory: the node of the sum, and that tensor. The sum is contiguous, as a kernel writes it."""
+    and dtype, which is in memory: the node of the sum, which is contiguous, and that tensor."""
     result = next((user for user in node.users if user.target is operator.getitem and user.args[1] == 0), None)
     if config.emulate_precision_casts or result is None or len(result.users) != 1:
         return None

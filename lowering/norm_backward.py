@@ -197,11 +197,21 @@ def lower(kind: str, formula: Callable[..., Any], parse: Callable[..., Arguments
         record_choice(label, *told)
     if label == FORMULA:
         return inductor.inline(formula, *args)
-    operator, kernel_args = folded.arguments.call(int(label.removeprefix("kernel_")))
-    found = inductor.call_operator(operator, *kernel_args)
+    found = _call(folded, int(label.removeprefix("kernel_")))
     if folded.total is not None:
         inductor.replace(folded.total, found[0])
     return found if arguments.mean is not None or arguments.gate is not None else found[:2]
+
+
+def _call(folded: Folded, config: int) -> tuple[Any, ...]:
+    """The kernel's results. dx takes the memory of a term of dy where it can, as it would in Inductor's own kernel."""
+    arguments = folded.arguments
+    operator, args = arguments.call(config)
+    terms = [term for term in (arguments.dy, arguments.dy_1, arguments.dy_2) if term is not None]
+    out = None if arguments.gate is not None else inductor.overwritable(terms, inductor.current_node())
+    if out is None:
+        return inductor.call_operator(operator, *args)
+    return (out, *inductor.call_operator(torch.ops.infuse.norm_backward_into.default, out, *args))
 
 
 def _choose(folded: Folded) -> tuple[str, str, Any, Any]:

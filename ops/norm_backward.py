@@ -123,9 +123,16 @@ define(
     " float weight_offset, int config, Tensor? dy_1=None, Tensor? dy_2=None, float minimum=0.0)"
     " -> (Tensor, Tensor, Tensor)"
 )
+# dx goes into `out`, which may be dy, dy_1, dy_2 or dsum, if that is contiguous.
+define(
+    "norm_backward_into(Tensor(a!) out, Tensor dy, Tensor? dsum, Tensor x, Tensor? weight, Tensor? bias, Tensor? mean,"
+    " Tensor rstd, float weight_offset, int config, Tensor? dy_1=None, Tensor? dy_2=None, float minimum=0.0)"
+    " -> (Tensor, Tensor)"
+)
 define(
     "gated_norm_backward(Tensor dy, Tensor x, Tensor gate, Tensor? weight, Tensor rstd, bool gate_first,"
     " bool gate_is_silu, int config, Tensor? dy_1=None, Tensor? dy_2=None) -> (Tensor, Tensor, Tensor)"
 )
 register_fake("norm_backward", norm_backward_fake)
+register_fake("norm_backward_into", lambda out, *arguments: norm_backward_fake(*arguments)[1:])
 register_fake("gated_norm_backward", gated_norm_backward_fake)

@@ -57,14 +57,12 @@ __device__ __forceinline__ void apply_gate(const Params& params, const float (&a
   }
 }
 
-// dgate, and dx from the gradient of what the norm read. scale, n: of the norm.
-template <typename X, int kElems>
-__device__ __forceinline__ void gate_gradient(const Params& params, const Vec<X, kElems>& gate,
-                                              const float (&x)[kElems], const float (&dy)[kElems],
-                                              const float (&scale)[kElems], const float (&n)[kElems],
-                                              float (&dx)[kElems], float (&dgate)[kElems]) {
-  float act[kElems], slope[kElems];
-  activate(params, gate, act, slope);
+// dgate, and dx from the gradient of what the norm read. scale, n: of the norm; dy: what reached y.
+template <int kElems>
+__device__ __forceinline__ void gate_gradient(const Params& params, const float (&act)[kElems],
+                                              const float (&slope)[kElems], const float (&x)[kElems],
+                                              const float (&dy)[kElems], const float (&scale)[kElems],
+                                              const float (&n)[kElems], float (&dx)[kElems], float (&dgate)[kElems]) {
 #pragma unroll
   for (int i = 0; i < kElems; ++i) {
     dgate[i] = slope[i] * (params.gate_first ? dx[i] * x[i] : dy[i] * n[i] * scale[i]);

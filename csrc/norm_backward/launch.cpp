@@ -145,6 +145,7 @@ Prepared prepare(const Arguments& arguments) {
   prepared.num_sms = device.num_sms;
   params.row_vecs = static_cast<std::uint32_t>(dim / plan.vec_elems);
   params.stages = static_cast<std::uint32_t>(kConfigs[plan.config].stages);
+  params.late = kConfigs[plan.config].late;
   prepared.max_parts = max_parts(plan, problem, device);
   const int gradients = (arguments.weight != nullptr ? 1 : 0) + (arguments.bias != nullptr ? 1 : 0);
   prepared.workspace_floats = gradients * prepared.max_parts * dim + (plan.vecs_per_thread == 0 ? 2 * rows : 0);

@@ -24,7 +24,7 @@ int launch_config(Kernel kernel, const Prepared& prepared, cudaStream_t stream) 
 template <DType kX, DType kWeight>
 int launch_ring(const Prepared& prepared, cudaStream_t stream) {
   int num_parts = 0;
-  dispatch_int<1, 2, 4>(kOp, "vectors a thread", prepared.plan.vecs_per_thread, [&](auto vecs) {
+  dispatch_int<2, 4>(kOp, "vectors a thread", prepared.plan.vecs_per_thread, [&](auto vecs) {
     constexpr int kVecs = decltype(vecs)::value;
     const auto launch = [&](auto form) {
       constexpr Form kForm = decltype(form)::value;

@@ -40,6 +40,7 @@ struct Params {
   float weight_offset;  // 1 without a weight
   float constant_rstd;  // from here on rstd comes from the minimum and depends on nothing; infinity without one
   std::uint32_t stages;  // rows on their way at once, of the ring kernel
+  bool late;             // see Config
   std::uint32_t zero;    // always 0, see keep_packed
   DType weight_dtype;    // x's or float32
   bool gate_first;       // the gate is applied before the norm, else behind it

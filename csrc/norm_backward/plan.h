@@ -14,31 +14,23 @@ enum class Form { kRmsNorm, kLayerNorm, kGatedRmsNorm };
 // can't take goes to the two-pass kernels, so each configuration takes every problem.
 struct Config {
   const char* name;
-  int vecs;         // vectors of a row that a thread holds, at most: 1, 2 or 4
+  int vecs;         // vectors of a row that a thread holds, at most: 2 or 4
   int cta_threads;  // at most, unless one row needs more
   int stages;       // rows in shared memory: all but one of them are on their way
   int ctas_per_sm;  // at most; every CTA writes a partial sum of the weight's gradient
+  bool late;        // of the next row, only x is asked for before the row at hand was read once
 };
 
 constexpr Config kConfigs[] = {
-    {"vecs2_512x1_stages2", 2, 512, 2, 1},    // 0
-    {"vecs2_512x1_stages3", 2, 512, 3, 1},    // 1
-    {"vecs2_256x2_stages3", 2, 256, 3, 2},    // 2
-    {"vecs4_512x1_stages2", 4, 512, 2, 1},    // 3
-    {"vecs4_128x4_stages4", 4, 128, 4, 4},    // 4
-    {"vecs1_1024x1_stages3", 1, 1024, 3, 1},  // 5
-    {"vecs2_256x1_stages2", 2, 256, 2, 1},
-    {"vecs2_256x1_stages3", 2, 256, 3, 1},
-    {"vecs2_256x2_stages2", 2, 256, 2, 2},
-    {"vecs1_512x1_stages2", 1, 512, 2, 1},
-    {"vecs1_512x1_stages3", 1, 512, 3, 1},
-    {"vecs1_512x2_stages2", 1, 512, 2, 2},
-    {"vecs2_128x4_stages2", 2, 128, 2, 4},
-    {"vecs2_128x2_stages3", 2, 128, 3, 2},
-    {"vecs4_256x2_stages2", 4, 256, 2, 2},
-    {"vecs4_256x1_stages2", 4, 256, 2, 1},
-    {"vecs4_128x2_stages2", 4, 128, 2, 2},
-    {"vecs2_384x1_stages2", 2, 384, 2, 1},
+    {"vecs2_512x1_stages2", 2, 512, 2, 1, false},      // 0
+    {"vecs2_512x1_stages3", 2, 512, 3, 1, false},      // 1
+    {"vecs2_256x2_stages3", 2, 256, 3, 2, false},      // 2
+    {"vecs4_512x1_stages2", 4, 512, 2, 1, false},      // 3
+    {"vecs2_384x1_stages2", 2, 384, 2, 1, false},      // 4
+    {"vecs2_256x2_stages2", 2, 256, 2, 2, false},      // 5
+    {"vecs4_512x1_stages2_late", 4, 512, 2, 1, true},  // 6
+    {"vecs2_512x1_stages2_late", 2, 512, 2, 1, true},  // 7
+    {"vecs2_512x1_stages3_late", 2, 512, 3, 1, true},  // 8
 };
 constexpr int kNumConfigs = sizeof(kConfigs) / sizeof(kConfigs[0]);
 constexpr int kHeuristic = -1;
@@ -47,7 +39,6 @@ constexpr int kHeuristic = -1;
 constexpr int kMaxVecs = 4;
 // 0: no such kernel.
 constexpr int max_cta_threads(int vecs, Form form) {
-  if (vecs == 1) return form == Form::kRmsNorm ? 1024 : 768;
   return vecs == kMaxVecs && form != Form::kRmsNorm ? 0 : 512;
 }
 constexpr int kMaxRowThreads = 512;
@@ -78,7 +69,7 @@ struct Device {
 struct Plan {
   int config;           // index into kConfigs
   int vec_elems;        // elements of an access
-  int vecs_per_thread;  // 1, 2 or 4; 0: two passes, and what follows is 0
+  int vecs_per_thread;  // 2 or 4; 0: two passes, and what follows is 0
   int threads_per_row;  // 8, 16 or a multiple of 32
   int rows_per_cta;
   int shared_bytes;
@@ -114,15 +105,18 @@ constexpr Plan try_config(Plan plan, const Problem& problem, const Device& devic
 }
 
 // On an H200 it is best to have 26 to 32 KiB on their way to each SM: with more the kernel slows down by a tenth. So
-// two stages if these are enough, else three; four vectors a thread only where two do not hold the row; and smaller
-// CTAs, which end sooner, when there are few rows.
+// two stages if these are enough, else three, and three quarters of the threads where all would ask for too much; four
+// vectors a thread only where two do not hold the row; and smaller CTAs, which end sooner, when there are few rows.
 constexpr int kEnoughBytes = 26 * 1024;
+constexpr int kTooManyBytes = 40 * 1024;
 constexpr int choose_config(const Problem& problem, std::int64_t row_vecs, const Device& device) {
   if (row_vecs > 2 * kMaxRowThreads) return 3;
   const int threads = choose_threads(row_vecs, 2);
   const std::int64_t rows = threads < 512 ? 512 / threads : 1;
   if (problem.rows <= rows * device.num_sms) return 2;
-  return problem.num_tensors * rows * problem.dim * problem.size_bytes >= kEnoughBytes ? 0 : 1;
+  const std::int64_t row_bytes = problem.num_tensors * problem.dim * problem.size_bytes;
+  if (threads <= 128 && rows * row_bytes > kTooManyBytes) return 4;
+  return rows * row_bytes >= kEnoughBytes ? 0 : 1;
 }
 
 // `config` is kHeuristic or an index into kConfigs.
@@ -135,8 +129,8 @@ constexpr Plan make_plan(const Problem& problem, int config, const Device& devic
   if (!aligned) return plan;
   const Plan found = try_config(plan, problem, device);
   if (found.vecs_per_thread > 0 || config != kHeuristic) return found;
-  // Shared memory for a smaller ring is what some devices lack.
-  plan.config = 2;
+  // Some devices lack the shared memory for it, and have it for a smaller ring.
+  plan.config = 5;
   return try_config(plan, problem, device);
 }
 

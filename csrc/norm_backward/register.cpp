@@ -31,8 +31,8 @@ struct Given {
   int64_t config;
 };
 
-// dx, dgate, dweight, dbias.
-std::tuple<Tensor, Tensor, Tensor, Tensor> run(const Given& given) {
+// dx, dgate, dweight, dbias. out: where dx goes, if that is given; it may be one of the gradients that are read.
+std::tuple<Tensor, Tensor, Tensor, Tensor> run(const Given& given, const OptionalTensor& out = std::nullopt) {
   const auto dy = infuse::tensor_arg(given.dy, kOp, "dy");
   const auto dy_1 = infuse::tensor_arg(given.more_dy[0], kOp, "dy_1");
   const auto dy_2 = infuse::tensor_arg(given.more_dy[1], kOp, "dy_2");
@@ -59,7 +59,14 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> run(const Given& given) {
                                                         given.config});
 
   const torch::stable::accelerator::DeviceGuard guard(x.device);
-  Tensor dx = torch::stable::new_empty(given.x, given.x.sizes());
+  Tensor dx = out.has_value() ? *out : torch::stable::new_empty(given.x, given.x.sizes());
+  if (out.has_value()) {
+    const auto dx_arg = infuse::written_tensor_arg(dx, kOp, "out");
+    infuse::check_dtype(kOp, dx_arg, x.dtype);
+    infuse::check_same_device(kOp, dx_arg, x);
+    infuse::check_same_shape(kOp, dx_arg, x);
+    infuse::check_contiguous(kOp, dx_arg);
+  }
   Tensor dgate = gradient_of(given.gate, given.x);
   Tensor dweight = gradient_of(given.weight, given.x), dbias = gradient_of(given.bias, given.x);
   const Tensor workspace = torch::stable::new_empty(given.x, {prepared.workspace_floats}, ScalarType::Float);
@@ -84,6 +91,21 @@ std::tuple<Tensor, Tensor, Tensor> norm_backward(const Tensor& dy, const Optiona
   return {dx, dweight, dbias};
 }
 
+// dweight, dbias; dx into `out`.
+std::tuple<Tensor, Tensor> norm_backward_into(Tensor out, const Tensor& dy, const OptionalTensor& dsum, const Tensor& x,
+                                              const OptionalTensor& weight, const OptionalTensor& bias,
+                                              const OptionalTensor& mean, const Tensor& rstd, double weight_offset,
+                                              int64_t config, const OptionalTensor& dy_1, const OptionalTensor& dy_2,
+                                              double minimum) {
+  const OptionalTensor none;
+  Given given{dy, x, rstd, weight, bias, mean, dsum, none, {dy_1, dy_2}};
+  given.weight_offset = weight_offset;
+  given.minimum = minimum;
+  given.config = config;
+  auto [dx, dgate, dweight, dbias] = run(given, out);
+  return {dweight, dbias};
+}
+
 // dx, dgate, dweight.
 std::tuple<Tensor, Tensor, Tensor> gated_norm_backward(const Tensor& dy, const Tensor& x, const Tensor& gate,
                                                        const OptionalTensor& weight, const Tensor& rstd,
@@ -102,6 +124,7 @@ std::tuple<Tensor, Tensor, Tensor> gated_norm_backward(const Tensor& dy, const T
 
 STABLE_TORCH_LIBRARY_IMPL(infuse, CUDA, m) {
   m.impl("norm_backward", TORCH_BOX(&norm_backward));
+  m.impl("norm_backward_into", TORCH_BOX(&norm_backward_into));
   m.impl("gated_norm_backward", TORCH_BOX(&gated_norm_backward));
 }
 

@@ -65,30 +65,29 @@ class Ring {
     }
   }
 
-  // Starts the copies of a row, if there is one, into the next stage and ends their group.
+  // Starts the copies of a row, if there is one, into the next stage and ends their group. What is late waits for
+  // start_late.
   __device__ __forceinline__ void start(std::uint32_t row) {
     if (row < params_.rows) {
-#pragma unroll
-      for (int tensor = 0; tensor < Traits::kFixedTensors; ++tensor) start_tensor(tensor, row);
-#pragma unroll 1
-      for (std::uint32_t tensor = Traits::kFixedTensors; tensor < params_.num_tensors; ++tensor) {
-        start_tensor(tensor, row);
-      }
+      start_tensor(kX, row);
       copy_async<4>(writing_ + statistics_, params_.rstd + row, true);
       if constexpr (Traits::kCentered) {
         copy_async<4>(writing_ + statistics_ + kWarpSize * 4, params_.mean + row, true);
       }
     }
-    end_copy_group();
-    writing_ = after(writing_);
+    if (!params_.late) start_rest(row);
+  }
+
+  __device__ __forceinline__ void start_late(std::uint32_t row) {
+    if (params_.late) start_rest(row);
   }
 
   // Waits for the oldest row, when as many were started as there are stages.
   __device__ __forceinline__ void wait() const {
-    switch (params_.stages) {
+    switch (params_.stages - params_.late) {
+      case 1: return wait_for_copies<0>();
       case 2: return wait_for_copies<1>();
-      case 3: return wait_for_copies<2>();
-      default: return wait_for_copies<3>();
+      default: return wait_for_copies<2>();
     }
   }
 
@@ -126,6 +125,19 @@ class Ring {
 
   __device__ __forceinline__ SharedAddress after(SharedAddress stage) const {
     return stage + stage_bytes_ == end_ ? first_ : stage + stage_bytes_;
+  }
+
+  __device__ __forceinline__ void start_rest(std::uint32_t row) {
+    if (row < params_.rows) {
+#pragma unroll
+      for (int tensor = kDy; tensor < Traits::kFixedTensors; ++tensor) start_tensor(tensor, row);
+#pragma unroll 1
+      for (std::uint32_t tensor = Traits::kFixedTensors; tensor < params_.num_tensors; ++tensor) {
+        start_tensor(tensor, row);
+      }
+    }
+    end_copy_group();
+    writing_ = after(writing_);
   }
 
   __device__ __forceinline__ void start_tensor(std::uint32_t tensor, std::uint32_t row) {

@@ -83,38 +83,43 @@ __device__ __forceinline__ void write_part(const Params& params, float* parts,
   }
 }
 
-// n and g of a vector, g's sums, and, with kSumUp, what the vector adds to the gradients of weight and bias.
-template <typename Traits, bool kSumUp, int kElems = Traits::kVecElems>
-__device__ __forceinline__ void terms_of(const Params& params, const Ring<Traits>& ring, const RowStats& stats,
-                                         Scales<Traits>& scales, int i, float (&n)[kElems], float (&g)[kElems],
-                                         RowMeans& sums, float (&dweight)[kElems], float (&dbias)[kElems]) {
-  float dy[kElems], scale[kElems];
-  normalize<Traits::kCentered>(ring.get(kX, i), stats, n);
-  ring.get_dy(i, dy);
-  if constexpr (Traits::kGated) {
-    float act[kElems], slope[kElems];
-    activate(params, ring.get(kGate, i), act, slope);
-    apply_gate(params, act, n, dy);
-  }
-  scales.get(params, i, scale);
-  weigh<Traits::kCentered>(dy, scale, n, g, sums);
-  if constexpr (kSumUp) {
-    add_products(dy, n, dweight);
-    if constexpr (Traits::kCentered) add(dy, dbias);
-  }
-}
+// n, g and, with a gate, act and its slope of a vector; g's sums; and, with kSumUp, what the vector adds to the
+// gradients of weight and bias.
+template <typename Traits>
+struct Terms {
+  static constexpr int kElems = Traits::kVecElems;
+  using Values = float[kElems];
 
-// Turns dx of the norm into that of x, and gives dgate.
-template <typename Traits, int kElems = Traits::kVecElems>
-__device__ __forceinline__ void gate_gradient_of(const Params& params, const Ring<Traits>& ring,
-                                                 Scales<Traits>& scales, int i, const float (&n)[kElems],
-                                                 float (&dx)[kElems], float (&dgate)[kElems]) {
-  float x[kElems], dy[kElems], scale[kElems];
-  unpack(ring.get(kX, i), x);
-  ring.get_dy(i, dy);
-  scales.get(params, i, scale);
-  gate_gradient(params, ring.get(kGate, i), x, dy, scale, n, dx, dgate);
-}
+  Values n, g, act, slope;
+
+  template <bool kSumUp>
+  __device__ __forceinline__ void take(const Params& params, const Ring<Traits>& ring, const RowStats& stats,
+                                       Scales<Traits>& scales, int i, RowMeans& sums, Values& dweight, Values& dbias) {
+    Values dy, scale;
+    normalize<Traits::kCentered>(ring.get(kX, i), stats, n);
+    ring.get_dy(i, dy);
+    if constexpr (Traits::kGated) {
+      activate(params, ring.get(kGate, i), act, slope);
+      apply_gate(params, act, n, dy);
+    }
+    scales.get(params, i, scale);
+    weigh<Traits::kCentered>(dy, scale, n, g, sums);
+    if constexpr (kSumUp) {
+      add_products(dy, n, dweight);
+      if constexpr (Traits::kCentered) add(dy, dbias);
+    }
+  }
+
+  // Turns dx of the norm into that of x, and gives dgate.
+  __device__ __forceinline__ void gate_gradient(const Params& params, const Ring<Traits>& ring, Scales<Traits>& scales,
+                                                int i, Values& dx, Values& dgate) const {
+    Values x, dy, scale;
+    unpack(ring.get(kX, i), x);
+    ring.get_dy(i, dy);
+    scales.get(params, i, scale);
+    infuse::norm_backward::gate_gradient(params, act, slope, x, dy, scale, n, dx, dgate);
+  }
+};
 
 // Without the minimum of one CTA ptxas aims at two, and spills.
 template <typename Traits>
@@ -131,7 +136,10 @@ __global__ __launch_bounds__(Traits::kMaxThreads, 1) void ring_kernel(const __gr
   // Rows are at most 2^31, and a step and its stages are far fewer: no overflow.
   const std::uint32_t step = gridDim.x * blockDim.y;
   std::uint32_t ahead = blockIdx.x * blockDim.y + threadIdx.y;  // the next row to start
-  for (std::uint32_t stage = 0; stage + 1 < params.stages; ++stage, ahead += step) ring.start(ahead);
+  for (std::uint32_t stage = 0; stage + 1 < params.stages; ++stage, ahead += step) {
+    ring.start(ahead);
+    ring.start_late(ahead);
+  }
 
   Scales<Traits> scales(params, columns);
   float dweight[kVecs][kElems] = {}, dbias[kCentered ? kVecs : 1][kElems] = {};
@@ -144,15 +152,15 @@ __global__ __launch_bounds__(Traits::kMaxThreads, 1) void ring_kernel(const __gr
     const bool has_row = row < params.rows;  // if not, the threads still take part in shuffles and barriers
     const RowStats stats = ring.stats();
 
-    float n[kVecs][kElems], g[kVecs][kElems];  // dead until pass two unless kHoldsRow
+    Terms<Traits> terms[kVecs];  // dead until pass two unless kHoldsRow
     RowMeans means = {0.0f, 0.0f};
     if (has_row) {
 #pragma unroll
       for (int i = 0; i < kVecs; ++i) {
-        terms_of<Traits, true>(params, ring, stats, scales, i, n[i], g[i], means, dweight[i],
-                               dbias[kCentered ? i : 0]);
+        terms[i].template take<true>(params, ring, stats, scales, i, means, dweight[i], dbias[kCentered ? i : 0]);
       }
     }
+    ring.start_late(ahead);
     row_sum.add_up<kCentered>(means.gn, means.g, turn);
     means.gn *= stats.rstd < params.constant_rstd ? params.inv_dim : 0.0f;
     means.g *= params.inv_dim;
@@ -163,11 +171,10 @@ __global__ __launch_bounds__(Traits::kMaxThreads, 1) void ring_kernel(const __gr
       for (int i = 0; i < kVecs; ++i) {
         if constexpr (!kHoldsRow) {
           RowMeans unused = {0.0f, 0.0f};
-          terms_of<Traits, false>(params, ring, stats, scales, i, n[i], g[i], unused, dweight[i],
-                                  dbias[kCentered ? i : 0]);
+          terms[i].template take<false>(params, ring, stats, scales, i, unused, dweight[i], dbias[kCentered ? i : 0]);
         }
         float dx[kElems];
-        input_gradient<kCentered>(g[i], n[i], means, stats.rstd, dx);
+        input_gradient<kCentered>(terms[i].g, terms[i].n, means, stats.rstd, dx);
         const auto write = [&](void* tensor, const float (&values)[kElems]) {
           if (columns.vec(i) >= params.row_vecs) return;
           char* address = columns.address<X>(tensor, offset) + i * columns.step_bytes();
@@ -175,7 +182,7 @@ __global__ __launch_bounds__(Traits::kMaxThreads, 1) void ring_kernel(const __gr
         };
         if constexpr (kGated) {
           float dgate[kElems];
-          gate_gradient_of<Traits>(params, ring, scales, i, n[i], dx, dgate);
+          terms[i].gate_gradient(params, ring, scales, i, dx, dgate);
           write(params.dgate, dgate);
         }
         if (params.dsum < params.num_tensors) {

@@ -153,7 +153,9 @@ __global__ __launch_bounds__(kColumnThreads) void columns_kernel(const __grid_co
         unpack(x[i], wide_x);
         unpack(dy[i], ungated_dy);
         Access::add_terms(params, row, vec, ungated_dy);
-        gate_gradient(params, gate[i], wide_x, ungated_dy, scale, n, dx, dgate);
+        float act[kElems], slope[kElems];
+        activate(params, gate[i], act, slope);
+        gate_gradient(params, act, slope, wide_x, ungated_dy, scale, n, dx, dgate);
         Access::store_row(params, params.dgate, row, vec, dgate);
       }
       add(wide_dsum, dx);

@@ -86,7 +86,6 @@ template <DType kX, DType kWeight>
 int run(const Plan& plan, const Params& params, int most) {
   const unsigned parts = static_cast<unsigned>(most);
   switch (plan.vecs_per_thread) {
-    case 1: return run_ring<kX, kWeight, 1>(plan, params, parts);
     case 2: return run_ring<kX, kWeight, 2>(plan, params, parts);
     case 4: return run_ring<kX, kWeight, 4>(plan, params, parts);
   }
@@ -161,6 +160,7 @@ void test(const Case& c, int config) {
   const Plan plan = make_plan(problem, config, kDevice);
   params.row_vecs = static_cast<std::uint32_t>(c.dim / plan.vec_elems);
   params.stages = static_cast<std::uint32_t>(kConfigs[plan.config].stages);
+  params.late = kConfigs[plan.config].late;
   const int most = max_parts(plan, problem, kDevice);
   Buffer<float> weight_parts(most * c.dim), bias_parts(most * c.dim);
   params.weight_parts = c.has_weight ? weight_parts.data : nullptr;

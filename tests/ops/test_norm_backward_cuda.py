@@ -182,6 +182,25 @@ def test_a_gradient_that_is_a_sum_is_added_up_in_fp32(name: str, dim: int) -> No
             check(form, (total, dsum, x, *rest), found)
 
 
+@pytest.mark.parametrize("dim", [7, 100, 128, 896, 4096, 8192, 20000])
+@pytest.mark.parametrize("name", ["rms bf16", "add + rms bf16", "add + layer bf16", "layer fp32, no weight"])
+def test_dx_may_take_the_place_of_a_gradient_that_is_read(name: str, dim: int) -> None:
+    form = FORMS[name]
+    dy, dsum, x, *rest = form.make(1000 if dim < 1000 else 150, dim)
+    assert dy is not None and x is not None
+    terms = [torch.randn_like(x) for _ in range(2)]
+    for config in configs():
+        expected = OPS.norm_backward(dy, dsum, x, *rest, form.offset, config, *terms)
+        for place in range(4 if form.add else 3):
+            copies = [tensor.clone() for tensor in (dy, *terms)] + ([dsum.clone()] if dsum is not None else [])
+            sums = copies[3] if form.add else None
+            gradients = OPS.norm_backward_into(
+                *(copies[place], copies[0], sums, x, *rest, form.offset, config, copies[1], copies[2])
+            )
+            found = (copies[place], *gradients)
+            assert all(torch.equal(mine, theirs) for mine, theirs in zip(found, expected, strict=True))
+
+
 @pytest.mark.parametrize("dim", [100, 128, 4096, 20000])
 @pytest.mark.parametrize("name", ["rms bf16", "rms fp32", "add + rms bf16"])
 def test_where_the_minimum_is_in_force_rstd_depends_on_nothing(name: str, dim: int) -> None:
