@@ -15,14 +15,12 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import sympy  # type: ignore[import-untyped]
 import torch
 from torch._inductor import config, ir
 from torch._inductor.codegen.subgraph import SubgraphChoiceCaller, SubgraphTemplate
 from torch._inductor.custom_graph_pass import CustomGraphPass as CustomGraphPass
 from torch._inductor.decomposition import fast_random_decomps, register_decomposition, select_decomp_table
 from torch._inductor.lowering import needs_realized_inputs, register_lowering
-from torch._inductor.ops_handler import DefaultHandler
 from torch._inductor.runtime.benchmarking import benchmarker
 from torch._inductor.select_algorithm import (
     ExternKernelChoice,
@@ -105,7 +103,7 @@ def inline(function: Callable[..., Any], *args: object) -> Any:
     graph.graph.erase_node(output)
     environment, outer_module, outer_node = V.graph.env, V.graph.module, V.graph.current_node
     readers = _readers_outside(outer_node, results)
-    from_memory = not any(_is_generated(tensor) for tensor in tensors)
+    from_memory = not any(is_generated(tensor) for tensor in tensors)
     remaining = iter(tensors)
     try:
         V.graph.module = graph
@@ -350,11 +348,11 @@ def is_view(target: object) -> bool:
     return target is operator.getitem
 
 
-def _readers(node: torch.fx.Node) -> list[torch.fx.Node]:
+def readers(node: torch.fx.Node) -> list[torch.fx.Node]:
     """The nodes that read a value, through views."""
     found: list[torch.fx.Node] = []
     for user in node.users:
-        found.extend(_readers(user) if is_view(user.target) else [user])
+        found.extend(readers(user) if is_view(user.target) else [user])
     return found
 
 
@@ -385,13 +383,13 @@ def neighbours(
     """
     producer = 0
     for tensor, argument in zip(tensors, node.args):
-        if _is_generated(tensor):
-            producer += 2 if len(_readers(argument)) == 1 else 1  # type: ignore[arg-type]
-    taken = {user.args[1]: _readers(user) for user in node.users if user.target is operator.getitem}
+        if is_generated(tensor):
+            producer += 2 if len(readers(argument)) == 1 else 1  # type: ignore[arg-type]
+    taken = {user.args[1]: readers(user) for user in node.users if user.target is operator.getitem}
     if first is not None:
-        taken[0] = _readers(first)
+        taken[0] = readers(first)
     if not taken:
-        return Neighbours(producer, _consumer_passes(_readers(node)))
+        return Neighbours(producer, _consumer_passes(readers(node)))
     return Neighbours(producer, sum(_consumer_passes(taken.get(index, [])) for index in range(results)))
 
 
@@ -402,127 +400,12 @@ def _consumer_passes(readers: Sequence[torch.fx.Node]) -> int:
     return 0 if not any(fusable) else 2 if all(fusable) else 1
 
 
-@dataclass(frozen=True, slots=True)
-class _Loads:
-    """The elements that are added up: (buffer, index)."""
-
-    places: tuple[tuple[str, sympy.Expr], ...]
-
-
-class _SumOfLoads(DefaultHandler):
-    """Runs the code of a value: gives its _Loads if it is a sum, None for anything else."""
-
-    def load(self, name: str, index: sympy.Expr) -> Any:
-        return _Loads(((name, index),))
-
-    def add(self, x0: Any, x1: Any) -> Any:
-        return None if x0 is None or x1 is None else _Loads((*x0.places, *x1.places))
-
-    def to_dtype(self, x: Any, dtype: torch.dtype, src_dtype: Any = None, use_compute_types: bool = True) -> Any:
-        return x if dtype == torch.float32 else None  # nothing is lost
-
-    def _default(self, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        return None
-
-
-def terms(tensor: Node, node: torch.fx.Node, limit: int, dtype: torch.dtype) -> list[Node]:
-    """The at most `limit` tensors in memory, of its shape and of `dtype`, whose sum in fp32 is `tensor`, the first
-    argument of the operator `node`; itself where it is something else, or where others read it too, so that it is in
-    memory anyway.
-
-    Inductor adds in fp32 without rounding in between, which is what a kernel that takes the terms must do.
-    """
-    (argument,) = (arg for arg in node.args[:1] if isinstance(arg, torch.fx.Node))
-    if config.emulate_precision_casts or len(_readers(argument)) != 1 or not _is_generated(tensor):
-        return [tensor]
-    sizes = tensor.get_size()
-    symbols = [sympy.Symbol(f"infuse_index_{i}", integer=True) for i in range(len(sizes))]
-    with V.set_ops_handler(_SumOfLoads()):
-        loads = tensor.make_loader()(symbols).value
-    if loads is None or len(loads.places) > limit:
-        return [tensor]
-    found = [_strided(name, index, symbols, tensor, dtype) for name, index in loads.places]
-    return [tensor] if any(term is None for term in found) else found
-
-
-def _strided(
-    name: str, index: sympy.Expr, symbols: Sequence[sympy.Symbol], like: Node, dtype: torch.dtype
-) -> Node | None:
-    """A view of a buffer that has `like`'s sizes, if the index is linear and the buffer of the dtype."""
-    index = sympy.expand(index)
-    strides = [index.coeff(symbol) for symbol in symbols]
-    offset = sympy.expand(index - sum(stride * symbol for stride, symbol in zip(strides, symbols)))
-    linear = not any(expression.free_symbols & set(symbols) for expression in (offset, *strides))
-    if not linear or V.graph.get_dtype(name) != dtype:
-        return None
-    buffer = V.graph.get_buffer(name) or V.graph.graph_inputs[name]
-    box = buffer if isinstance(buffer, ir.TensorBox) else ir.TensorBox(ir.StorageBox(buffer))
-    storage, _ = ir.as_storage_and_layout(box, freeze=True)
-    layout = ir.FixedLayout(like.get_device(), dtype, list(like.get_size()), strides, offset)
-    return ir.TensorBox(ir.ReinterpretView(data=storage, layout=layout))
-
-
-def overwritable(tensors: Sequence[Node], node: torch.fx.Node) -> Node | None:
-    """A contiguous view of one of `tensors`, the terms of the first argument of the operator `node`, whose memory a
-    kernel may give to a result of its size: an extern kernel's whole result that nothing else reads."""
-    equal = V.graph.sizevars.statically_known_equals
-    if not _is_read_once(node.args[0]):
-        return None
-    for tensor in tensors:
-        if not ir.is_storage_and_layout(tensor):
-            continue
-        storage, layout = ir.as_storage_and_layout(tensor, freeze=True)
-        size = list(tensor.get_size())
-        packed = ir.FixedLayout(layout.device, layout.dtype, size, ir.FlexibleLayout.contiguous_strides(size))
-        strides = zip(size, layout.stride, packed.stride)
-        contiguous = all(equal(dim, 1) or equal(stride, expected) for dim, stride, expected in strides)
-        whole = equal(layout.offset, 0) and equal(storage.data.get_numel(), tensor.get_numel())
-        if isinstance(storage.data, ir.ExternKernelOut) and contiguous and whole:
-            return ir.TensorBox(ir.ReinterpretView(data=storage, layout=packed))
-    return None
-
-
-def _is_read_once(value: object) -> bool:
-    """Whether a value, and what it is a view or a sum of, is made by operators of the graph for one reader each."""
-    if not isinstance(value, torch.fx.Node) or value.op != "call_function" or value.target is operator.getitem:
-        return False
-    if _is_view(value.target):
-        return len(value.users) == 1 and _is_read_once(value.args[0])
-    if value.target is torch.ops.aten.add.Tensor:
-        return len(_readers(value)) == 1 and all(map(_is_read_once, value.args))
-    return len(_readers(value)) == 1
-
-
-def sum_behind(node: torch.fx.Node) -> tuple[torch.fx.Node, Node] | None:
-    """Where the first result of the operator `node` is read by nothing but its sum with another tensor of that shape
-    and dtype, which is in memory: the node of the sum, which is contiguous, and that tensor."""
-    result = next((user for user in node.users if user.target is operator.getitem and user.args[1] == 0), None)
-    if config.emulate_precision_casts or result is None or len(result.users) != 1:
-        return None
-    (total,) = result.users
-    if total.target is not torch.ops.aten.add.Tensor or total.kwargs:
-        return None
-    others = [arg for arg in total.args if isinstance(arg, torch.fx.Node) and arg is not result]
-    if len(others) != 1 or others[0] not in V.graph.env:
-        return None
-    value, result_value = others[0].meta["val"], result.meta["val"]
-    alike = value.shape == result_value.shape and value.dtype == result_value.dtype
-    alike = alike and total.meta["val"].is_contiguous()
-    other = V.graph.env[others[0]]
-    return (total, other) if alike and not _is_generated(other) else None
-
-
-def replace(node: torch.fx.Node, value: Node) -> None:
-    """Gives a node that is still to be lowered its value; it will not be lowered then."""
-    V.graph.env[node] = value
-
-
 def results_taken(node: torch.fx.Node) -> int:
     """How many of the results of an operator with several are read."""
     return len({user.args[1] for user in node.users if user.target is operator.getitem})
 
 
-def _is_generated(tensor: Node) -> bool:
+def is_generated(tensor: Node) -> bool:
     """Whether Inductor generates the code of a value, so that a formula reading it could share its kernel."""
     data = tensor
     while isinstance(data, (ir.TensorBox, ir.StorageBox, ir.BaseView)):

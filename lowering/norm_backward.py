@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from infuse import build
-from infuse.lowering import inductor, profit
+from infuse.lowering import inductor, inductor_sums, profit
 from infuse.lowering.decisions import Decision, record
 from infuse.lowering.heuristics import norm_backward as heuristics
 from infuse.ops import add_layer_norm, add_rms_norm, gated_rms_norm, layer_norm, library, norm_backward, rms_norm
@@ -108,8 +108,8 @@ class Folded:
 def _fold(formula: Callable[..., Any], arguments: Arguments, args: tuple[Any, ...]) -> Folded:
     node, dy, total, other = inductor.current_node(), [arguments.dy], None, None
     if inductor.settings_in_effect().numerics != "exact":
-        dy = inductor.terms(arguments.dy, node, norm_backward.MAX_DY_TERMS, arguments.x.get_dtype())
-        if arguments.dsum is None and arguments.gate is None and (found := inductor.sum_behind(node)):
+        dy = inductor_sums.terms(arguments.dy, node, norm_backward.MAX_DY_TERMS, arguments.x.get_dtype())
+        if arguments.dsum is None and arguments.gate is None and (found := inductor_sums.sum_behind(node)):
             total, other = found
     padded = (*dy, None, None)[:3]
 
@@ -199,7 +199,7 @@ def lower(kind: str, formula: Callable[..., Any], parse: Callable[..., Arguments
         return inductor.inline(formula, *args)
     found = _call(folded, int(label.removeprefix("kernel_")))
     if folded.total is not None:
-        inductor.replace(folded.total, found[0])
+        inductor_sums.replace(folded.total, found[0])
     return found if arguments.mean is not None or arguments.gate is not None else found[:2]
 
 
@@ -208,7 +208,7 @@ def _call(folded: Folded, config: int) -> tuple[Any, ...]:
     arguments = folded.arguments
     operator, args = arguments.call(config)
     terms = [term for term in (arguments.dy, arguments.dy_1, arguments.dy_2) if term is not None]
-    out = None if arguments.gate is not None else inductor.overwritable(terms, inductor.current_node())
+    out = None if arguments.gate is not None else inductor_sums.overwritable(terms, inductor.current_node())
     if out is None:
         return inductor.call_operator(operator, *args)
     return (out, *inductor.call_operator(torch.ops.infuse.norm_backward_into.default, out, *args))
