@@ -11,6 +11,11 @@ None are empty [0]. dy_1 and dy_2 are further terms of dy, which is their sum in
 fuses the additions. With minimum > 0 the mean of squares is at least that, and the last term of dx drops out in the
 rows where rstd comes from it.
 
+Of the operators' flags the kernels know weight_offset, a missing weight or bias, eps as a minimum, and silu and sigmoid
+as gates. cast_before_weight and cast_before_gate make no difference to them: they are about roundings that the backward
+leaves out. What is left to the formula, `can_run` names: float64, groups, tensors of different dtypes (a weight in
+float32 excepted), a stride in the last dimension, more than four dimensions.
+
 gated_norm_backward is that of gated_rms_norm, with a gate [..., D] whose gradient is its second result; see
 csrc/norm_backward/formula.cuh.
 

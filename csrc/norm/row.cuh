@@ -4,20 +4,13 @@
 #include <cstdint>
 #include <type_traits>
 
+#include "infuse/activation.cuh"
 #include "infuse/memory.cuh"
 #include "infuse/vec.cuh"
 #include "norm/params.h"
 #include "norm/plan.h"
 
 namespace infuse::norm {
-
-// Through the fast exponential and the fast division where the result is rounded to two bytes; they deviate by 2^-21
-// and flush what is below fp32's smallest normal number.
-template <typename X>
-__device__ __forceinline__ float sigmoid(float value) {
-  if constexpr (sizeof(X) == 4) return 1.0f / (1.0f + expf(-value));
-  return __fdividef(1.0f, 1.0f + __expf(-value));
-}
 
 // Keeps fp32 values in the registers of two packed vectors; fp32 elements need one of them only.
 template <typename T, int kElems>

@@ -17,6 +17,7 @@
 // well. That is left out here, as Inductor leaves it out: it only adds error.
 #pragma once
 
+#include "infuse/activation.cuh"
 #include "infuse/vec.cuh"
 #include "norm_backward/params.h"
 
@@ -25,12 +26,6 @@ namespace infuse::norm_backward {
 struct RowStats {
   float mean, rstd;
 };
-
-template <typename X>
-__device__ __forceinline__ float sigmoid(float value) {
-  if constexpr (sizeof(X) == 4) return 1.0f / (1.0f + expf(-value));
-  return __fdividef(1.0f, 1.0f + __expf(-value));  // deviates by 2^-21
-}
 
 // act and its derivative of a vector of the gate.
 template <typename X, int kElems>
