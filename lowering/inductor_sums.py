@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from torch._inductor import config, ir
+from torch._inductor.lowering import lowerings
 from torch._inductor.ops_handler import DefaultHandler
 from torch._inductor.utils import sympy_index_symbol
 from torch._inductor.virtualized import V
@@ -53,8 +54,11 @@ def terms(tensor: Node, node: torch.fx.Node, limit: int, dtype: torch.dtype) -> 
     Inductor adds in fp32 without rounding in between, which is what a kernel that takes the terms must do.
     """
     (argument,) = (arg for arg in node.args[:1] if isinstance(arg, torch.fx.Node))
-    if config.emulate_precision_casts or len(inductor.readers(argument)) != 1 or not inductor.is_generated(tensor):
+    if config.emulate_precision_casts or len(inductor.readers(argument)) != 1:
         return [tensor]
+    if not inductor.is_generated(tensor):
+        found = _addends_of_products(tensor, argument) if tensor.get_dtype() == dtype else []
+        return found if 2 <= len(found) <= limit else [tensor]
     sizes = tensor.get_size()
     symbols = [sympy_index_symbol(f"infuse_index_{i}") for i in range(len(sizes))]
     with V.set_ops_handler(_SumOfLoads()):
@@ -63,6 +67,28 @@ def terms(tensor: Node, node: torch.fx.Node, limit: int, dtype: torch.dtype) -> 
         return [tensor]
     found = [_strided(name, index, symbols, tensor, dtype) for name, index in loads.places]
     return [tensor] if any(term is None for term in found) else found
+
+
+def _addends_of_products(tensor: Node, node: torch.fx.Node) -> list[Node]:
+    """What addmm(addmm(a, b, c), d, e) adds up, where nothing else reads the partial sums: a, b @ c, d @ e.
+
+    Inductor's pass makes these calls of sums of products whose reader is not pointwise, an operator for instance. Each
+    copies its first argument, which costs two passes over it.
+    """
+    storage = tensor.data if isinstance(tensor, ir.TensorBox) else tensor
+    product = storage.data if isinstance(storage, ir.StorageBox) else None
+    called = node.target is torch.ops.aten.addmm.default and isinstance(product, ir.ExternKernelOut)
+    if not called or node.kwargs or len(inductor.readers(node)) != 1:
+        return [tensor]
+    assert isinstance(node.args[0], torch.fx.Node) and product is not None
+    first, *factors = (
+        ir.TensorBox(value if isinstance(value, (ir.BaseView, ir.StorageBox)) else ir.StorageBox(value))
+        for value in product.inputs
+    )
+    sizes = zip(first.get_layout().stride, first.get_size(), tensor.get_size())
+    if any(not V.graph.sizevars.statically_known_equals(*pair) or stride == 0 for stride, *pair in sizes):
+        return [tensor]  # a bias
+    return [*_addends_of_products(first, node.args[0]), lowerings[torch.ops.aten.mm.default](*factors)]
 
 
 def _strided(
@@ -108,8 +134,9 @@ def _is_read_once(value: object) -> bool:
         return False
     if inductor.is_view(value.target):
         return len(value.users) == 1 and _is_read_once(value.args[0])
-    if value.target is torch.ops.aten.add.Tensor:
-        return len(inductor.readers(value)) == 1 and all(map(_is_read_once, value.args))
+    if value.target in (torch.ops.aten.add.Tensor, torch.ops.aten.addmm.default):
+        added = value.args[:1] if value.target is torch.ops.aten.addmm.default else value.args
+        return len(inductor.readers(value)) == 1 and all(map(_is_read_once, added))
     return len(inductor.readers(value)) == 1
 
 

@@ -25,12 +25,10 @@ constexpr Config kConfigs[] = {
     {"vecs2_512x1_stages2", 2, 512, 2, 1, false},      // 0
     {"vecs2_512x1_stages3", 2, 512, 3, 1, false},      // 1
     {"vecs2_256x2_stages3", 2, 256, 3, 2, false},      // 2
-    {"vecs4_512x1_stages2", 4, 512, 2, 1, false},      // 3
+    {"vecs2_256x2_stages2", 2, 256, 2, 2, false},      // 3
     {"vecs2_384x1_stages2", 2, 384, 2, 1, false},      // 4
-    {"vecs2_256x2_stages2", 2, 256, 2, 2, false},      // 5
+    {"vecs2_512x1_stages2_late", 2, 512, 2, 1, true},  // 5
     {"vecs4_512x1_stages2_late", 4, 512, 2, 1, true},  // 6
-    {"vecs2_512x1_stages2_late", 2, 512, 2, 1, true},  // 7
-    {"vecs2_512x1_stages3_late", 2, 512, 3, 1, true},  // 8
 };
 constexpr int kNumConfigs = sizeof(kConfigs) / sizeof(kConfigs[0]);
 constexpr int kHeuristic = -1;
@@ -105,18 +103,20 @@ constexpr Plan try_config(Plan plan, const Problem& problem, const Device& devic
 }
 
 // On an H200 it is best to have 26 to 32 KiB on their way to each SM: with more the kernel slows down by a tenth. So
-// two stages if these are enough, else three, and three quarters of the threads where all would ask for too much; four
-// vectors a thread only where two do not hold the row; and smaller CTAs, which end sooner, when there are few rows.
+// two stages if these are enough, else three; where they are too much, fewer short rows at once, or what is late. Four
+// vectors a thread only where two do not hold the row, or would leave a third of the CTA's threads out; and smaller
+// CTAs, which end sooner, when there are few rows.
 constexpr int kEnoughBytes = 26 * 1024;
 constexpr int kTooManyBytes = 40 * 1024;
 constexpr int choose_config(const Problem& problem, std::int64_t row_vecs, const Device& device) {
-  if (row_vecs > 2 * kMaxRowThreads) return 3;
   const int threads = choose_threads(row_vecs, 2);
+  const bool has_wide = max_cta_threads(kMaxVecs, problem.form) > 0;
+  if (row_vecs > 2 * kMaxRowThreads || (has_wide && threads > 256 && threads <= 384)) return 6;
   const std::int64_t rows = threads < 512 ? 512 / threads : 1;
   if (problem.rows <= rows * device.num_sms) return 2;
-  const std::int64_t row_bytes = problem.num_tensors * problem.dim * problem.size_bytes;
-  if (threads <= 128 && rows * row_bytes > kTooManyBytes) return 4;
-  return rows * row_bytes >= kEnoughBytes ? 0 : 1;
+  const std::int64_t bytes = rows * problem.num_tensors * problem.dim * problem.size_bytes;
+  if (bytes > kTooManyBytes) return threads <= 128 ? 4 : 5;
+  return bytes >= kEnoughBytes ? 0 : 1;
 }
 
 // `config` is kHeuristic or an index into kConfigs.
@@ -130,7 +130,7 @@ constexpr Plan make_plan(const Problem& problem, int config, const Device& devic
   const Plan found = try_config(plan, problem, device);
   if (found.vecs_per_thread > 0 || config != kHeuristic) return found;
   // Some devices lack the shared memory for it, and have it for a smaller ring.
-  plan.config = 5;
+  plan.config = 3;
   return try_config(plan, problem, device);
 }
 

@@ -130,9 +130,9 @@ __global__ __launch_bounds__(Traits::kMaxThreads, 1) void ring_kernel(const __gr
   __shared__ PairSumStorage storage;
   const RowSum row_sum(storage);
 
-  wait_for_previous_kernel();
   const Columns columns = Columns::of<kVecs>(threadIdx.x, blockDim.x);
   Ring<Traits> ring(params, columns);
+  wait_for_previous_kernel();
   // Rows are at most 2^31, and a step and its stages are far fewer: no overflow.
   const std::uint32_t step = gridDim.x * blockDim.y;
   std::uint32_t ahead = blockIdx.x * blockDim.y + threadIdx.y;  // the next row to start

@@ -11,6 +11,7 @@ namespace infuse::norm_backward {
 
 constexpr int kSumColumns = 32;
 constexpr int kSumSlices = 16;
+constexpr int kSumBatch = 12;  // loads in flight: all of a thread's on up to 192 SMs
 
 template <typename T>
 __device__ __forceinline__ void store_rounded(void* out, std::uint32_t column, float value) {
@@ -27,11 +28,17 @@ __global__ __launch_bounds__(kColumns * kSumSlices) void sum_parts_kernel(
   const std::uint32_t column = blockIdx.x * kColumns + threadIdx.x;
   const float* parts = params.parts[blockIdx.y];
   float sum = 0.0f;
-  if (column < params.dim) {
-#pragma unroll 8
-    for (std::uint32_t part = threadIdx.y; part < params.num_parts; part += kSumSlices) {
-      sum += parts[std::size_t{part} * params.dim + column];
+  for (std::uint32_t first = threadIdx.y; first < params.num_parts; first += kSumBatch * kSumSlices) {
+    float loaded[kSumBatch][1];
+#pragma unroll
+    for (int i = 0; i < kSumBatch; ++i) {
+      const std::uint32_t part = first + i * kSumSlices;
+      const bool valid = part < params.num_parts && column < params.dim;
+      const float* source = parts + (valid ? std::size_t{part} * params.dim + column : 0);
+      unpack(load<Reuse::kOnce, float, 1>(source, valid), loaded[i]);
     }
+#pragma unroll
+    for (int i = 0; i < kSumBatch; ++i) sum += loaded[i][0];
   }
   sums[threadIdx.y][threadIdx.x] = sum;
   let_next_kernel_start();
