@@ -77,10 +77,10 @@ def _addends_of_products(tensor: Node, node: torch.fx.Node) -> list[Node]:
     """
     storage = tensor.data if isinstance(tensor, ir.TensorBox) else tensor
     product = storage.data if isinstance(storage, ir.StorageBox) else None
-    called = node.target is torch.ops.aten.addmm.default and isinstance(product, ir.ExternKernelOut)
-    if not called or node.kwargs or len(inductor.readers(node)) != 1:
+    plain = node.target is torch.ops.aten.addmm.default and not node.kwargs and len(inductor.readers(node)) == 1
+    if not plain or not isinstance(product, ir.ExternKernelOut):
         return [tensor]
-    assert isinstance(node.args[0], torch.fx.Node) and product is not None
+    assert isinstance(node.args[0], torch.fx.Node)
     first, *factors = (
         ir.TensorBox(value if isinstance(value, (ir.BaseView, ir.StorageBox)) else ir.StorageBox(value))
         for value in product.inputs
