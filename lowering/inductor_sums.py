@@ -81,9 +81,10 @@ def _addends_of_products(tensor: Node, node: torch.fx.Node) -> list[Node]:
     if not plain or not isinstance(product, ir.ExternKernelOut):
         return [tensor]
     assert isinstance(node.args[0], torch.fx.Node)
+    inputs: Any = product.inputs
     first, *factors = (
         ir.TensorBox(value if isinstance(value, (ir.BaseView, ir.StorageBox)) else ir.StorageBox(value))
-        for value in product.inputs
+        for value in inputs
     )
     sizes = zip(first.get_layout().stride, first.get_size(), tensor.get_size())
     if any(not V.graph.sizevars.statically_known_equals(*pair) or stride == 0 for stride, *pair in sizes):
