@@ -276,6 +276,26 @@ def test_misaligned_tensors(dim: int, elements: int) -> None:
     check(RMS, tensors, run(RMS, tensors))
 
 
+@pytest.mark.parametrize("dim", [64, 4096])
+def test_misaligned_terms_gates_and_places(dim: int) -> None:
+    dy, dsum, x, *rest = FORMS["add + rms bf16"].make(40, dim)
+    assert dy is not None and dsum is not None and x is not None
+    off = torch.randn(40 * dim + 1, device="cuda", dtype=BF16)[1:].view(40, dim)
+    check(
+        FORMS["add + rms bf16"],
+        (dy.double() + off.double(), dsum, x, *rest),
+        (*OPS.norm_backward(dy, dsum, x, *rest, 0.0, -1, off),),
+    )
+    expected = OPS.norm_backward(dy, dsum, x, *rest, 0.0, -1, off.clone())
+    gradients = OPS.norm_backward_into(off, dy, dsum, x, *rest, 0.0, -1, off)
+    torch.testing.assert_close((off, *gradients), tuple(expected), rtol=1e-2, atol=1e-2)
+    gate = torch.randn_like(x)
+    plain = OPS.gated_norm_backward(dy, x, gate, rest[0], rest[3], True, True, -1)
+    off.copy_(gate)
+    found = OPS.gated_norm_backward(dy, x, off, rest[0], rest[3], True, True, -1)
+    torch.testing.assert_close(tuple(found), tuple(plain), rtol=1e-2, atol=1e-2)
+
+
 @pytest.mark.parametrize("dim", [128, 4096, 20000])
 @pytest.mark.parametrize("value", [math.nan, math.inf])
 def test_a_value_that_is_not_finite_stays_in_its_row_and_column(dim: int, value: float) -> None:
