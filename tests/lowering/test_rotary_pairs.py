@@ -113,6 +113,21 @@ def test_the_gradients_of_norms_and_rotations_are_one_call(monkeypatch: pytest.M
     assert "torch.ops.infuse.qk_norm_rope_bwd." not in codes[-1]
 
 
+@pytest.mark.parametrize("kept", [True, False])
+def test_in_training_an_input_that_stock_computes_again_is_not_saved(kept: bool) -> None:
+    def loss(x: Tensor, matrix: Tensor, cos: Tensor, sin: Tensor, weight: Tensor) -> Tensor:
+        h = heads(x, matrix) if kept else heads(x, matrix).sigmoid()
+        n = weight * (h * torch.rsqrt(h.pow(2).mean(-1, keepdim=True) + 1e-6))
+        turned = torch.cat((-n[..., 4:], n[..., :4]), -1)
+        return ((n * cos[:, None] + turned * sin[:, None]).flatten(2) @ matrix).pow(2).sum()
+
+    x, matrix, _, cos, sin, weight = inputs()
+    cos, sin = (torch.cat((table[..., :4], table[..., :4]), -1) for table in (cos, sin))
+    with infuse.override(kernels="always"):
+        rewritten = infuse.explain(loss, x.requires_grad_(), matrix, cos, sin, weight, training=True).rewritten
+    assert rewritten == ({"qk_norm_rope": 1} if kept else {"rms_norm": 1, "rope": 1})
+
+
 @pytest.mark.parametrize("difference", ["tables", "flags", "order"])
 def test_rotations_that_differ_stay_apart(difference: str) -> None:
     def function(x: Tensor, q_matrix: Tensor, k_matrix: Tensor, cos: Tensor, sin: Tensor, weight: Tensor) -> Tensor:
