@@ -49,7 +49,7 @@ __global__ __launch_bounds__(Traits::kMaxThreads, Traits::kMinCtas) void registe
     x[i] = row.template load_x<Reuse::kOnce>(vec_of(i));
     if constexpr (Vectors::kHasOperand) operand[i] = row.template load_operand<Reuse::kOnce>(vec_of(i));
   }
-  load_weights(0);
+  if constexpr (!Traits::kLateWeights) load_weights(0);
   if (params.lets_next_start) let_next_kernel_start();
 
   // From here on x holds h, in fp32 where it was multiplied by the gate: then the gate's registers are free.
@@ -84,17 +84,17 @@ __global__ __launch_bounds__(Traits::kMaxThreads, Traits::kMinCtas) void registe
 
   Statistics statistics{};
   if constexpr (Vectors::kCenter) {
-    // Scaled before they are added, so that no sum overflows that the mean doesn't.
-    float means[4] = {0.0f, 0.0f, 0.0f, 0.0f};
+    float sums[4] = {0.0f, 0.0f, 0.0f, 0.0f};
 #pragma unroll
     for (int i = 0; i < kVecs; ++i) {
       float h[kElems];
       get(i, h);
 #pragma unroll
-      for (int j = 0; j < kElems; ++j) means[j % 4] = fmaf(h[j], params.inv_dim, means[j % 4]);
+      for (int j = 0; j < kElems; ++j) sums[j % 4] = fmaf(h[j], params.sum_scale, sums[j % 4]);
     }
-    float mean[1] = {(means[0] + means[1]) + (means[2] + means[3])};
-    row_sums(mean, storage, 0);
+    float sum[1] = {(sums[0] + sums[1]) + (sums[2] + sums[3])};
+    row_sums(sum, storage, 0);
+    const float mean = row.mean_of(sum[0]);
     keep_rows_packed();
     // The mean of the deviations is what rounding left of it: it corrects the mean and the mean of squares.
     float squares[4] = {0.0f, 0.0f, 0.0f, 0.0f}, rests[4] = {0.0f, 0.0f, 0.0f, 0.0f};
@@ -102,18 +102,19 @@ __global__ __launch_bounds__(Traits::kMaxThreads, Traits::kMinCtas) void registe
     for (int i = 0; i < kVecs; ++i) {
       float h[kElems];
       get(i, h);
-      const float subtracted = vec_of(i) < row.num_vecs ? mean[0] : 0.0f;
+      const float subtracted = vec_of(i) < row.num_vecs ? mean : 0.0f;
 #pragma unroll
       for (int j = 0; j < kElems; ++j) {
         const float deviation = h[j] - subtracted;
         squares[j % 4] = fmaf(deviation, deviation, squares[j % 4]);
-        rests[j % 4] = fmaf(deviation, params.inv_dim, rests[j % 4]);
+        if constexpr (Vectors::kCorrectsMean) rests[j % 4] = fmaf(deviation, params.inv_dim, rests[j % 4]);
       }
     }
-    float sums[2] = {(squares[0] + squares[1]) + (squares[2] + squares[3]),
-                     (rests[0] + rests[1]) + (rests[2] + rests[3])};
-    row_sums(sums, storage, 1);
-    statistics = {mean[0] + sums[1], row.reciprocal_std(sums[0] * params.inv_dim, sums[1])};
+    float both[Vectors::kCorrectsMean ? 2 : 1] = {(squares[0] + squares[1]) + (squares[2] + squares[3])};
+    if constexpr (Vectors::kCorrectsMean) both[1] = (rests[0] + rests[1]) + (rests[2] + rests[3]);
+    row_sums(both, storage, 1);
+    const float rest = Vectors::kCorrectsMean ? both[sizeof(both) / sizeof(float) - 1] : 0.0f;
+    statistics = {mean + rest, row.reciprocal_std(both[0] * params.inv_dim, rest)};
   } else {
     float squares[4] = {0.0f, 0.0f, 0.0f, 0.0f};  // one sum alone would be a long chain of dependent additions
 #pragma unroll
@@ -134,7 +135,7 @@ __global__ __launch_bounds__(Traits::kMaxThreads, Traits::kMinCtas) void registe
   const auto write = [&](auto scale) {
 #pragma unroll
     for (int first = 0; first < kVecs; first += kChunk) {
-      if (first > 0) load_weights(first);
+      if (Traits::kLateWeights || first > 0) load_weights(first);
 #pragma unroll
       for (int i = 0; i < kChunk; ++i) {
         keep_packed(weight[i], params.zero);

@@ -104,6 +104,15 @@ Access access_contiguous(const TensorArg* tensor, std::int64_t rows, std::int64_
   return {size_bytes(tensor->dtype), alignment_bytes(*tensor, map, rows)};
 }
 
+Device describe(const char* op, int device) {
+  Device description{};
+  check_cuda(cudaDeviceGetAttribute(&description.num_sms, cudaDevAttrMultiProcessorCount, device), op, "number of SMs");
+  check_cuda(cudaDeviceGetAttribute(&description.max_shared_bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin, device), op,
+             "shared memory");
+  description.max_shared_bytes -= kStaticSharedBytes;
+  return description;
+}
+
 const void* data_of(const TensorArg* tensor) { return tensor != nullptr ? tensor->data : nullptr; }
 void* written_data_of(const TensorArg* tensor) { return tensor != nullptr ? tensor->data : nullptr; }
 
@@ -142,6 +151,9 @@ void launch(const Target& target, const Tensors& tensors, const Formula& formula
   params.dim = static_cast<std::uint32_t>(dim);
   params.groups = FastDivisor(static_cast<std::uint32_t>(formula.groups));
   params.inv_dim = static_cast<float>(1.0 / static_cast<double>(dim));
+  params.sum_scale = 1.0f;
+  while (params.sum_scale * static_cast<float>(dim) > 1.0f) params.sum_scale /= 2;
+  params.scaled_dim = params.sum_scale * static_cast<float>(dim);
   params.eps = static_cast<float>(formula.eps);
   params.weight_offset = tensors.weight != nullptr ? static_cast<float>(formula.weight_offset) : 1.0f;
   params.eps_as_minimum = formula.eps_as_minimum;
@@ -152,12 +164,10 @@ void launch(const Target& target, const Tensors& tensors, const Formula& formula
   params.cast_before_gate = formula.cast_before_gate;
   params.gate_is_silu = formula.gate_is_silu;
 
-  int num_sms = 0;
-  check_cuda(cudaDeviceGetAttribute(&num_sms, cudaDevAttrMultiProcessorCount, target.device), op, "number of SMs");
-
-  const Plan plan = make_plan(problem, static_cast<int>(config), num_sms);
+  const Plan plan = make_plan(problem, static_cast<int>(config), describe(op, target.device));
   params.row_vecs = static_cast<std::uint32_t>(dim / plan.vec_elems);
   params.lets_next_start = plan.lets_next_start;
+  params.thread_vecs = static_cast<std::uint32_t>(plan.vecs_per_thread);
   const TensorArg* vector = tensors.weight != nullptr ? tensors.weight : tensors.bias;
   const bool wide_weight = vector != nullptr && vector->dtype == DType::kFloat32;
   dispatch_dtype(op, "x", x.dtype, [&](auto dtype) {

@@ -6,6 +6,7 @@
 #include "norm/kernel.cuh"
 #include "norm/launch.h"
 #include "norm/long_rows.cuh"
+#include "norm/ring_kernel.cuh"
 
 namespace infuse::norm {
 
@@ -19,7 +20,13 @@ void launch_types(const Target& target, const Plan& plan, const Params& params) 
     launch.starts_early = true;
     launch_kernel(target.op, config.name, kernel, launch, params, target.device, target.stream);
   };
-  if (plan.vecs_per_thread == 0) {
+  if (plan.shared_bytes > 0) {
+    const auto kernel = ring_kernel<RingTraits<Types>>;
+    const unsigned ctas = resident_ctas(target.op, kernel, plan.threads_per_row, plan.shared_bytes, target.device);
+    const dim3 grid(ctas < params.rows ? ctas : params.rows), block(plan.threads_per_row);
+    const Launch launch{grid, block, plan.shared_bytes, true};
+    launch_kernel(target.op, config.name, kernel, launch, params, target.device, target.stream);
+  } else if (plan.vecs_per_thread == 0) {
     constexpr int kFull = kVectorBytes / static_cast<int>(sizeof(typename Types::x_type));
     dispatch_int<kFull, 1>(target.op, "elements of a vector", plan.vec_elems, [&](auto elems) {
       run(two_pass_kernel<TwoPassTraits<Types, decltype(elems)::value>>);

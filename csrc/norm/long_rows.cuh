@@ -47,10 +47,10 @@ __global__ __launch_bounds__(Traits::kMaxThreads, Traits::kMinCtas) void two_pas
   };
   wait_for_previous_kernel();
 
-  // Deviations are taken from the median of three elements: a large offset is gone before anything is rounded, and an
-  // outlier is none of it.
+  // Deviations of four-byte elements are taken from the median of three: a large offset is gone before anything is
+  // rounded, and an outlier is none of it.
   float shift = 0.0f;
-  if constexpr (Vectors::kCenter) {
+  if constexpr (Vectors::kCorrectsMean) {
     const auto first_of = [&](std::uint32_t vec) {
       float h[kElems];
       row.combine(row.template load_x<Reuse::kShared>(vec),
@@ -65,7 +65,7 @@ __global__ __launch_bounds__(Traits::kMaxThreads, Traits::kMinCtas) void two_pas
   for (std::uint32_t first = threadIdx.x; first < row.num_vecs; first += kUnroll * blockDim.x) {
     load_chunk(std::integral_constant<Reuse, Reuse::kShared>{}, first);
     int vecs = 0;
-    float sum = 0.0f;
+    float sums[4] = {0.0f, 0.0f, 0.0f, 0.0f};
 #pragma unroll
     for (int i = 0; i < kUnroll; ++i) {
       float h[kElems];
@@ -76,10 +76,11 @@ __global__ __launch_bounds__(Traits::kMaxThreads, Traits::kMinCtas) void two_pas
       }
       const bool held = first + i * blockDim.x < row.num_vecs;
       vecs += held;
+      const float base = held ? shift : 0.0f;  // what is beyond the row is zero and stays so
 #pragma unroll
       for (int j = 0; j < kElems; ++j) {
         if constexpr (Vectors::kCenter) {
-          sum = fmaf(held ? h[j] - shift : 0.0f, params.inv_dim, sum);
+          sums[j % 4] = fmaf(Vectors::kCorrectsMean ? h[j] - base : h[j], params.sum_scale, sums[j % 4]);
         } else {
           squares[j % 2] = fmaf(h[j], h[j], squares[j % 2]);
         }
@@ -87,20 +88,21 @@ __global__ __launch_bounds__(Traits::kMaxThreads, Traits::kMinCtas) void two_pas
     }
     if constexpr (Vectors::kCenter) {
       const float count = static_cast<float>(vecs * kElems);
-      const float mean = sum * (static_cast<float>(params.dim) / count);
-      float deviations = 0.0f;
+      const float mean = __fdiv_rn((sums[0] + sums[1]) + (sums[2] + sums[3]), count * params.sum_scale);
+      float deviations[4] = {0.0f, 0.0f, 0.0f, 0.0f};
 #pragma unroll
       for (int i = 0; i < kUnroll; ++i) {
         float h[kElems];
         unpack(x[i], h);
         const bool held = first + i * blockDim.x < row.num_vecs;
+        const float base = held ? shift : 0.0f, subtracted = held ? mean : 0.0f;
 #pragma unroll
         for (int j = 0; j < kElems; ++j) {
-          const float deviation = held ? h[j] - shift - mean : 0.0f;
-          deviations = fmaf(deviation, deviation, deviations);
+          const float deviation = (Vectors::kCorrectsMean ? h[j] - base : h[j]) - subtracted;
+          deviations[j % 4] = fmaf(deviation, deviation, deviations[j % 4]);
         }
       }
-      moments.add(count, mean, deviations);
+      moments.add(count, mean, (deviations[0] + deviations[1]) + (deviations[2] + deviations[3]));
     }
   }
   if (params.lets_next_start) let_next_kernel_start();

@@ -24,8 +24,11 @@ struct Params {
   std::uint32_t rows;      // at most kMaxRows; neighbouring rows belong to neighbouring groups
   std::uint32_t dim;       // elements of a row
   std::uint32_t row_vecs;  // dim / vector width
+  std::uint32_t thread_vecs;  // of the ring kernel: vectors of a row that a thread holds
   FastDivisor groups;      // divides a row's number
   float inv_dim;           // 1 / dim
+  float sum_scale;         // a power of two not above 1 / dim
+  float scaled_dim;        // dim * sum_scale
   float eps;
   float weight_offset;      // 0 when cast_before_weight, 1 without a weight
   std::uint32_t zero;       // always 0, see keep_packed

@@ -65,6 +65,9 @@ struct Row {
   static constexpr bool kGateFirst = Types::kOperand == Operand::kGateBeforeNorm;
   static constexpr bool kGateLast = Types::kOperand == Operand::kGateBehindNorm;
   static constexpr bool kHasOperand = Types::kOperand != Operand::kNone;
+  // Whether the mean's rounding error matters: two-byte elements deviate from the mean by far more, or not at all, and
+  // then their sum is exact.
+  static constexpr bool kCorrectsMean = kCenter && sizeof(typename Types::x_type) == 4;
   using X = typename Types::x_type;
   using W = typename Types::weight_type;
   using XVec = Vec<X, kVecElems>;
@@ -166,6 +169,10 @@ struct Row {
     if (kCenter && params.mean != nullptr) params.mean[index] = statistics.mean;
     if (params.rstd != nullptr) params.rstd[index] = statistics.rstd;
   }
+
+  // The mean is made of sums of elements that are scaled before they are added, so that no sum overflows that the mean
+  // doesn't; the scale is a power of two, which rounds nothing.
+  __device__ __forceinline__ float mean_of(float sum) const { return __fdiv_rn(sum, params.scaled_dim); }
 
   // From the mean of the squared deviations from a mean that is `rest` off. Rounding must not make the difference
   // negative, and what overflows stays infinite.

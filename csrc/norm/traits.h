@@ -25,17 +25,20 @@ struct RegisterTraits {
   using Types = Types_;
   static constexpr int kVecElems = kVectorBytes / static_cast<int>(sizeof(typename Types::x_type));
   static constexpr int kVecsPerThread = kVecsPerThread_;
-  static constexpr int kMaxThreads = max_cta_threads(kVecsPerThread, Types::kOperand);
+  static constexpr int kMaxThreads = max_cta_threads(kVecsPerThread, Types::kOperand, Types::kCenter);
 
-  // Vectors of weight and bias in registers at a time: 16 registers of them, 8 beside the longest rows of two tensors.
-  // The first ones are fetched together with x, so that they are there when the sum is.
+  // Vectors of weight and bias in registers at a time: 16 registers of them, 8 where registers are short.
   static constexpr int kWeightRegisters = (Types::kWideWeight ? 8 : 4) * (Types::kCenter ? 2 : 1);
   static constexpr bool kCrowded = kVecsPerThread == kMaxVecs && Types::kOperand != Operand::kNone;
+  // A LayerNorm has two sums to wait for, and makes up for it with more CTAs on an SM.
+  static constexpr bool kManyCtas = kMaxThreads < 512;
   // 0 leaves it to the compiler, which saves registers for the sake of more CTAs, and there would spill.
-  static constexpr int kMinCtas = kCrowded && Types::kCenter ? 1 : 0;
-  static constexpr int kAffordable = (kCrowded ? 8 : 16) / kWeightRegisters;
+  static constexpr int kMinCtas = kManyCtas ? (Types::kWideWeight ? 4 : 5) : kCrowded && Types::kCenter ? 1 : 0;
+  static constexpr int kAffordable = (kCrowded || kManyCtas ? 8 : 16) / kWeightRegisters;
   static constexpr int kChunk = kAffordable < 1 ? 1 : smaller(kVecsPerThread, kAffordable);
   static_assert(kVecsPerThread % kChunk == 0);
+  // Whether the first weights are fetched when the statistics are there, and not together with x.
+  static constexpr bool kLateWeights = Types::kCenter;
 };
 
 // A kernel that reads its row twice, for rows that are too long for the registers or not aligned.
@@ -46,6 +49,15 @@ struct TwoPassTraits {
   static constexpr int kUnroll = Types::kOperand == Operand::kNone ? 4 : 2;  // loads in flight, of each tensor
   static constexpr int kMaxThreads = 1024;
   static constexpr int kMinCtas = kVecElems == 1 && Types::kCenter ? 1 : 0;  // as above
+};
+
+// A kernel that keeps its row in shared memory, and a part of the next ones.
+template <typename Types_>
+struct RingTraits {
+  using Types = Types_;
+  static constexpr int kVecElems = kVectorBytes / static_cast<int>(sizeof(typename Types::x_type));
+  static constexpr int kMaxThreads = 1024;
+  static constexpr int kChunk = Types::kWideWeight ? 1 : 2;  // vectors of weight and bias in registers at a time
 };
 
 }  // namespace infuse::norm

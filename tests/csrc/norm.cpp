@@ -7,6 +7,7 @@
 #include "norm/kernel.cuh"
 #include "norm/long_rows.cuh"
 #include "norm/plan.h"
+#include "norm/ring_kernel.cuh"
 
 using namespace infuse;
 using namespace infuse::norm;
@@ -14,6 +15,8 @@ using namespace infuse::norm;
 namespace {
 
 constexpr float kEps = 1e-5f;
+constexpr Device kDevice{132, 226 * 1024};
+constexpr unsigned kCtas = 2;  // of the ring kernel, which then has several rows to walk over
 
 struct Case {
   std::int64_t batches, rows, dim;              // x [batches, rows, dim], out [batches * rows, dim]
@@ -56,6 +59,10 @@ void run(const Plan& plan, const Params& params) {
   const emulation::Index block{static_cast<unsigned>(plan.threads_per_row),
                                static_cast<unsigned>(config.rows_per_cta)};
   const unsigned grid = static_cast<unsigned>(ceil_div(params.rows, config.rows_per_cta));
+  if (plan.shared_bytes > 0) {
+    emulation::set_shared_memory(plan.shared_bytes);
+    return emulation::launch(ring_kernel<RingTraits<Types>>, grid < kCtas ? grid : kCtas, block, params);
+  }
   const auto go = [&](auto kernel) { emulation::launch(kernel, grid, block, params); };
   switch (plan.vecs_per_thread) {
     case 1: return go(register_kernel<RegisterTraits<Types, 1>>);
@@ -145,6 +152,8 @@ void test(const Case& c, int config) {
   params.dim = static_cast<std::uint32_t>(c.dim);
   params.groups = FastDivisor(static_cast<std::uint32_t>(c.groups));
   params.inv_dim = static_cast<float>(1.0 / static_cast<double>(c.dim));
+  params.sum_scale = std::exp2(-std::ceil(std::log2(static_cast<float>(c.dim))));
+  params.scaled_dim = params.sum_scale * static_cast<float>(c.dim);
   params.eps = kEps;
   params.weight_offset = c.cast_before_weight && c.has_weight ? 0.0f : 1.0f;
   params.eps_as_minimum = c.eps_as_minimum;
@@ -163,7 +172,8 @@ void test(const Case& c, int config) {
   problem.others[0] = {out_size, alignment_bytes(params.out.data, params.out.map, out_size)};
   const int contiguous = alignment_bytes(nullptr, RowMap{}, 1) | static_cast<int>(c.dim * sizeof(X));
   if (kOperand == Operand::kResidual) problem.others[1] = {sizeof(X), contiguous & -contiguous};
-  const Plan plan = make_plan(problem, config, 132);
+  const Plan plan = make_plan(problem, config, kDevice);
+  params.thread_vecs = static_cast<std::uint32_t>(plan.vecs_per_thread);
   params.row_vecs = static_cast<std::uint32_t>(c.dim / plan.vec_elems);
   run<Types<kX, kWeight, kOperand, kCenter>>(plan, params);
 

@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
+import infuse
 from infuse import build
 from infuse.ops import library
 from infuse.ops import rms_norm as op
@@ -68,6 +69,44 @@ def test_many_rows(name: str) -> None:
         for config in configs():
             for result, other in zip(form.kernel(*tensors, config), expected, strict=True):
                 torch.testing.assert_close(result, other, rtol=2**-6, atol=2**-6)
+
+
+@pytest.mark.parametrize("name", FEW)
+def test_rows_do_not_see_those_before_them(name: str) -> None:
+    """CTAs that walk over the rows, or hold several, keep nothing of one for another."""
+    form = FORMS[name]
+    for rows, dim in ((901, 896), (301, 40_000), (301, 20_008)):
+        clean, operand, vectors = inputs(form, rows, dim)
+        spoilt = clean.clone()
+        spoilt[::2] = float("nan")
+        for config in configs():
+            expected = form.kernel(clean, operand, vectors, config)
+            got = form.kernel(spoilt, operand, vectors, config)
+            assert all(torch.equal(result[1::2], other[1::2]) for result, other in zip(got, expected, strict=True))
+            assert bool(got[0][::2].isnan().all())
+
+
+@pytest.mark.parametrize(("name", "compiled"), [*((name, False) for name in FEW), ("add_layer_norm fp32", True)])
+def test_operators_take_what_the_kernel_does_not(name: str, compiled: bool) -> None:
+    """A last dimension with a stride, rows in too many dimensions, no rows, neighbours that overlap: no crash."""
+    form = FORMS[name]
+
+    def views(base: Tensor) -> tuple[Tensor, ...]:
+        scattered = base[::2, ::2, ::2, ::2]
+        overlapping = base.flatten().as_strided((5, 64), (3, 1))
+        return base.flatten().view(64, -1).t(), scattered, overlapping, base[:0], base[..., ::2], base[..., 1:34]
+
+    base = [torch.randn(4, 4, 4, 4, 64, device="cuda").to(form.x) for _ in range(2)]
+    function = getattr(torch.ops.infuse, form.op)
+    for x, operand in zip(*map(views, base), strict=True):
+        vectors = form.vectors(x.shape[-1])
+        run = torch.compile(function, backend="infuse", dynamic=False) if compiled else function
+        with infuse.override(kernels="always"):
+            got = run(*form.arguments(x, operand if form.has_operand else None, vectors))
+        expected = form.eager(x, operand if form.has_operand else None, vectors)
+        tolerance = 1e-5 if form.x == FP32 else 2**-6
+        for result, other in zip([got] if isinstance(got, Tensor) else got, expected, strict=False):
+            torch.testing.assert_close(result, other, rtol=tolerance, atol=tolerance)
 
 
 @pytest.mark.parametrize("name", FEW)

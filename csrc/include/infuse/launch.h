@@ -7,7 +7,8 @@
 
 namespace infuse {
 
-constexpr int kSharedBytesForAll = 48 * 1024;  // a CTA gets more only after the kernel was told so
+// A CTA gets more only after the kernel was told so; the limit is 48 KiB with what the kernel itself declares.
+constexpr int kSharedBytesForAll = 32 * 1024;
 
 // Allows a kernel all the dynamic shared memory that a CTA of the device can have.
 template <typename Kernel>

@@ -132,6 +132,7 @@ inline int __clz(int value) { return value == 0 ? 32 : __builtin_clz(static_cast
 inline float rsqrtf(float value) { return 1.0f / std::sqrt(value); }
 inline float __expf(float value) { return std::exp(value); }
 inline float __fdividef(float a, float b) { return a / b; }
+inline float __fdiv_rn(float a, float b) { return a / b; }
 
 namespace emulation {
 
