@@ -246,6 +246,7 @@ void test_offsets(int config) {
     for (const double offset : {100.0, -1e4}) {
       c.shift = offset;
       test<kFloat32, kFloat32, Operand::kNone, true>(c, config);
+      test<DType::kBFloat16, DType::kBFloat16, Operand::kNone, true>(c, config);
     }
     c.shift = 0;
     c.first = 1e4;
@@ -256,6 +257,7 @@ void test_offsets(int config) {
     for (const double value : {0.1, 1e4}) {
       c.shift = value;
       test<kFloat32, kFloat32, Operand::kNone, true>(c, config);
+      test<DType::kBFloat16, DType::kBFloat16, Operand::kNone, true>(c, config);
     }
   }
 }
