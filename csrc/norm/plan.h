@@ -39,7 +39,7 @@ constexpr int kHeuristic = -1;
 // registers, and how many threads a CTA of such a kernel may have. The two must agree.
 constexpr int kMaxVecs = 4;
 constexpr int max_cta_threads(int vecs, Operand operand, bool center) {
-  if (operand == Operand::kNone) return center && vecs > 1 ? 256 : 1024;
+  if (operand == Operand::kNone) return center && vecs >= kMaxVecs ? 256 : 1024;
   return vecs >= kMaxVecs ? 512 : 1024;
 }
 constexpr int max_vecs_per_thread(int cta_threads, Operand operand, bool center) {

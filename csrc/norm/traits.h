@@ -37,8 +37,9 @@ struct RegisterTraits {
   static constexpr int kAffordable = (kCrowded || kManyCtas ? 8 : 16) / kWeightRegisters;
   static constexpr int kChunk = kAffordable < 1 ? 1 : smaller(kVecsPerThread, kAffordable);
   static_assert(kVecsPerThread % kChunk == 0);
-  // Whether the first weights are fetched when the statistics are there, and not together with x.
-  static constexpr bool kLateWeights = Types::kCenter;
+  // Whether the first weights are fetched when the statistics are there, and not together with x. Few rows, which take
+  // fewer vectors a thread, would wait for them.
+  static constexpr bool kLateWeights = Types::kCenter && kVecsPerThread == kMaxVecs;
 };
 
 // A kernel that reads its row twice, for rows that are too long for the registers or not aligned.
