@@ -105,13 +105,14 @@ constexpr Plan plan_ring(Plan plan, const Problem& problem, std::int64_t row_vec
   return plan;
 }
 
-// Rows that registers don't hold, or (with what a gate needs besides) hold in too few CTAs to keep the memory busy. Not
-// a LayerNorm's: the ring has one CTA on an SM, and three passes over its row are not hidden behind another's loads.
+// Rows that registers don't hold, or hold in too few CTAs to keep the memory busy, as with what a gate or a second sum
+// needs besides. Not those of a LayerNorm alone: the ring has one CTA on an SM, whose three passes nothing hides.
 constexpr bool prefers_ring(const Problem& problem, std::int64_t row_vecs, const Device& device) {
-  const bool alone = problem.operand == Operand::kNone, gated = !alone && problem.operand != Operand::kResidual;
-  const int held = alone ? 2 * kMaxVecs * 512 : gated ? kMaxVecs * 256 : kMaxVecs * 512;
+  const bool alone = problem.operand == Operand::kNone;
+  const bool adds_only = problem.operand == Operand::kResidual && !problem.center;
+  const int held = alone ? 2 * kMaxVecs * 512 : adds_only ? kMaxVecs * 512 : kMaxVecs * 256;
   const bool fits = plan_ring({}, problem, row_vecs, device).shared_bytes > 0;
-  return is_vectorised(problem) && !problem.center && row_vecs > held && fits;
+  return is_vectorised(problem) && !(alone && problem.center) && row_vecs > held && fits;
 }
 
 // As measured on an H200 for bf16 rows of 128 to 262144 elements.
