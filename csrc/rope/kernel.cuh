@@ -11,6 +11,7 @@
 #include <cstdint>
 
 #include "infuse/memory.cuh"
+#include "infuse/overlap.cuh"
 #include "infuse/vec.cuh"
 #include "rope/packed.cuh"
 #include "rope/params.h"
@@ -266,9 +267,10 @@ __global__ __launch_bounds__(kMaxThreads, Traits::kMinCtas) void rope_kernel(con
   const bool has_item = item < part.items;
   const Place place = place_of_item(part, has_item ? item : 0);
   const Slot slot = slot_of_lane<kVecElems>(params, part, threadIdx.x, has_item);
-  std::uint32_t head = place.block * kHeads * params.batches;
+  const std::uint32_t head = place.block * kHeads * params.batches;
   std::uint32_t heads = part.heads - head;  // from the first of this batch on
 
+  wait_for_previous_kernel();
   const X* x_row = row_at<const X>(part.x, part.x_stride, place, head);
   Heads<Traits> rows;
   rows.load(x_row, part.x_stride[2], slot, heads);
@@ -280,6 +282,7 @@ __global__ __launch_bounds__(kMaxThreads, Traits::kMinCtas) void rope_kernel(con
     for (int v = 0; v < 2; ++v) scale[v].load(params, part, slot.offset[v], slot.valid[v]);
   }
   X* out_row = static_cast<X*>(part.out) + out_offset(part, place) + head * part.out_stride[2];
+  let_next_kernel_start();
   if constexpr (Traits::kNorm) {
 #pragma unroll
     for (int v = 0; v < 2; ++v) scale[v].finish(params, part);

@@ -15,7 +15,7 @@ void launch_planned(const char* op, const Plan& plan, DType factors, bool has_no
   using X = Element<kX>;
   const dim3 block(static_cast<unsigned>(plan.lanes), static_cast<unsigned>(plan.groups));
   const auto run = [&](auto kernel) {
-    launch_kernel(op, plan.narrow ? "narrow" : kConfigs[plan.config].name, kernel, {dim3(ctas), block}, params, device,
+    launch_kernel(op, plan.narrow ? "narrow" : kConfigs[plan.config].name, kernel, {dim3(ctas), block, 0, true}, params, device,
                   stream);
   };
   const auto compute = [&](auto factor, auto arithmetic) {

@@ -4,6 +4,7 @@
 
 #include <cstdint>
 
+#include "infuse/overlap.cuh"
 #include "rope/params.h"
 #include "rope/rows.cuh"
 
@@ -58,6 +59,7 @@ __global__ __launch_bounds__(kNarrowThreads) void narrow_kernel(const __grid_con
   const bool has_item = item < part.items;
   const Place place = place_of_item(part, has_item ? item : 0);
   const X* row = row_at<const X>(part.x, part.x_stride, place, place.block);
+  wait_for_previous_kernel();
   X* out = static_cast<X*>(part.out) + out_offset(part, place) + place.block * part.out_stride[2];
   const std::uint32_t dim = has_item ? params.dim : 0;
   const std::uint32_t rotated = has_item && part.rotates ? params.rotary_dim : 0, half = rotated / 2;
