@@ -127,7 +127,7 @@ def norm_groups(device: torch.device) -> Iterator[Launch]:
 
 def _norm_backward(
     x: Tensor, dy: Tensor, weight: Tensor | None, config: int, *, has_dsum: bool, is_centered: bool
-) -> Launch:
+) -> partial[object]:
     rstd = random(*x.shape[:-1], dtype=FP32, device=x.device)
     statistics = (random(*x.shape[:-1], dtype=FP32, device=x.device) if is_centered else None, rstd)
     bias = weight if is_centered else None
@@ -158,6 +158,49 @@ def norm_backward(device: torch.device) -> Iterator[Launch]:
             yield launch(make(21, dim, offset=1), make(21, dim), weight(dim), -1)
             yield launch(make(21, dim), make(21, dim, offset=1), weight(dim), -1)
             yield launch(make(21, dim), make(21, dim), weight(dim, offset=1), -1)
+
+
+@driver
+def norm_backward_sums(device: torch.device) -> Iterator[Launch]:
+    """Of gradients in several terms; with eps as a minimum; dx in the place of a term."""
+    for dtype, weight_dtype, is_centered, has_dsum in (
+        (BF16, BF16, False, True),
+        (FP16, FP32, True, False),
+        (FP32, FP32, False, False),
+    ):
+        make = partial(random, dtype=dtype, device=device)
+        minimum = 0.0 if is_centered else 1.0
+        for dim in (7, 100, 896, 4096):
+            weight = random(dim, dtype=weight_dtype, device=device)
+            for config in configs("norm_backward"):
+                x, dy, dy_1, dy_2 = (make(21, dim) for _ in range(4))
+                plain = _norm_backward(x, dy, weight, config, has_dsum=has_dsum, is_centered=is_centered)
+                yield partial(plain, dy_1, None, minimum)
+                yield partial(plain, dy_1, dy_2)
+                yield partial(OPS.norm_backward_into, dy_1, *plain.args, dy_1)
+
+
+@driver
+def gated_norm_backward(device: torch.device) -> Iterator[Launch]:
+    """The gate in front and behind, both activations, gradients in up to three terms."""
+    for dtype, weight_dtype, gate_first in (
+        (BF16, BF16, True),
+        (BF16, FP32, False),
+        (FP16, None, True),
+        (FP32, FP32, False),
+    ):
+        make = partial(random, dtype=dtype, device=device)
+        for dim in (7, 100, 896, 4096):
+            weight = _vector(dim, dtype=weight_dtype, device=device)
+            rstd = random(21, dtype=FP32, device=device)
+            for config in configs("norm_backward"):
+                dy, x, gate, dy_1, dy_2 = (make(21, dim) for _ in range(5))
+                yield partial(OPS.gated_norm_backward, dy, x, gate, weight, rstd, gate_first, True, config)
+                terms = (dy_1, dy_2)
+                yield partial(OPS.gated_norm_backward, dy, x, gate, weight, rstd, gate_first, False, config, *terms)
+            views = [padded(21, dim, dtype, device) for _ in range(3)]
+            yield partial(OPS.gated_norm_backward, *views, weight, rstd, gate_first, True, -1)
+        yield partial(OPS.gated_norm_backward, *(make(0, 64) for _ in range(3)), None, make(0).float(), True, True, -1)
 
 
 # ---- rope ----
