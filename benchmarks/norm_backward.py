@@ -14,6 +14,7 @@ In a training step both frameworks save what they like between forward and backw
 
 from __future__ import annotations
 
+import inspect
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
@@ -154,9 +155,12 @@ def liger_rms_norm() -> Function:
 
 def liger_add_rms_norm() -> Function:
     backward = optional("liger_kernel.ops.fused_add_rms_norm").fused_add_rms_norm_backward
+    # Its versions differ in this parameter; 2 is what Liger's own forward hands on.
+    names = {"num_stages": 2} if "num_stages" in inspect.signature(backward).parameters else {}
 
     def run(dy: Tensor, dsum: Tensor, total: Tensor, weight: Tensor, rstd: Tensor) -> Any:
-        dx, _, dweight = backward(dy, dsum, total, weight, rstd, 0.0, 0, *_liger_launch(total.shape[-1]), False)
+        launch = _liger_launch(total.shape[-1])
+        dx, _, dweight = backward(dy, dsum, total, weight, rstd, 0.0, 0, *launch, in_place=False, **names)
         return dx, dweight
 
     return run

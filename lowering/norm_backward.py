@@ -225,7 +225,9 @@ def _choose(folded: Folded) -> tuple[str, str, Any, Any]:
         rows, row_size, itemsize, tensors, arguments.mean is not None, arguments.gate is not None
     )
     dy = arguments.dy if folded.num_terms == 1 else None
-    read = (dy, arguments.dsum) if is_add and folded.total is None else (dy,)
+    # In the order of the formula's arguments. An x that the partitioner has computed again counts, too.
+    more = (arguments.dsum,) if is_add and folded.total is None else ()
+    read = (dy, *more, arguments.x, *(() if arguments.gate is None else (arguments.gate,)))
     results = 1 if arguments.gate is None else 2
     around = inductor.neighbours(read, node, results, folded.total)
     if inductor.max_autotune():
