@@ -457,12 +457,6 @@ def hints(node: Node) -> tuple[int, ...]:
     return tuple(int(hint) for hint in V.graph.sizevars.optimization_hints(node.get_size()))
 
 
-def capability(node: Node) -> tuple[int, int]:
-    """Compute capability of the device of an IR node, (0, 0) where there is none."""
-    device = node.get_device()
-    return torch.cuda.get_device_capability(device) if device.type == "cuda" else (0, 0)
-
-
 def rows_and_row_size(node: Node) -> tuple[int, int]:
     """([...], D) -> (number of rows, D)."""
     *leading, row_size = hints(node)

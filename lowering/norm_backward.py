@@ -233,7 +233,7 @@ def _choose(folded: Folded) -> tuple[str, str, Any, Any]:
     if inductor.max_autotune():
         timings, how = _measure(folded), "measured"
     else:
-        timings, how = heuristics.expected_times(problem, inductor.capability(arguments.x)), "heuristic"
+        timings, how = heuristics.expected_times(problem, library.capability(arguments.x.get_device())), "heuristic"
     # The formula reads some tensors twice: a pass that fusing would save costs what one costs the fastest.
     passes = problem.tensors * timings.get(FORMULA, 0.0) / min(timings.values(), default=1.0)
     label, costs = profit.choose(timings, FORMULA, passes, around.passes)

@@ -14,6 +14,7 @@ from infuse.lowering import inductor, profit
 from infuse.lowering.decisions import Decision, record
 from infuse.lowering.heuristics import rope as heuristics
 from infuse.lowering.rope import FORMULA, decline
+from infuse.ops import library
 from infuse.ops import qk_norm_rope_bwd as op
 
 KERNEL = "kernel_-1"
@@ -41,7 +42,8 @@ def lower(target: Any, formula: Callable[..., Any], pairs: int, *args: Any) -> A
     gradients, xs = own[::2], own[1::2]
     sizes = [inductor.rows_and_row_size(x) for x in xs]
     rows, row_size = sum(size[0] for size in sizes), sizes[0][1]
-    problem = heuristics.Problem(rows, row_size, xs[0].get_dtype().itemsize, bool(numbers[3]), has_norm=True)
+    capability = library.capability(xs[0].get_device())
+    problem = heuristics.Problem(rows, row_size, xs[0].get_dtype().itemsize, bool(numbers[3]), True, capability)
     described = f"{rows}x{row_size} {xs[0].get_dtype()}"
     kind = target._schema.name.partition("::")[2]
 
@@ -76,7 +78,7 @@ def lower(target: Any, formula: Callable[..., Any], pairs: int, *args: Any) -> A
     # Of the results only the first dx: the sums for dweight are small.
     lost = inductor.neighbours(own, inductor.current_node(), 1).passes
     if not inductor.max_autotune():
-        return take(KERNEL if lost == 0 and heuristics.is_large(problem) else FORMULA, "heuristic")
+        return take(KERNEL if lost == 0 and heuristics.runs_well(problem) else FORMULA, "heuristic")
     given = tuple(tensor is not None for tensor in tensors)
     keywords = {"pair": pairs == 2, "given": given, "numbers": numbers}
     layout = inductor.output_layout(torch.empty_like, (xs[0],))

@@ -69,7 +69,8 @@ def choose(
     kind, x = target._schema.name.partition("::")[2], args[0]
     rows, row_size = inductor.rows_and_row_size(x)
     has_norm, interleaved = keywords["norm"][0] is not None, keywords["flags"][0]
-    problem = heuristics.Problem(rows, row_size, x.get_dtype().itemsize, interleaved, has_norm)
+    capability = library.capability(x.get_device())
+    problem = heuristics.Problem(rows, row_size, x.get_dtype().itemsize, interleaved, has_norm, capability)
     layout = inductor.output_layout(target, args)
 
     def kernel(config: int) -> inductor.Kernel:

@@ -50,7 +50,10 @@ def lower(*args: Any) -> Any:
     tensors, (eps, _, _, interleaved, *_) = args[:_TENSORS], args[_TENSORS:]
     x, other, cos, sin = tensors[:4]
     (rows, row_size), (other_rows, _) = (inductor.rows_and_row_size(tensor) for tensor in (x, other))
-    problem = heuristics.Problem(rows + other_rows, row_size, x.get_dtype().itemsize, interleaved, eps is not None)
+    problem = heuristics.Problem(
+        *(rows + other_rows, row_size, x.get_dtype().itemsize, interleaved, eps is not None),
+        library.capability(x.get_device()),
+    )
     described = f"{rows}+{other_rows}x{row_size} {x.get_dtype()}"
 
     def take(label: str, why: str, timings: Any = None, costs: Any = None) -> Any:

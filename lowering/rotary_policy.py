@@ -14,8 +14,8 @@ from infuse.report import Placement
 from infuse.settings import Settings
 
 # Where an operator's arguments say that pairs are neighbours.
-_INTERLEAVED = {"rope": 3, "qk_norm_rope": 10}
-KINDS = (*_INTERLEAVED, "rope_cache_write")
+_INTERLEAVED = {"rope": 3, "qk_norm_rope": 10, "rope_cache_write": 16}
+KINDS = tuple(_INTERLEAVED)
 
 
 def place_rotary(
@@ -27,16 +27,19 @@ def place_rotary(
     reason = _cannot_run(kind, x, args, training, settings)
     if not reason and settings.kernels == "always":
         return Placement("default", "kernel")
-    if not reason and kind == "rope_cache_write":
-        # Nothing is measured: a decomposition would be several kernels, of which each writes what the next one reads.
-        return Placement("default", "kernel")
     if not reason:
         problem = _problem(kind, args)
-        if max_autotune and heuristics.is_large(problem):
+        pairs = kind == "qk_norm_rope" and not training  # one launch, which pays for few rows too
+        if kind == "rope_cache_write":
+            # Not timed for the user's shapes: its decomposition is several kernels, and writes into the caches.
+            if heuristics.is_measured(problem):
+                return Placement("default", "kernel")
+        elif max_autotune and (pairs or heuristics.is_large(problem)):
             return Placement("default", "kernel or decomposition, measured")
-        if (kind == "qk_norm_rope" and not training) or heuristics.runs_well(problem):
+        elif heuristics.pair_runs_well(problem) if pairs else heuristics.runs_well(problem):
             return Placement("default", "kernel, unless its neighbours would lose more by it")
-        reason = "Inductor fuses it with its neighbours"
+        measured = heuristics.is_measured(problem)
+        reason = "Inductor fuses it with its neighbours" if measured else "not measured for this GPU and dtype"
     if kind != "rope":
         return Placement("", "", declined=f"no {kind} kernel: {reason}")
     missing = reason if reason == library.missing(x.device) and x.device.type == "cuda" and not training else ""
@@ -66,4 +69,5 @@ def _problem(kind: str, args: Sequence[object]) -> heuristics.Problem:
     x, interleaved = args[0], args[_INTERLEAVED[kind]]
     assert isinstance(x, Tensor)
     *leading, row_size = (size if isinstance(size, int) else 1 for size in x.shape)
-    return heuristics.Problem(math.prod(leading), row_size, x.dtype.itemsize, bool(interleaved), kind != "rope")
+    has_norm, capability = kind != "rope", library.capability(x.device)
+    return heuristics.Problem(math.prod(leading), row_size, x.dtype.itemsize, bool(interleaved), has_norm, capability)

@@ -71,5 +71,4 @@ def _runs_well(kind: str, x: Tensor) -> bool:
     tensors = 4 if kind.startswith("add_") else 5 if kind.startswith("gated_") else 3
     sizes = (rows, row_size, x.dtype.itemsize, tensors)
     problem = heuristics.Problem(*sizes, kind.endswith("layer_norm"), kind.startswith("gated_"))
-    capability = torch.cuda.get_device_capability(x.device) if x.device.type == "cuda" else (0, 0)
-    return rows > 0 and heuristics.runs_well(problem, capability)
+    return rows > 0 and heuristics.runs_well(problem, library.capability(x.device))

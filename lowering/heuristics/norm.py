@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from infuse.lowering.heuristics import H200
+
 
 @dataclass(frozen=True, slots=True)
 class Problem:
@@ -22,7 +24,6 @@ class Problem:
     captured: bool = False
 
 
-H200 = (9, 0)
 # Inductor keeps a row up to this size in registers where all rows lie at one distance; others it reads twice.
 READ_ONCE = 1024
 # With fewer elements launches count, of which the kernel's costs the host 2 to 5 us more than that of generated code.

@@ -17,6 +17,7 @@ from torch._inductor.utils import run_and_get_code
 
 import infuse
 from infuse.lowering import decisions, profit
+from infuse.lowering.heuristics import H200
 from infuse.lowering.heuristics import norm as heuristics
 from infuse.lowering.policy import NORMS, place
 from infuse.ops.add_rms_norm import add_rms_norm_ref
@@ -153,11 +154,11 @@ def problem_of(case: str) -> heuristics.Problem | None:
     name, _, shape = case.rpartition(" ")
     kind = {"gate, rms_norm": "gated_rms_norm", "rms_norm, gate": "gated_rms_norm"}.get(name, name.replace(" + ", "_"))
     if name == "q/k norm":
-        return heuristics.Problem("rms_norm", 8192 * 40, 128, 2, heuristics.H200, scattered=True)
+        return heuristics.Problem("rms_norm", 8192 * 40, 128, 2, H200, scattered=True)
     if kind not in NORMS:
         return None
     *rows, row_size = map(int, shape.split("x"))
-    return heuristics.Problem(kind, math.prod(rows), row_size, 2, heuristics.H200, captured=True)
+    return heuristics.Problem(kind, math.prod(rows), row_size, 2, H200, captured=True)
 
 
 def test_the_heuristic_claims_no_more_than_was_measured() -> None:
@@ -174,7 +175,7 @@ def test_the_heuristic_claims_no_more_than_was_measured() -> None:
 
 
 def test_the_heuristic_claims_nothing_where_nobody_has_looked() -> None:
-    known = heuristics.Problem("layer_norm", 16384, 4096, 2, heuristics.H200)
+    known = heuristics.Problem("layer_norm", 16384, 4096, 2, H200)
     assert heuristics.factor(known) > 1
     for unknown in ({"capability": (8, 6)}, {"itemsize": 4}, {"rows": 100}, {"row_size": 512}):
         assert heuristics.factor(dataclasses.replace(known, **unknown)) == 1  # type: ignore[arg-type]

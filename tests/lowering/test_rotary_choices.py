@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 from typing import Any
 
@@ -13,6 +14,7 @@ from torch._inductor.utils import run_and_get_code
 import infuse
 from infuse.lowering import decisions
 from infuse.lowering import rope as lowering
+from infuse.lowering.heuristics import H200
 from infuse.lowering.heuristics import rope as heuristics
 from infuse.lowering.policy import place
 from infuse.ops.qk_norm_rope import qk_norm_rope_ref
@@ -27,9 +29,12 @@ NORM = (None, 1e-6, False, 0.0, True, False)  # bias, eps, centered, weight_offs
 
 
 @pytest.fixture
-def cpu_kernel(implement_on_cpu: Callable[[str, Callable[..., Any]], None]) -> list[int]:
-    """The kernel by its formula; the list of configurations that it was called with."""
+def cpu_kernel(
+    implement_on_cpu: Callable[[str, Callable[..., Any]], None], monkeypatch: pytest.MonkeyPatch
+) -> list[int]:
+    """The kernel by its formula, measured here; the list of configurations that it was called with."""
     calls: list[int] = []
+    monkeypatch.setattr(heuristics, "is_measured", lambda problem: True)
 
     def run(x, other, cos, sin, weight, other_weight, eps, offset, cast, *rest):  # type: ignore[no-untyped-def]
         *flags, is_backward, config, out, _ = rest
@@ -232,12 +237,38 @@ def test_symbolic_sizes_add_no_guards() -> None:
 
 def test_heuristics_are_about_size_and_neighbours() -> None:
     def problem(rows: int, interleaved: bool = True) -> heuristics.Problem:
-        return heuristics.Problem(rows, 128, 2, interleaved, has_norm=False)
+        return heuristics.Problem(rows, 128, 2, interleaved, False, H200)
 
     assert heuristics.runs_well(problem(2**13)) and not heuristics.runs_well(problem(40))
     assert not heuristics.runs_well(problem(2**13, interleaved=False))
     assert heuristics.pair_runs_well(problem(2**13)) and not heuristics.pair_runs_well(problem(2**13, False))
-    assert heuristics.pair_runs_well(heuristics.Problem(40, 128, 2, interleaved=False, has_norm=True))
+    assert heuristics.pair_runs_well(heuristics.Problem(40, 128, 2, False, True, H200))
+
+
+@pytest.mark.parametrize("unknown", [{"capability": (8, 6)}, {"capability": (8, 0)}, {"itemsize": 4}])
+def test_the_heuristic_claims_nothing_where_nobody_has_looked(unknown: dict[str, Any]) -> None:
+    known = heuristics.Problem(2**16, 128, 2, True, True, H200)
+    assert heuristics.runs_well(known) and heuristics.pair_runs_well(known)
+    problem = dataclasses.replace(known, **unknown)
+    assert not heuristics.runs_well(problem) and not heuristics.pair_runs_well(problem)
+
+
+def test_devices_without_results_take_a_kernel_by_a_measurement_alone(
+    cpu_kernel: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(heuristics, "is_measured", lambda problem: False)
+    monkeypatch.setattr(heuristics, "_MANY_ELEMENTS", 1)
+    left = "no {} kernel: not measured for this GPU and dtype"
+    assert asked("rope", (*ROPE[:3], *INTERLEAVED)) == "inline"
+    assert asked("qk_norm_rope", QK_NORM_ROPE) == left.format("qk_norm_rope")
+    assert asked("qk_norm_rope", QK_NORM_ROPE, training=True) == left.format("qk_norm_rope")
+    assert asked("qk_norm_rope", QK_NORM_ROPE, autotune=True) == "default"
+    assert asked("rope_cache_write", CACHE_WRITE, autotune=True) == left.format("rope_cache_write")
+    assert asked("rope_cache_write", CACHE_WRITE, kernels="always") == "default"
+    args = arguments()
+    out, code = compiled_code(between_products, *args)
+    torch.testing.assert_close(out, between_products(*args))
+    assert not is_kernel(code) and cpu_kernel == []
 
 
 @pytest.mark.usefixtures("cpu_kernel")

@@ -27,9 +27,10 @@ Function = Callable[..., Any]
 
 @pytest.fixture(autouse=True)
 def pretended_kernel(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """The operator computes its formula on the CPU, where the lowering then believes in a kernel."""
+    """The operator computes its formula on the CPU, where the lowering then believes in a kernel that was measured."""
     monkeypatch.setattr(library, "missing", lambda device: "")
     monkeypatch.setattr(library, "configurations", lambda op: ("few", "many"))
+    monkeypatch.setattr(heuristics, "is_measured", lambda problem: True)
     decisions.clear()
     yield
     torch._dynamo.reset()
