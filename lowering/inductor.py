@@ -281,6 +281,12 @@ def _in_memory(tensor: Node) -> Node:
     return node if isinstance(node, ir.TensorBox) else ir.TensorBox(node)
 
 
+def contiguous(tensor: Node) -> Node:
+    """The tensor in memory, contiguous: itself where it is."""
+    node = ir.ExternKernel.require_contiguous(ir.ExternKernel.realize_input(tensor))
+    return node if isinstance(node, ir.TensorBox) else ir.TensorBox(node)
+
+
 def call_kernel(kernel: Kernel, tensors: Sequence[Node], layout: Node, as_they_lie: Sequence[Node] = ()) -> Node:
     """The kernel as a node of the graph under construction; its inputs are realised.
 

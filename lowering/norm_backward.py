@@ -128,6 +128,8 @@ def _run(*tensors: Tensor, given: str, config: int, out: Tensor, **numbers: Any)
     """What a measurement calls: the kernel, which allocates its results itself. given: which tensors there are."""
     remaining = iter(tensors)
     present: dict[str, Any] = {name: next(remaining) if flag == "1" else None for name, flag in zip(TENSORS, given)}
+    for name in ("mean", "rstd"):
+        present[name] = None if present[name] is None else present[name].contiguous()
     operator, args = Arguments(**present, **numbers).call(config)
     operator(*args)
     return out
@@ -206,7 +208,8 @@ def lower(kind: str, formula: Callable[..., Any], parse: Callable[..., Arguments
 def _call(folded: Folded, config: int) -> tuple[Any, ...]:
     """The kernel's results. dx takes the memory of a term of dy where it can, as it would in Inductor's own kernel."""
     arguments = folded.arguments
-    operator, args = arguments.call(config)
+    mean = None if arguments.mean is None else inductor.contiguous(arguments.mean)
+    operator, args = replace(arguments, mean=mean, rstd=inductor.contiguous(arguments.rstd)).call(config)
     terms = [term for term in (arguments.dy, arguments.dy_1, arguments.dy_2) if term is not None]
     out = None if arguments.gate is not None else inductor_sums.overwritable(terms, inductor.current_node())
     if out is None:

@@ -44,6 +44,7 @@ def kernel_calls(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[Call]]:
     def run(dy, dsum, x, weight, bias, mean, rstd, weight_offset, config, dy_1=None, dy_2=None, minimum=0.0):  # type: ignore[no-untyped-def]
         dys = [term for term in (dy, dy_1, dy_2) if term is not None]
         calls.append(Call(dsum is not None, len(dys), config=config))
+        assert rstd.is_contiguous() and (mean is None or mean.is_contiguous())  # what the kernels insist on
         dy = sum(dys[1:], dys[0])
         if mean is None:
             dx, dweight = rms_norm_bwd_ref(dy, x, weight, rstd, weight_offset, False, minimum or None)
@@ -61,6 +62,7 @@ def kernel_calls(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[Call]]:
     def run_gated(dy, x, gate, weight, rstd, gate_first, gate_is_silu, config, dy_1=None, dy_2=None):  # type: ignore[no-untyped-def]
         dys = [term for term in (dy, dy_1, dy_2) if term is not None]
         calls.append(Call(terms=len(dys), config=config, gated=True))
+        assert rstd.is_contiguous()
         flags = (not gate_first, "silu" if gate_is_silu else "sigmoid", 1, False, False)
         return gated_rms_norm_bwd_ref(sum(dys[1:], dys[0]), x, gate, weight, rstd, *flags)
 
@@ -117,6 +119,13 @@ def three_projections_of_tokens(x: Tensor, weight: Tensor, first: Tensor, second
     return three_projections(x.flatten(0, 1), weight, first, second)
 
 
+def sequences_in_front(x: Tensor, weight: Tensor, first: Tensor, second: Tensor) -> Tensor:
+    """Rows that do not lie in the order of their numbers."""
+    heads = (x @ first).unflatten(-1, (2, 16)).transpose(0, 1)
+    scale, shift = weight[:16].contiguous(), weight[16:].contiguous()
+    return F.layer_norm(heads, heads.shape[-1:], scale, shift, EPS).flatten(2) @ second
+
+
 def gated(x: Tensor, weight: Tensor, first: Tensor, second: Tensor) -> Tensor:
     wide = x.float()
     h = wide * F.silu((x @ second).float())
@@ -162,6 +171,7 @@ def assert_same(mine: list[Tensor], theirs: list[Tensor]) -> None:
         (two_projections, [Call(dsum=True, terms=2, in_place=True)]),
         (three_projections, [Call(dsum=True, terms=3, in_place=True)]),
         (three_projections_of_tokens, [Call(dsum=True, terms=3, in_place=True)]),
+        (sequences_in_front, [Call(in_place=True)]),
         (gated, [Call(gated=True)]),
     ],
 )
