@@ -100,16 +100,18 @@ def _place_norm(
 
 def _place_unmeasured(kind: str, x: Tensor) -> Placement:
     """By what the kernel can gain at best: whether there will be CUDA graphs is known to the lowering."""
-    rows = x.numel() // x.shape[-1] if isinstance(x.numel(), int) and x.numel() else 0
+    numel, row_size = x.numel(), x.shape[-1]
+    if not isinstance(numel, int) or not isinstance(row_size, int) or numel == 0:
+        return _inline("Inductor fuses it with its neighbours")
     problem = norm_heuristics.Problem(
         kind,
-        rows,
-        int(x.shape[-1]),
+        numel // row_size,
+        row_size,
         x.dtype.itemsize,
         library.capability(x.device),
         scattered=norm_kernels.are_scattered(x),
         captured=True,
     )
-    if rows and norm_heuristics.factor(problem) > 1:
+    if norm_heuristics.factor(problem) > 1:
         return Placement("default", "kernel unless Inductor could fuse its neighbours")
     return _inline("Inductor fuses it with its neighbours")

@@ -79,7 +79,8 @@ def _key(node: Node) -> tuple[object, ...] | None:
     if found is None or not isinstance(value, torch.Tensor):
         return None
     tables = (_same(table) for table in found.tables)
-    return node.target, value.dtype, value.device, value.dim(), *tables, found.weight is None, *found.numbers
+    row_size = str(value.shape[-1])  # may be symbolic, and is then no key
+    return node.target, value.dtype, value.device, value.dim(), row_size, *tables, found.weight is None, *found.numbers
 
 
 def _same(value: object) -> object:

@@ -112,6 +112,11 @@ def can_run(
     *flags: bool,
 ) -> str:
     """Why the CUDA kernel cannot take these arguments, "" when it can. Reads shapes, strides and dtypes only."""
+    if not isinstance(eps, (float, type(None))) or not isinstance(weight_offset, (int, float)):
+        return "eps is symbolic"
+    for positions in (k_positions, v_positions):
+        if positions.device != q.device:
+            return f"no kernel for positions on {positions.device}"
     if q_cos.dtype != k_cos.dtype or q_sin.dtype != k_sin.dtype:
         return "no kernel for q's and k's tables in different dtypes"
     if q_weight is not None and k_weight is not None and q_weight.dtype != k_weight.dtype:

@@ -64,6 +64,8 @@ def can_run(
     """Why the CUDA kernel cannot take these arguments, "" when it can. Reads shapes, strides and dtypes only."""
     if not isinstance(eps, (float, type(None))) or not isinstance(weight_offset, (int, float)):
         return "eps is symbolic"
+    if x.shape[-1] != other.shape[-1]:
+        return f"no kernel for rows of {x.shape[-1]} and {other.shape[-1]} elements"
     if (weight is None) != (other_weight is None):
         return "no kernel for a weight of q or k alone"
     if weight is not None and other_weight is not None and weight.dtype != other_weight.dtype:

@@ -211,6 +211,8 @@ def test_what_the_kernel_does_not_take_is_left_to_its_parts() -> None:
     q, k, v, *more = CACHE_WRITE
     assert "each head" in asked("rope_cache_write", (q, k, v, torch.randn(2, 3, 5, 8), *more[1:]))
     assert "different dtypes" in asked("rope_cache_write", (q, k, v, more[0].double(), *more[1:]))
+    positions = more[6].to("meta")  # type: ignore[attr-defined]
+    assert "positions on meta" in asked("rope_cache_write", (q, k, v, *more[:6], positions, *more[7:]))
 
 
 @pytest.mark.usefixtures("cpu_kernel")

@@ -129,15 +129,18 @@ def test_in_training_an_input_that_stock_computes_again_is_not_saved(kept: bool)
     assert rewritten == ({"qk_norm_rope": 1} if kept else {"rms_norm": 1, "rope": 1})
 
 
-@pytest.mark.parametrize("difference", ["tables", "flags", "order"])
+@pytest.mark.parametrize("difference", ["tables", "flags", "order", "sizes"])
 def test_rotations_that_differ_stay_apart(difference: str) -> None:
     def function(x: Tensor, q_matrix: Tensor, k_matrix: Tensor, cos: Tensor, sin: Tensor, weight: Tensor) -> Tensor:
         cos, sin = cos[:, None], sin[:, None]
-        q = OPS.qk_norm_rope(heads(x, q_matrix), cos, sin, weight, *NORM, *FLAGS)
+        q = OPS.qk_norm_rope(heads(x, q_matrix), cos, sin, None if difference == "sizes" else weight, *NORM, *FLAGS)
         if difference == "order":
             x = x + q.flatten(2)
         k_sin = cos if difference == "tables" else sin
         flags = (True, *FLAGS[1:]) if difference == "flags" else FLAGS
+        if difference == "sizes":
+            wide = (x @ k_matrix).unflatten(-1, (2, 12))
+            return q.flatten(2) @ OPS.qk_norm_rope(wide, cos, sin, None, *NORM, *FLAGS).flatten(2).transpose(-1, -2)
         return attention(q, OPS.qk_norm_rope(heads(x, k_matrix), cos, k_sin, weight, *NORM, *flags))
 
     args = inputs()
@@ -213,9 +216,11 @@ def test_what_the_kernel_does_not_take() -> None:
     x, _, _, cos, sin, weight = inputs()
     q, numbers = x.unflatten(-1, (3, 8)).transpose(1, 2), (1e-6, 0.0, False, *FLAGS, False, -1)
     assert can_run(q, q, cos, sin, weight, weight, *numbers) == ""
+    assert "rows of 8 and 6" in can_run(q, q[..., :6], cos[..., :4], sin[..., :4], None, None, None, *numbers[1:])
     assert "alone" in can_run(q, q, cos, sin, weight, None, *numbers)
     assert "different dtypes" in can_run(q, q, cos, sin, weight, weight.bfloat16(), *numbers)
-    assert "stride 2" in can_run(q, q[..., ::2], cos[..., :4], sin[..., :4], None, None, None, *numbers[1:])
+    apart = q.repeat_interleave(2, dim=-1)[..., ::2]
+    assert "stride 2" in can_run(q, apart, cos, sin, None, None, None, *numbers[1:])
 
 
 @pytest.mark.parametrize("eps", [None, 1e-6])
