@@ -44,7 +44,7 @@ def place(kind: str, args: Sequence[object], training: bool, *, settings: Settin
     if training and kind in trained_norms.KINDS:
         return trained_norms.place(kind, args, settings, max_autotune)
     if kind in NORMS:
-        return _place_norm(kind, first, args, training, settings, max_autotune)
+        return _place_norm(kind, first, args, settings, max_autotune)
     return _inline(f"no {kind} kernel")
 
 
@@ -74,13 +74,9 @@ def _only_formula(args: Sequence[object]) -> str:
     return "dropout" if isinstance(given.get("dropout_p"), torch.SymFloat) or given.get("dropout_p") else ""
 
 
-def _place_norm(
-    kind: str, x: Tensor, args: Sequence[object], training: bool, settings: Settings, max_autotune: bool
-) -> Placement:
+def _place_norm(kind: str, x: Tensor, args: Sequence[object], settings: Settings, max_autotune: bool) -> Placement:
     if reason := library.missing(x.device):
-        return replace(_inline(reason), missing=reason if x.device.type == "cuda" and not training else "")
-    if training:
-        return _inline("no backward kernel")
+        return replace(_inline(reason), missing=reason if x.device.type == "cuda" else "")
     numbers = args[NORMS[kind] :]
     if any(isinstance(number, (torch.SymInt, torch.SymFloat, torch.SymBool)) for number in numbers):
         return _inline("eps is symbolic")
