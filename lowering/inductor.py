@@ -88,7 +88,13 @@ def bind(function: Callable[..., Any], args: Sequence[object]) -> tuple[Callable
 def trace(function: Callable[..., Any], tensors: Sequence[Node]) -> torch.fx.GraphModule:
     """The ATen graph of `function` for inputs with the sizes and strides of the IR nodes."""
     with V.fake_mode:
-        examples = [ir.ir_node_to_tensor(tensor) for tensor in tensors]
+        examples: list[Any] = [ir.ir_node_to_tensor(tensor) for tensor in tensors]
+    return _formula_graph(function, *examples)
+
+
+def _formula_graph(function: Callable[..., Any], *examples: torch.Tensor) -> torch.fx.GraphModule:
+    """The ATen graph of `function`; tensors that it makes itself are fake as well."""
+    with V.fake_mode:
         graph: torch.fx.GraphModule = make_fx(function, decomposition_table=select_decomp_table())(*examples)
     return graph
 
@@ -207,14 +213,11 @@ def measure(
         choice.description = label
     template = SubgraphTemplate(name)
     for label, formula in formulas.items():
-        bound, _ = bind(formula, args)
         choices[label] = template.generate(
             name=f"{name}_{label}",
             input_nodes=tensors,
             layout=layout,
-            make_fx_graph=lambda *examples, bound=bound: make_fx(bound, decomposition_table=select_decomp_table())(
-                *examples
-            ),
+            make_fx_graph=functools.partial(_formula_graph, bind(formula, args)[0]),
             description=label,
         )
     if layout.device.type == "cuda":
