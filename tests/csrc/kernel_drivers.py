@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 import infuse.ops.qk_norm_rope_bwd  # noqa: F401, defines its operators
-from infuse.ops import library, rope_kernels
+from infuse.ops import attention_kernels, library, rope_kernels
 from tests.ops.norm_forms import BF16, FEW, FORMS, FP16, FP32, Form
 
 Launch = Callable[[], object]
@@ -298,6 +298,30 @@ def qk_norm_rope_backward(device: torch.device) -> Iterator[Launch]:
                     OPS.qk_norm_rope_bwd_out,
                     *(dys[0], q, None, None, *tables, weights[0], None, *numbers, dxs[0], None, dweights[0], None),
                 )
+
+
+# ---- attention_decode ----
+
+
+@driver
+def attention_decode(device: torch.device) -> Iterator[Launch]:
+    """Rows of one to four warps, splits in a cluster and behind a second kernel, masks of each kind and alignment."""
+    for dtype, dim, dim_v in ((BF16, 64, 64), (FP16, 128, 72), (BF16, 256, 256)):
+        for queries, keys in ((1, 1), (1, 700), (3, 100), (16, 333), (1, 0)):
+            q = random(2, queries, 8, dim, dtype=dtype, device=device).transpose(1, 2)
+            k, v = (random(2, 2, keys, size, dtype=dtype, device=device) for size in (dim, dim_v))
+            masks = [None, *_attention_masks(queries, keys, dtype, device)] if dim < 256 else [None]
+            for config, splits in (*((config, 0) for config in configs(attention_kernels.NAME)), (0, 5), (1, 2)):
+                for mask in masks:
+                    out = torch.empty(2, queries, 8, dim_v, dtype=dtype, device=device).transpose(1, 2)
+                    given = (q, k, v, mask, 0.1, False, 0.0, None, True, config, splits, out)
+                    yield partial(OPS.attention_decode_out, *given)
+
+
+def _attention_masks(queries: int, keys: int, dtype: torch.dtype, device: torch.device) -> list[Tensor]:
+    seen = torch.rand(2, 1, queries, keys + 3) < 0.3
+    every = torch.rand(1, 8, queries, keys).log().to(dtype)
+    return [seen.to(device)[..., 3:], seen.float().log().to(device)[..., :keys], every.to(device)]
 
 
 if __name__ == "__main__":

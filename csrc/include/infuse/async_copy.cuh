@@ -45,6 +45,12 @@ __device__ __forceinline__ void copy_async(SharedAddress shared, const void* sou
   }
 }
 
+// 16 bytes, zeros when not `valid`; the source is not read then.
+__device__ __forceinline__ void copy_async_or_zeros(SharedAddress shared, const void* source, bool valid) {
+  asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(shared), "l"(source), "r"(valid ? 16 : 0)
+               : "memory");
+}
+
 // Ends a group of copies. Groups complete in order; one may be empty.
 __device__ __forceinline__ void end_copy_group() { asm volatile("cp.async.commit_group;" ::: "memory"); }
 

@@ -74,6 +74,7 @@ struct Launch {
   // Programmatic dependent launch: the kernel may start while its predecessor in the stream still runs, and must call
   // wait_for_previous_kernel before it touches memory.
   bool starts_early = false;
+  int cluster = 1;  // neighbouring CTAs along x that read each other's shared memory
 };
 
 // `params` is the kernel's only parameter. `what` names the launch in a message.
@@ -86,6 +87,10 @@ void launch_kernel(const char* op, const char* what, void (*kernel)(Params), con
   if (launch.starts_early && is_compiled_for_9_0(op, kernel, device)) {
     attributes[config.numAttrs].id = cudaLaunchAttributeProgrammaticStreamSerialization;
     attributes[config.numAttrs++].val.programmaticStreamSerializationAllowed = 1;
+  }
+  if (launch.cluster > 1) {
+    attributes[config.numAttrs].id = cudaLaunchAttributeClusterDimension;
+    attributes[config.numAttrs++].val.clusterDim = {static_cast<unsigned>(launch.cluster), 1, 1};
   }
   config.gridDim = launch.grid;
   config.blockDim = launch.block;

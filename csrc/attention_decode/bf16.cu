@@ -1,0 +1,7 @@
+#include "attention_decode/launch_planned.cuh"
+
+namespace infuse::attention_decode {
+
+template void launch_planned<DType::kBFloat16>(const Plan&, const Params&, int, cudaStream_t);
+
+}  // namespace infuse::attention_decode

@@ -1,0 +1,36 @@
+// From a plan to its one or two launches. Included by the files that instantiate launch_planned.
+#pragma once
+
+#include "attention_decode/kernel.cuh"
+#include "attention_decode/launch.h"
+#include "dispatch.h"
+#include "infuse/launch.h"
+
+namespace infuse::attention_decode {
+
+template <DType kDType>
+void launch_planned(const Plan& plan, const Params& params, int device, cudaStream_t stream) {
+  using T = Element<kDType>;
+  const Config& config = kConfigs[plan.config];
+  const auto run = [&](auto kernel) {
+    resident_ctas(kOp, kernel, kThreads, plan.shared_bytes, device);  // allows the shared memory
+    const dim3 grid(params.splits, params.kv_heads * params.row_blocks.divisor, params.batch);
+    const int cluster = plan.cluster ? plan.splits : 1;
+    launch_kernel(kOp, config.name, kernel, {grid, dim3(kThreads), plan.shared_bytes, true, cluster}, params, device,
+                  stream);
+  };
+  dispatch_int<64, 128, 256>(kOp, "head_dim of the kernel", plan.dim, [&](auto dim) {
+    constexpr int kDim = decltype(dim)::value;
+    if (config.stages == 2) return run(decode_kernel<Traits<T, kDim, 16, 2>>);
+    if constexpr (kDim <= 128) {
+      if (plan.tile == 32) return run(decode_kernel<Traits<T, kDim, 32, 4>>);
+    }
+    run(decode_kernel<Traits<T, kDim, 16, 3>>);
+  });
+  if (params.part_out == nullptr) return;
+  const std::int64_t rows = static_cast<std::int64_t>(params.batch) * params.kv_heads * params.rows;
+  const dim3 grid(static_cast<unsigned>(rows));
+  launch_kernel(kOp, "merge", merge_kernel<T>, {grid, dim3(kThreads), 0, true}, params, device, stream);
+}
+
+}  // namespace infuse::attention_decode

@@ -1,0 +1,249 @@
+// From what the groups of warps, and the splits, found of a row to its result. The order is fixed, so the same input
+// gives the same bits.
+//
+// In shared memory a warp's 16 rows lie one behind the other, each its sum of values, then largest score and
+// denominator, then the same two for the CTA.
+#pragma once
+
+#include <cstdint>
+
+#include "attention_decode/state.cuh"
+#include "infuse/cluster.cuh"
+#include "infuse/overlap.cuh"
+#include "infuse/vec.cuh"
+
+namespace infuse::attention_decode {
+
+template <int kDim>
+constexpr int kSumsBytes = 4 * (kDim + 4);  // of a row
+
+// Four columns of a row that is not divided by its denominator yet.
+struct Partial {
+  float out[4];
+  float largest, denominator;
+};
+
+// What 2 is raised to in order to bring something relative to `largest` to `base`, the largest of all.
+__device__ __forceinline__ float weight_of(float largest, float base) {
+  return power_of_two(largest - (base == kMinusInfinity ? 0.0f : base));
+}
+
+// The sum of `count` parts, at most kMost. scalars(i): largest score and denominator of a part; values(i): four columns.
+// All loads of a kind are under way together.
+template <int kMost, typename Scalars, typename Values>
+__device__ __forceinline__ Partial merge_parts(std::uint32_t count, Scalars&& scalars, Values&& values) {
+  float2 found[kMost];
+  float4 columns[kMost];
+  Partial sum{{0.0f, 0.0f, 0.0f, 0.0f}, kMinusInfinity, 0.0f};
+#pragma unroll
+  for (int i = 0; i < kMost; ++i) {
+    found[i] = make_float2(kMinusInfinity, 0.0f);
+    columns[i] = make_float4(0.0f, 0.0f, 0.0f, 0.0f);
+    if (i < static_cast<int>(count)) {
+      found[i] = scalars(i);
+      columns[i] = values(i);
+    }
+  }
+#pragma unroll
+  for (int i = 0; i < kMost; ++i) sum.largest = fmaxf(sum.largest, found[i].x);
+#pragma unroll
+  for (int i = 0; i < kMost; ++i) {
+    const float weight = weight_of(found[i].x, sum.largest);
+    sum.out[0] += weight * columns[i].x;
+    sum.out[1] += weight * columns[i].y;
+    sum.out[2] += weight * columns[i].z;
+    sum.out[3] += weight * columns[i].w;
+    sum.denominator += weight * found[i].y;
+  }
+  return sum;
+}
+
+// Divides, after the head's sink, and writes.
+template <typename T>
+__device__ __forceinline__ void write_result(const Params& params, std::uint32_t batch, std::uint32_t kv_head,
+                                             std::uint32_t row, std::uint32_t column, Partial sum) {
+  const std::uint32_t query = params.group.divide(row);
+  const std::uint32_t head = kv_head * params.group.divisor + row - query * params.group.divisor;
+  if (params.sinks != nullptr) {
+    const float sink = params.sinks_fp32 ? static_cast<const float*>(params.sinks)[head]
+                                         : static_cast<float>(static_cast<const T*>(params.sinks)[head]);
+    const float base = fmaxf(sum.largest, sink * kLog2e), weight = weight_of(sum.largest, base);
+#pragma unroll
+    for (float& value : sum.out) value *= weight;
+    sum.denominator = sum.denominator * weight + weight_of(sink * kLog2e, base);
+  }
+  const float masked = params.nan_for_masked_rows ? __int_as_float(0x7fc00000) : 0.0f;
+  float values[4];
+#pragma unroll
+  for (int i = 0; i < 4; ++i) values[i] = sum.denominator == 0.0f ? masked : sum.out[i] / sum.denominator;
+  T* out = static_cast<T*>(params.out) + batch * params.out_stride.batch + head * params.out_stride.head +
+           query * params.out_stride.row + column;
+  const Vec<T, 4> packed = pack<T>(values);
+  *reinterpret_cast<uint2*>(out) = make_uint2(packed.words[0], packed.words[1]);
+}
+
+template <typename Traits>
+__device__ __forceinline__ void publish(const Place& place, SharedAddress own_rows, Sums<Traits::kDim>& sums) {
+#pragma unroll
+  for (int half = 0; half < 2; ++half) {
+    float denominator = sums.denominator[half];
+    denominator += __shfl_xor_sync(kFullMask, denominator, 1);
+    denominator += __shfl_xor_sync(kFullMask, denominator, 2);
+    const SharedAddress row = own_rows + (place.lane / 4 + 8 * half) * kSumsBytes<Traits::kDim>;
+#pragma unroll
+    for (int n = 0; n < Traits::kDim / 8; ++n) {
+      asm volatile("st.shared.v2.f32 [%0], {%1, %2};" ::"r"(row + (n * 8 + 2 * (place.lane % 4)) * 4),
+                   "f"(sums.out[n][2 * half]), "f"(sums.out[n][2 * half + 1])
+                   : "memory");
+    }
+    if (place.lane % 4 == 0) {
+      asm volatile("st.shared.v2.f32 [%0], {%1, %2};" ::"r"(row + Traits::kDim * 4), "f"(sums.largest[half]),
+                   "f"(denominator)
+                   : "memory");
+    }
+  }
+}
+
+__device__ __forceinline__ float4 load_four(SharedAddress address) {
+  float4 values;
+  asm volatile("ld.shared.v4.f32 {%0, %1, %2, %3}, [%4];"
+               : "=f"(values.x), "=f"(values.y), "=f"(values.z), "=f"(values.w)
+               : "r"(address)
+               : "memory");
+  return values;
+}
+
+// Four columns of a CTA's row over all groups of warps. `row` is the row in those of the first group.
+template <typename Traits>
+__device__ __forceinline__ Partial merge_groups(const Params& params, const Place& place, SharedAddress row,
+                                                std::uint32_t column) {
+  const std::uint32_t step = params.row_warps * kWarpRows * kSumsBytes<Traits::kDim>;
+  return merge_parts<kWarps>(
+      place.groups,
+      [&](std::uint32_t group) {
+        const float4 scalars = load_four(row + group * step + Traits::kDim * 4);
+        return make_float2(scalars.x, scalars.y);
+      },
+      [&](std::uint32_t group) { return load_four(row + group * step + column * 4); });
+}
+
+// Makes the CTA's sums its first group's, for the cluster to read.
+template <typename Traits>
+__device__ __forceinline__ void keep_for_cluster(SharedAddress row, std::uint32_t column, const Partial& sum) {
+  asm volatile("st.shared.v4.f32 [%0], {%1, %2, %3, %4};" ::"r"(row + column * 4), "f"(sum.out[0]), "f"(sum.out[1]),
+               "f"(sum.out[2]), "f"(sum.out[3])
+               : "memory");
+  if (column == 0) {
+    asm volatile("st.shared.v2.f32 [%0], {%1, %2};" ::"r"(row + Traits::kDim * 4 + 8), "f"(sum.largest),
+                 "f"(sum.denominator)
+                 : "memory");
+  }
+}
+
+__device__ __forceinline__ void keep_for_second_kernel(const Params& params, const Rows& rows, std::uint32_t row,
+                                                       std::uint32_t column, const Partial& sum) {
+  const std::int64_t of_all =
+      (static_cast<std::int64_t>(rows.batch) * params.kv_heads + rows.kv_head) * params.rows + rows.first + row;
+  const std::int64_t place = of_all * params.splits + blockIdx.x;
+  *reinterpret_cast<float4*>(params.part_out + place * params.dim_v + column) =
+      make_float4(sum.out[0], sum.out[1], sum.out[2], sum.out[3]);
+  if (column == 0) {
+    *reinterpret_cast<float2*>(params.part_sums + 2 * place) = make_float2(sum.largest, sum.denominator);
+  }
+}
+
+// All threads of the CTA, after the last tile.
+template <typename Traits>
+__device__ __forceinline__ void merge(const Params& params, const Rows& rows, const Place& place, SharedAddress memory,
+                                      Sums<Traits::kDim>& sums) {
+  constexpr std::uint32_t kRowBytes = kSumsBytes<Traits::kDim>;
+  __syncthreads();  // the rings are not needed any more
+  publish<Traits>(place, memory + (place.group * params.row_warps + place.row_warp) * kWarpRows * kRowBytes, sums);
+  __syncthreads();
+  const bool in_cluster = params.splits > 1 && params.part_out == nullptr;
+  const std::uint32_t columns = params.dim_v / 4, pieces = rows.count * columns;
+  for (std::uint32_t i = threadIdx.x; i < pieces; i += kThreads) {
+    const std::uint32_t row = i / columns, column = i % columns * 4;
+    const Partial sum = merge_groups<Traits>(params, place, memory + row * kRowBytes, column);
+    if (in_cluster) {
+      keep_for_cluster<Traits>(memory + row * kRowBytes, column, sum);
+    } else if (params.splits > 1) {
+      keep_for_second_kernel(params, rows, row, column, sum);
+    } else {
+      write_result<typename Traits::T>(params, rows.batch, rows.kv_head, rows.first + row, column, sum);
+    }
+  }
+  if (!in_cluster) return;
+  sync_cluster();
+  for (std::uint32_t i = blockIdx.x * kThreads + threadIdx.x; i < pieces; i += params.splits * kThreads) {
+    const std::uint32_t row = i / columns, column = i % columns * 4;
+    const Partial sum = merge_parts<kMaxCluster>(
+        params.splits,
+        [&](std::uint32_t rank) {
+          const float4 scalars = load_from_cluster(shared_of_cta(memory + row * kRowBytes, rank) + Traits::kDim * 4);
+          return make_float2(scalars.z, scalars.w);
+        },
+        [&](std::uint32_t rank) {
+          return load_from_cluster(shared_of_cta(memory + row * kRowBytes, rank) + column * 4);
+        });
+    write_result<typename Traits::T>(params, rows.batch, rows.kv_head, rows.first + row, column, sum);
+  }
+  sync_cluster();  // no CTA ends while another reads from it
+}
+
+// The second kernel: a CTA a row, whose warps take turns with the splits.
+template <typename T>
+__global__ void __launch_bounds__(kThreads) merge_kernel(const __grid_constant__ Params params) {
+  __shared__ float4 found[kWarps][kWarpSize];
+  wait_for_previous_kernel();
+  let_next_kernel_start();
+  const std::uint32_t lane = threadIdx.x % kWarpSize, warp = threadIdx.x / kWarpSize;
+  const std::uint64_t of_all = blockIdx.x;
+  const float2* scalars = reinterpret_cast<const float2*>(params.part_sums) + of_all * params.splits;
+  Partial sum{{0.0f, 0.0f, 0.0f, 0.0f}, kMinusInfinity, 0.0f};
+  for (std::uint32_t split = lane; split < params.splits; split += kWarpSize) {
+    sum.largest = fmaxf(sum.largest, __ldg(scalars + split).x);
+  }
+#pragma unroll
+  for (int offset = kWarpSize / 2; offset > 0; offset /= 2) {
+    sum.largest = fmaxf(sum.largest, __shfl_xor_sync(kFullMask, sum.largest, offset));
+  }
+  for (std::uint32_t split = lane; split < params.splits; split += kWarpSize) {
+    const float2 pair = __ldg(scalars + split);
+    sum.denominator += weight_of(pair.x, sum.largest) * pair.y;
+  }
+  sum.denominator = group_sum(sum.denominator, kWarpSize);
+  const float* outs = params.part_out + of_all * params.splits * params.dim_v;
+  for (std::uint32_t first = 0; first < params.dim_v; first += 4 * kWarpSize) {
+    const std::uint32_t column = first + 4 * lane;
+    float4 columns = make_float4(0.0f, 0.0f, 0.0f, 0.0f);
+#pragma unroll 8
+    for (std::uint32_t split = warp; split < params.splits; split += kWarps) {
+      const float weight = weight_of(__ldg(scalars + split).x, sum.largest);
+      const float4 part = column < params.dim_v
+                              ? __ldg(reinterpret_cast<const float4*>(outs + split * params.dim_v + column))
+                              : make_float4(0.0f, 0.0f, 0.0f, 0.0f);
+      columns.x += weight * part.x;
+      columns.y += weight * part.y;
+      columns.z += weight * part.z;
+      columns.w += weight * part.w;
+    }
+    found[warp][lane] = columns;
+    __syncthreads();
+    if (warp == 0 && column < params.dim_v) {
+      const float4 a = found[0][lane], b = found[1][lane], c = found[2][lane], d = found[3][lane];
+      sum.out[0] = (a.x + b.x) + (c.x + d.x);
+      sum.out[1] = (a.y + b.y) + (c.y + d.y);
+      sum.out[2] = (a.z + b.z) + (c.z + d.z);
+      sum.out[3] = (a.w + b.w) + (c.w + d.w);
+      const std::uint32_t head_row = static_cast<std::uint32_t>(of_all / params.rows);
+      const std::uint32_t batch = head_row / params.kv_heads;
+      write_result<T>(params, batch, head_row - batch * params.kv_heads,
+                      static_cast<std::uint32_t>(of_all - static_cast<std::uint64_t>(head_row) * params.rows), column,
+                      sum);
+    }
+    __syncthreads();
+  }
+}
+
+}  // namespace infuse::attention_decode
