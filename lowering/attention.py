@@ -1,18 +1,21 @@
-"""Lowering of infuse::attention: torch's SDPA, under max-autotune by the backend that is fastest for the shapes."""
+"""Lowering of infuse::attention: SDPA, or a kernel for few query rows; under max-autotune the fastest of all."""
 
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from infuse import build
 from infuse.lowering import inductor
 from infuse.lowering.decisions import Decision, record
+from infuse.lowering.heuristics import attention as heuristics
 from infuse.ops import attention as op
+from infuse.ops import attention_kernels, library
 
 DEFAULT = "sdpa"
 _BACKENDS = {
@@ -69,6 +72,52 @@ def candidates(args: tuple[Any, ...]) -> dict[str, Callable[..., Tensor]]:
     return found
 
 
+def run_decode(
+    q: Tensor, k: Tensor, v: Tensor, *optional: Tensor, has_mask: bool, out: Tensor, **keywords: Any
+) -> Tensor:
+    """What generated code calls: the decode kernel, writing into `out`. optional: mask and sinks, if they are there."""
+    mask, sinks = (optional[0] if has_mask else None), (optional[int(has_mask)] if len(optional) > has_mask else None)
+    return attention_kernels.decode(q, k, v, mask, sinks, out, **keywords)
+
+
+# The source's id is in the name, which is part of the key of Inductor's autotuning cache.
+_DECODE = inductor.kernel_choice(f"infuse_attention_decode_{build.source_id()}", run_decode)
+
+
+def _cannot_decode(args: tuple[Any, ...]) -> str:
+    """Why the decode kernel may not run here, "" when it may."""
+    q, k, v, mask, scale, _, softcap, sinks, masked_rows, dropout_p, _ = args
+    if inductor.settings_in_effect().kernels == "never":
+        return "kernels are switched off"
+    if reason := library.missing(q.get_device()):
+        return reason
+    with inductor.fake_mode():
+        examples: list[Any] = [None if node is None else inductor.example(node) for node in (q, k, v, mask, sinks)]
+        q, k, v, mask, sinks = examples
+        return attention_kernels.can_decode(q, k, v, mask, scale, softcap, sinks, masked_rows, dropout_p)
+
+
+def _decode_kernels(args: tuple[Any, ...], configs: Sequence[int]) -> dict[str, inductor.Kernel]:
+    _, _, _, mask, scale, is_causal, softcap, _, masked_rows, *_ = args
+    keywords = {
+        "has_mask": mask is not None,
+        "scale": float(scale),
+        "is_causal": is_causal,
+        "softcap": float(softcap),
+        "masked_rows": masked_rows,
+    }
+    return {f"decode_{config}": inductor.Kernel(_DECODE, {**keywords, "config": config}) for config in configs}
+
+
+def _measured(kernels: dict[str, inductor.Kernel], args: tuple[Any, ...], layout: Any) -> tuple[str, dict[str, float]]:
+    """The fastest of the kernels and torch's backends, and the time of each; the default if there is but one."""
+    formulas = candidates(args)
+    if len(formulas) + len(kernels) == 1:
+        return DEFAULT, {}
+    timings = inductor.measure("infuse_attention", kernels, formulas, args, layout)
+    return min(timings, key=timings.__getitem__, default=DEFAULT), timings
+
+
 def lower(
     q: Any,
     k: Any,
@@ -84,20 +133,27 @@ def lower(
 ) -> Any:
     """The IR node of out."""
     args = (q, k, v, mask, scale, is_causal, softcap, sinks, masked_rows, dropout_p, round_scores)
+    declined = _cannot_decode(args)
+    kernels = {} if declined else _decode_kernels(args, range(-1, len(library.configurations(attention_kernels.NAME))))
+    layout = inductor.output_layout(op.attention_fake, args)
+    settings = inductor.settings_in_effect()
+    timings: dict[str, float] = {}
+    tunable = settings.kernels != "never" and isinstance(scale, float) and (kernels or q.get_device().type == "cuda")
+    if kernels and settings.kernels == "always":
+        label, why = "decode_-1", "kernels are always taken"
+    elif tunable and inductor.max_autotune():
+        label, timings = _measured(kernels, args, layout)
+        why = f"measured, out of {', '.join(timings)}" if timings else "the only backend that takes it"
+    elif kernels and heuristics.decodes_well(inductor.hints(q)[2], library.capability(q.get_device())):
+        label, why = "decode_-1", "heuristic"
+    else:
+        label, why = DEFAULT, "torch's choice of backend"
     described = f"q {inductor.hints(q)} k {inductor.hints(k)} {q.get_dtype()}"
-    tunable = q.get_device().type == "cuda" and inductor.max_autotune() and isinstance(scale, float)
-    if not tunable or inductor.settings_in_effect().kernels == "never":
-        record(Decision("attention", described, DEFAULT, "torch's choice of backend", site=inductor.current_site()))
-        return inductor.inline(_default, *args)
-    formulas = candidates(args)
-    label, timings = DEFAULT, {}
-    if len(formulas) > 1:
-        layout = inductor.output_layout(op.attention_fake, args)
-        timings = inductor.measure("infuse_attention", {}, formulas, args, layout)
-        label = min(timings, key=timings.__getitem__, default=DEFAULT)
-    why = f"measured, out of {', '.join(formulas)}" if timings else "the only backend that takes it"
     record(Decision("attention", described, label, why, timings, site=inductor.current_site()))
-    return inductor.inline(formulas[label], *args)
+    if label in kernels:
+        tensors = [tensor for tensor in (q, k, v, mask, sinks) if tensor is not None]
+        return inductor.call_kernel(kernels[label], tensors, layout)
+    return inductor.inline(_default if label == DEFAULT else _with_backend(_BACKENDS[label]), *args)
 
 
 inductor.register(torch.ops.infuse.attention.default, lower)

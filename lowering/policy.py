@@ -13,8 +13,9 @@ import torch
 from torch import Tensor
 
 from infuse.lowering import rotary_policy, trained_norms
+from infuse.lowering.heuristics import attention as attention_heuristics
 from infuse.lowering.heuristics import norm as norm_heuristics
-from infuse.ops import library, norm_kernels
+from infuse.ops import attention_kernels, library, norm_kernels
 from infuse.report import Placement
 from infuse.settings import Settings
 
@@ -40,7 +41,7 @@ def place(kind: str, args: Sequence[object], training: bool, *, settings: Settin
     first = args[0]
     assert isinstance(first, Tensor)
     if kind == "attention":
-        return _place_attention(first, args, training, max_autotune)
+        return _place_attention(first, args, training, settings, max_autotune)
     if training and kind in trained_norms.KINDS:
         return trained_norms.place(kind, args, settings, max_autotune)
     if kind in NORMS:
@@ -52,7 +53,16 @@ def _inline(reason: str) -> Placement:
     return Placement("inline", f"decomposition ({reason})")
 
 
-def _place_attention(q: Tensor, args: Sequence[object], training: bool, max_autotune: bool) -> Placement:
+def _place_attention(
+    q: Tensor, args: Sequence[object], training: bool, settings: Settings, max_autotune: bool
+) -> Placement:
+    if not training and not _cannot_decode(args):
+        if settings.kernels == "always":
+            return Placement("default", "kernel")
+        if max_autotune:
+            return Placement("default", "kernel or SDPA backend, measured")
+        if attention_heuristics.decodes_well(int(q.shape[2]), library.capability(q.device)):
+            return Placement("default", "kernel for few query rows")
     if reason := _only_formula(args):
         return Placement("inline", f"decomposition (no kernel for {reason})")
     if q.device.type != "cuda":
@@ -62,6 +72,16 @@ def _place_attention(q: Tensor, args: Sequence[object], training: bool, max_auto
     if not max_autotune:
         return Placement("inline", "scaled_dot_product_attention")
     return Placement("default", "the fastest SDPA backend, measured")
+
+
+def _cannot_decode(args: Sequence[object]) -> str:
+    """Why the kernel for few query rows may not run, "" when it may."""
+    q, k, v, mask, scale, _, *rest = args
+    assert isinstance(q, Tensor)
+    if reason := library.missing(q.device):
+        return reason
+    softcap, sinks, masked_rows, dropout_p = (*rest, *(0.0, None, "zeros", 0.0)[len(rest) :])[:4]
+    return attention_kernels.can_decode(q, k, v, mask, scale, softcap, sinks, masked_rows, dropout_p)  # type: ignore[arg-type]
 
 
 def _only_formula(args: Sequence[object]) -> str:

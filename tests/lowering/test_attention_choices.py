@@ -1,0 +1,149 @@
+"""Attention of few query rows: when the kernel runs, and what it is given."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+import infuse
+from infuse.lowering import attention as lowering
+from infuse.lowering import decisions
+from infuse.lowering.heuristics import attention as heuristics
+from infuse.lowering.policy import place
+from infuse.ops import library
+from infuse.ops.attention import attention_ref
+from infuse.settings import Settings
+from tests.lowering.compiled import compiled_code
+
+OPS = torch.ops.infuse
+SCALE = 8.0**-0.5
+
+
+@pytest.fixture
+def cpu_kernel(implement_on_cpu: Callable[[str, Callable[..., Any]], None]) -> list[tuple[int, str, bool]]:
+    """The kernel by its formula; configuration, kind of mask and sinks of each call."""
+    calls: list[tuple[int, str, bool]] = []
+
+    def run(q, k, v, mask, scale, is_causal, softcap, sinks, nan, config, splits, out):  # type: ignore[no-untyped-def]
+        calls.append((config, "none" if mask is None else str(mask.dtype), sinks is not None))
+        out.copy_(attention_ref(q, k, v, mask, scale, is_causal, softcap, sinks, "nan" if nan else "zeros"))
+
+    implement_on_cpu("attention_decode_out", run)
+    return calls
+
+
+def inputs(queries: int = 2, keys: int = 24) -> tuple[Tensor, Tensor, Tensor]:
+    q = torch.randn(2, queries, 4, 8).transpose(1, 2).bfloat16()
+    return q, torch.randn(2, 2, keys, 8).bfloat16(), torch.randn(2, 2, keys, 8).bfloat16()
+
+
+def args(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None, *rest: Any) -> tuple[Any, ...]:
+    return (q, k, v, mask, SCALE, False, *rest)
+
+
+@pytest.mark.parametrize("has_mask", [False, True])
+@pytest.mark.parametrize("has_sinks", [False, True])
+def test_the_kernel_gets_what_is_there(
+    cpu_kernel: list[tuple[int, str, bool]], has_mask: bool, has_sinks: bool
+) -> None:
+    q, k, v = inputs()
+    sinks = torch.randn(4) if has_sinks else None
+
+    def step(q: Tensor, k: Tensor, v: Tensor, lengths: Tensor) -> Tensor:
+        mask = (torch.arange(24) < lengths[:, None, None, None]).expand(2, 1, 2, 24) if has_mask else None
+        out: Tensor = OPS.attention(q * 1, k, v, mask, SCALE, False, 0.0, sinks)
+        return out.transpose(1, 2).flatten(2) + 1
+
+    lengths = torch.tensor([3, 24])
+    with infuse.override(kernels="always"):
+        out, code = compiled_code(step, q, k, v, lengths)
+    torch.testing.assert_close(out, step(q, k, v, lengths), atol=2e-2, rtol=2e-2)
+    assert cpu_kernel == [(-1, "torch.bool" if has_mask else "none", has_sinks)]
+    assert "infuse_attention_decode" in code
+
+
+def test_max_autotune_measures_kernels_beside_torchs_own(
+    cpu_kernel: list[tuple[int, str, bool]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    timed: list[set[str]] = []
+
+    def measure(name: str, kernels: Any, formulas: Any, *rest: Any) -> dict[str, float]:
+        timed.append({*kernels, *formulas})
+        return {lowering.DEFAULT: 1.0, "decode_-1": 1.2, "decode_1": 0.95 if rest[0][3] is not None else 1.05}
+
+    monkeypatch.setattr(lowering.inductor, "measure", measure)
+    q, k, v = inputs()
+    mask = torch.ones(2, 1, 2, 24, dtype=torch.bool)
+
+    def masked(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return OPS.attention(*args(q, k, v, mask))  # type: ignore[no-any-return]
+
+    def unmasked(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return OPS.attention(*args(q, k, v))  # type: ignore[no-any-return]
+
+    for function, chosen in ((masked, "decode_1"), (unmasked, lowering.DEFAULT)):
+        decisions.clear()
+        compiled_code(function, q, k, v, mode="max-autotune-no-cudagraphs")
+        assert [decision.chosen for decision in decisions.decisions()] == [chosen]
+    assert timed == [{lowering.DEFAULT, "decode_-1", "decode_0", "decode_1"}] * 2
+
+
+def test_the_policy_knows_what_the_kernel_cannot_do(cpu_kernel: list[Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(library, "capability", lambda device: (9, 0))
+    q, k, v = inputs()
+    mask = torch.ones(2, 1, 2, 24, dtype=torch.bool)
+
+    def form(*given: Any, training: bool = False, **settings: Any) -> str:
+        return place("attention", given, training, settings=Settings(**settings), max_autotune=False).overload
+
+    assert form(*args(q, k, v, mask)) == form(*args(q, k, v)) == "default"
+    assert form(*args(q, k, v, mask, 0.0, None, "softmax")) == form(*args(q, k, v, None, 30.0)) == "default"
+    for refused in (
+        args(q.float(), k.float(), v.float(), mask),
+        args(*inputs(queries=33)),
+        args(q, k, v, mask.double()),
+        args(q, k, v, mask[..., :1]),
+        args(q, k, v, mask, 0.0, None, "mean"),
+        args(q, k, v, None, 0.0, torch.randn(4).double()),
+        args(q, k, v, None, 0.0, None, "zeros", 0.1),
+        args(q[..., :4], k[..., :4], v),
+        args(q, k.transpose(2, 3).contiguous().transpose(2, 3), v),
+    ):
+        assert form(*refused) == "inline"
+    assert form(*args(q, k, v), training=True) == form(*args(q, k, v), kernels="never") == "inline"
+
+
+@pytest.mark.parametrize(
+    ("queries", "capability", "expected"), [(1, (9, 0), False), (2, (9, 0), True), (2, (8, 6), False)]
+)
+def test_without_a_measurement_the_kernel_runs_where_torch_reads_more(
+    queries: int, capability: tuple[int, int], expected: bool
+) -> None:
+    assert heuristics.decodes_well(queries, capability) is expected
+
+
+def test_candidates_may_make_tensors_while_they_are_traced(cpu_kernel: list[tuple[int, str, bool]]) -> None:
+    """torch's SDPA turns a bool mask into numbers that way."""
+    q, k, v = inputs()
+    mask = torch.rand(2, 1, 2, 24) < 0.5
+
+    def step(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
+        return OPS.attention(*args(q, k, v, mask))  # type: ignore[no-any-return]
+
+    out, _ = compiled_code(step, q, k, v, mask, mode="max-autotune-no-cudagraphs")
+    torch.testing.assert_close(out, step(q, k, v, mask), atol=2e-2, rtol=2e-2)
+    (decision,) = decisions.decisions()
+    assert set(decision.timings_ms) == {lowering.DEFAULT, "decode_-1", "decode_0", "decode_1"}
+
+
+def test_a_row_without_keys_is_nan_where_the_source_says_so(cpu_kernel: list[Any]) -> None:
+    q, k, v = inputs()
+    mask = torch.full((1, 1, 2, 24), -math.inf)
+    with infuse.override(kernels="always"):
+        out, _ = compiled_code(lambda q, k, v: OPS.attention(*args(q, k, v, mask, 0.0, None, "softmax")), q, k, v)
+    assert out.isnan().all()
