@@ -144,7 +144,7 @@ def lower(
     elif tunable and inductor.max_autotune():
         label, timings = _measured(kernels, args, layout)
         why = f"measured, out of {', '.join(timings)}" if timings else "the only backend that takes it"
-    elif kernels and heuristics.decodes_well(inductor.hints(q)[2], library.capability(q.get_device())):
+    elif kernels and heuristics.decodes_well(inductor.hints(q), inductor.hints(k), library.capability(q.get_device())):
         label, why = "decode_-1", "heuristic"
     else:
         label, why = DEFAULT, "torch's choice of backend"

@@ -56,12 +56,14 @@ def _inline(reason: str) -> Placement:
 def _place_attention(
     q: Tensor, args: Sequence[object], training: bool, settings: Settings, max_autotune: bool
 ) -> Placement:
+    k = args[1]
+    assert isinstance(k, Tensor)
     if not training and not _cannot_decode(args):
         if settings.kernels == "always":
             return Placement("default", "kernel")
         if max_autotune:
             return Placement("default", "kernel or SDPA backend, measured")
-        if attention_heuristics.decodes_well(int(q.shape[2]), library.capability(q.device)):
+        if attention_heuristics.decodes_well(q.shape, k.shape, library.capability(q.device)):
             return Placement("default", "kernel for few query rows")
     if reason := _only_formula(args):
         return Placement("inline", f"decomposition (no kernel for {reason})")

@@ -15,7 +15,6 @@ from infuse.lowering import attention as lowering
 from infuse.lowering import decisions
 from infuse.lowering.heuristics import attention as heuristics
 from infuse.lowering.policy import place
-from infuse.ops import library
 from infuse.ops.attention import attention_ref
 from infuse.settings import Settings
 from tests.lowering.compiled import compiled_code
@@ -94,12 +93,13 @@ def test_max_autotune_measures_kernels_beside_torchs_own(
 
 
 def test_the_policy_knows_what_the_kernel_cannot_do(cpu_kernel: list[Any], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(library, "capability", lambda device: (9, 0))
     q, k, v = inputs()
     mask = torch.ones(2, 1, 2, 24, dtype=torch.bool)
 
     def form(*given: Any, training: bool = False, **settings: Any) -> str:
         return place("attention", given, training, settings=Settings(**settings), max_autotune=False).overload
+
+    monkeypatch.setattr(heuristics, "decodes_well", lambda *sizes: True)
 
     assert form(*args(q, k, v, mask)) == form(*args(q, k, v)) == "default"
     assert form(*args(q, k, v, mask, 0.0, None, "softmax")) == form(*args(q, k, v, None, 30.0)) == "default"
@@ -119,12 +119,21 @@ def test_the_policy_knows_what_the_kernel_cannot_do(cpu_kernel: list[Any], monke
 
 
 @pytest.mark.parametrize(
-    ("queries", "capability", "expected"), [(1, (9, 0), False), (2, (9, 0), True), (2, (8, 6), False)]
+    ("q", "k", "capability", "expected"),
+    [
+        ((1, 32, 2, 128), (1, 8, 2048, 128), (9, 0), True),
+        ((1, 32, 1, 128), (1, 8, 2048, 128), (9, 0), False),
+        ((64, 3, 49, 128), (64, 1, 2048, 128), (9, 0), False),
+        ((1, 32, 2, 128), (1, 32, 2048, 128), (9, 0), False),
+        ((1, 32, 2, 128), (1, 8, 128, 128), (9, 0), False),
+        ((1, 32, 2, 64), (1, 8, 2048, 64), (9, 0), False),
+        ((1, 32, 2, 128), (1, 8, 2048, 128), (8, 6), False),
+    ],
 )
 def test_without_a_measurement_the_kernel_runs_where_torch_reads_more(
-    queries: int, capability: tuple[int, int], expected: bool
+    q: tuple[int, ...], k: tuple[int, ...], capability: tuple[int, int], expected: bool
 ) -> None:
-    assert heuristics.decodes_well(queries, capability) is expected
+    assert heuristics.decodes_well(q, k, capability) is expected
 
 
 def test_candidates_may_make_tensors_while_they_are_traced(cpu_kernel: list[tuple[int, str, bool]]) -> None:
