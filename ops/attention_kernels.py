@@ -13,6 +13,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from infuse.ops import library
 from infuse.ops.registration import define
 
 # The operators that the kernels serve.
@@ -21,6 +22,7 @@ DTYPES = (torch.bfloat16, torch.float16)
 MAX_ROWS = 64  # queries times heads that share K and V
 MAX_KEYS = 1 << 20
 _ALIGNMENT = 16
+_SMALL_SHARED_MEMORY = ((8, 6), (8, 7), (8, 9), (12, 0), (12, 1))  # 100 KB an SM
 NAME = "attention_decode"  # of the table of configurations
 define(
     "attention_decode_out(Tensor q, Tensor k, Tensor v, Tensor? mask, float scale, bool is_causal, float softcap, "
@@ -51,6 +53,8 @@ def can_decode(
     for name, tensor in (("q", q), ("k", k), ("v", v)):
         if reason := _cannot_read(name, tensor):
             return reason
+    if library.capability(q.device) in _SMALL_SHARED_MEMORY and max(q.shape[-1], v.shape[-1]) > 128:
+        return "no kernel for a head_dim above 128 on a device with so little shared memory"
     if sinks is not None and sinks.dtype not in (q.dtype, torch.float32):
         return f"no kernel for sinks in {sinks.dtype}"
     return "" if mask is None else _cannot_mask(q, k, mask, masked_rows)

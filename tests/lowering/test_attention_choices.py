@@ -15,6 +15,7 @@ from infuse.lowering import attention as lowering
 from infuse.lowering import decisions
 from infuse.lowering.heuristics import attention as heuristics
 from infuse.lowering.policy import place
+from infuse.ops import library
 from infuse.ops.attention import attention_ref
 from infuse.settings import Settings
 from tests.lowering.compiled import compiled_code
@@ -115,6 +116,10 @@ def test_the_policy_knows_what_the_kernel_cannot_do(cpu_kernel: list[Any], monke
         args(q, k.transpose(2, 3).contiguous().transpose(2, 3), v),
     ):
         assert form(*refused) == "inline"
+    wide = [torch.randn(1, 4, 2, 256).bfloat16() for _ in range(3)]
+    assert form(*args(*wide)) == "default"
+    monkeypatch.setattr(library, "capability", lambda device: (8, 6))
+    assert form(*args(*wide)) == "inline"
     assert form(*args(q, k, v), training=True) == form(*args(q, k, v), kernels="never") == "inline"
 
 

@@ -1,0 +1,61 @@
+// The plan of attention with few query rows, for every size on three devices: it fits, covers all rows and keys, and
+// keeps to what the device has. The kernel itself is tested on a GPU.
+#include "attention_decode/plan.h"
+
+#include <cstdint>
+#include <cstdio>
+#include <cstdlib>
+#include <initializer_list>
+
+using namespace infuse::attention_decode;
+
+namespace {
+
+// Streaming multiprocessors, shared memory that a CTA can have, clusters: H200, A100, A10.
+constexpr Device kDevices[] = {{132, 232384, true}, {108, 166848, false}, {72, 101312, false}};
+constexpr std::int64_t kMostKeys = 1 << 20;
+
+void require(bool holds, const char* what, const Problem& p, const Plan& plan) {
+  if (holds) return;
+  std::printf("%s: batch %lld, heads %lld, rows %lld, keys %lld, dim %d, mask %d: configuration %d, splits %d, %d bytes\n",
+              what, static_cast<long long>(p.batch), static_cast<long long>(p.kv_heads), static_cast<long long>(p.rows),
+              static_cast<long long>(p.keys), p.dim, p.mask_size_bytes, plan.config, plan.splits, plan.shared_bytes);
+  std::exit(1);
+}
+
+void check(const Problem& problem, int config, const Device& device) {
+  const Plan plan = make_plan(problem, config, 0, device);
+  const bool small = device.shared_bytes < 120 * 1024;
+  if (config == kHeuristic && !(small && plan.dim > 128)) {
+    require(plan.shared_bytes <= device.shared_bytes, "too much shared memory", problem, plan);
+  }
+  require(plan.dim >= problem.dim && plan.dim >= problem.dim_v, "head_dim", problem, plan);
+  require(plan.row_blocks * plan.row_warps * kWarpRows >= problem.rows, "rows", problem, plan);
+  require(plan.tiles * plan.tile >= problem.keys && plan.tiles <= kMaxTiles, "tiles", problem, plan);
+  require(plan.splits >= 1 && plan.splits <= kMaxSplits, "splits", problem, plan);
+  require(plan.splits == 1 || plan.splits <= plan.tiles, "splits without a tile", problem, plan);
+  require(!plan.cluster || (device.has_clusters && plan.splits <= kMaxCluster), "cluster", problem, plan);
+  const std::int64_t ctas = plan.splits * problem.batch * problem.kv_heads * plan.row_blocks;
+  require(plan.splits == 1 || ctas <= 2 * device.num_sms, "more than the device holds", problem, plan);
+}
+
+}  // namespace
+
+int main() {
+  for (const Device& device : kDevices) {
+    for (const int dim : {8, 64, 72, 128, 192, 256}) {
+      for (const std::int64_t rows : {1, 4, 16, 17, 32, 64, 200}) {
+        for (const std::int64_t keys : {std::int64_t{1}, std::int64_t{100}, std::int64_t{4096}, kMostKeys}) {
+          for (const std::int64_t batch : {1, 16, 3000}) {
+            for (const int mask : {0, 1, 2, 4}) {
+              for (int config = kHeuristic; config < kNumConfigs; ++config) {
+                check({batch, 8, rows, keys, dim, 64, mask}, config, device);
+              }
+            }
+          }
+        }
+      }
+    }
+  }
+  std::printf("ok\n");
+}
