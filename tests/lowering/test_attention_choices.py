@@ -141,8 +141,17 @@ def test_without_a_measurement_the_kernel_runs_where_torch_reads_more(
     assert heuristics.decodes_well(q, k, capability) is expected
 
 
-def test_candidates_may_make_tensors_while_they_are_traced(cpu_kernel: list[tuple[int, str, bool]]) -> None:
-    """torch's SDPA turns a bool mask into numbers that way."""
+def test_kernels_are_timed_beside_torchs_own_behind_a_mask_that_hides_nothing(
+    implement_on_cpu: Callable[[str, Callable[..., Any]], None],
+) -> None:
+    """torch's SDPA makes numbers of a bool mask while it is traced; a kernel could skip what a mask hides."""
+    timed: list[bool] = []
+
+    def run(q, k, v, mask, *rest):  # type: ignore[no-untyped-def]
+        timed.append(bool(mask.all()))
+        rest[-1].copy_(attention_ref(q, k, v, mask, SCALE, False))
+
+    implement_on_cpu("attention_decode_out", run)
     q, k, v = inputs()
     mask = torch.rand(2, 1, 2, 24) < 0.5
 
@@ -153,6 +162,8 @@ def test_candidates_may_make_tensors_while_they_are_traced(cpu_kernel: list[tupl
     torch.testing.assert_close(out, step(q, k, v, mask), atol=2e-2, rtol=2e-2)
     (decision,) = decisions.decisions()
     assert set(decision.timings_ms) == {lowering.DEFAULT, "decode_-1", "decode_0", "decode_1"}
+    assert timed.count(True) >= 3
+    assert timed.count(False) == (decision.chosen != lowering.DEFAULT)
 
 
 def test_a_row_without_keys_is_nan_where_the_source_says_so(cpu_kernel: list[Any]) -> None:
