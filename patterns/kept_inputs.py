@@ -13,6 +13,8 @@ from infuse.patterns.canonical import CanonicalGraph
 from infuse.patterns.sites import Make, Site
 
 KINDS = ("rms_norm", "layer_norm", "add_rms_norm", "add_layer_norm", "qk_norm_rope")
+# Of these, what is several sites again without a kernel, as its policy has it.
+LEFT_TO_PARTS = ("qk_norm_rope",)
 # Never computed again; their backward does not read their result (that of sdpa does, so it is saved).
 _PRODUCERS = ("linear", "matmul", "bmm")
 _VIEWS = ("alias", "reshape", "permute", "expand")

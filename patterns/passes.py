@@ -276,7 +276,9 @@ class Writer:
         if self.emitter is None or kept_inputs.is_kept(self.emitter.view, site):
             return placement
         reason = "its input would be saved for a kernel alone"
-        return Placement("", "", declined=reason) if site.parts else Placement("inline", f"decomposition ({reason})")
+        if site.kind in kept_inputs.LEFT_TO_PARTS:
+            return Placement("", "", declined=reason)
+        return Placement("inline", f"decomposition ({reason})")
 
     def write(self, finding: Finding) -> None:
         """A composite site that cannot be emitted leaves its place to its parts."""
