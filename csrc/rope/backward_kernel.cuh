@@ -73,12 +73,15 @@ struct WeightGradient {
     }
     __syncthreads();
     for (std::uint32_t at = thread; at < blockDim.x * 2 * kElems; at += kBackwardThreads) {
-      const std::uint32_t lane = at / (2 * kElems), v = at / kElems % 2;
-      const Slot owner = slot_of_lane<kElems>(params, part, lane, true);
+      const Slot owner = slot_of_lane<kElems>(params, part, at / (2 * kElems), true);
+      // No index that is known at run time only: it would move both to local memory.
+      const bool is_first = at / kElems % 2 == 0;
+      const bool valid = is_first ? owner.valid[0] : owner.valid[1];
+      const std::uint32_t offset = is_first ? owner.offset[0] : owner.offset[1];
       float total = 0.0f;
 #pragma unroll
       for (int i = 0; i < kBackwardWarps; ++i) total += warp_sums[i][at];
-      if (owner.valid[v]) part.weight_parts[blockIdx.x * params.dim + owner.offset[v] + at % kElems] = total;
+      if (valid) part.weight_parts[blockIdx.x * params.dim + offset + at % kElems] = total;
     }
     __syncthreads();
   }
