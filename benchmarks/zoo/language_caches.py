@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from zoo.entry import Entry, Inputs
-from zoo.language_models import T5Norm
+from zoo.language_encoders import T5Norm
 from zoo.spelled import BATCH, DIM, HEAD, HEADS, LENGTH, Register
 
 _zoo = Register("language")

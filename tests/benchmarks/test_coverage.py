@@ -23,8 +23,10 @@ from infuse import backend
 from infuse.report import SiteRecord
 
 FILES = (
-    *("attention_spellings", "attention_layouts", "other_spellings", "blocks", "published"),
-    *("image_models", "language_models", "speech_and_science", "unusual_spellings"),
+    *("attention_spellings", "attention_heads", "attention_layouts", "attention_of_torch", "blocks", "published"),
+    *("norm_spellings", "gate_spellings", "rope_spellings"),
+    *("image_models", "image_generators", "language_models", "language_encoders"),
+    *("speech_and_science", "unusual_spellings"),
 )
 CHOSEN = (
     "attention/scores-times-scale",
