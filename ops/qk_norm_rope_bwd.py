@@ -45,7 +45,7 @@ def qk_norm_rope_bwd_ref(
     return rms_norm_bwd_ref(g, x, weight, rstd, weight_offset, cast_before_weight)
 
 
-def qk_norm_rope_pair_bwd_ref(
+def _of_each(
     dy: Tensor,
     x: Tensor,
     other_dy: Tensor,
@@ -55,10 +55,15 @@ def qk_norm_rope_pair_bwd_ref(
     weight: Tensor | None,
     other_weight: Tensor | None,
     *rest: Any,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+) -> tuple[tuple[Any, ...], tuple[Any, ...]]:
+    """The arguments of a pair as those of its two rotations."""
+    return (dy, x, cos, sin, weight, *rest), (other_dy, other, cos, sin, other_weight, *rest)
+
+
+def qk_norm_rope_pair_bwd_ref(*args: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """dx, dweight and those of the other tensor."""
-    mine = qk_norm_rope_bwd_ref(dy, x, cos, sin, weight, *rest)
-    return *mine, *qk_norm_rope_bwd_ref(other_dy, other, cos, sin, other_weight, *rest)
+    mine, others = _of_each(*args)
+    return *qk_norm_rope_bwd_ref(*mine), *qk_norm_rope_bwd_ref(*others)
 
 
 def can_run(
@@ -106,18 +111,9 @@ def _fake(dy: Tensor, x: Tensor, cos: Tensor, sin: Tensor, weight: Tensor | None
     return _gradients(x, weight)
 
 
-def _pair_fake(
-    dy: Tensor,
-    x: Tensor,
-    other_dy: Tensor,
-    other: Tensor,
-    cos: Tensor,
-    sin: Tensor,
-    weight: Tensor | None,
-    other_weight: Tensor | None,
-    *rest: Any,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    return *_fake(dy, x, cos, sin, weight), *_fake(other_dy, other, cos, sin, other_weight)
+def _pair_fake(*args: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    mine, others = _of_each(*args)
+    return *_fake(*mine), *_fake(*others)
 
 
 def _implementation(
@@ -126,19 +122,9 @@ def _implementation(
     return _by_formula(x, weight, qk_norm_rope_bwd_ref(dy, x, cos, sin, weight, *rest))
 
 
-def _pair_implementation(
-    dy: Tensor,
-    x: Tensor,
-    other_dy: Tensor,
-    other: Tensor,
-    cos: Tensor,
-    sin: Tensor,
-    weight: Tensor | None,
-    other_weight: Tensor | None,
-    *rest: Any,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    mine = _implementation(dy, x, cos, sin, weight, *rest)
-    return *mine, *_implementation(other_dy, other, cos, sin, other_weight, *rest)
+def _pair_implementation(*args: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    mine, others = _of_each(*args)
+    return *_implementation(*mine), *_implementation(*others)
 
 
 def _takes(dy: Tensor, x: Tensor, cos: Tensor, sin: Tensor, weight: Tensor | None, per_pair: bool) -> bool:

@@ -76,18 +76,26 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> run(const Given& given, const Optiona
   return {dx, dgate, dweight, dbias};
 }
 
+// The arguments of a norm without a gate.
+Given ungated(const Tensor& dy, const OptionalTensor& dsum, const Tensor& x, const OptionalTensor& weight,
+              const OptionalTensor& bias, const OptionalTensor& mean, const Tensor& rstd, double weight_offset,
+              int64_t config, const OptionalTensor& dy_1, const OptionalTensor& dy_2, double minimum) {
+  static const OptionalTensor none;
+  Given given{dy, x, rstd, weight, bias, mean, dsum, none, {dy_1, dy_2}};
+  given.weight_offset = weight_offset;
+  given.minimum = minimum;
+  given.config = config;
+  return given;
+}
+
 // dx, dweight, dbias.
 std::tuple<Tensor, Tensor, Tensor> norm_backward(const Tensor& dy, const OptionalTensor& dsum, const Tensor& x,
                                                  const OptionalTensor& weight, const OptionalTensor& bias,
                                                  const OptionalTensor& mean, const Tensor& rstd, double weight_offset,
                                                  int64_t config, const OptionalTensor& dy_1,
                                                  const OptionalTensor& dy_2, double minimum) {
-  const OptionalTensor none;
-  Given given{dy, x, rstd, weight, bias, mean, dsum, none, {dy_1, dy_2}};
-  given.weight_offset = weight_offset;
-  given.minimum = minimum;
-  given.config = config;
-  auto [dx, dgate, dweight, dbias] = run(given);
+  auto [dx, dgate, dweight, dbias] =
+      run(ungated(dy, dsum, x, weight, bias, mean, rstd, weight_offset, config, dy_1, dy_2, minimum));
   return {dx, dweight, dbias};
 }
 
@@ -97,12 +105,8 @@ std::tuple<Tensor, Tensor> norm_backward_into(Tensor out, const Tensor& dy, cons
                                               const OptionalTensor& mean, const Tensor& rstd, double weight_offset,
                                               int64_t config, const OptionalTensor& dy_1, const OptionalTensor& dy_2,
                                               double minimum) {
-  const OptionalTensor none;
-  Given given{dy, x, rstd, weight, bias, mean, dsum, none, {dy_1, dy_2}};
-  given.weight_offset = weight_offset;
-  given.minimum = minimum;
-  given.config = config;
-  auto [dx, dgate, dweight, dbias] = run(given, out);
+  auto [dx, dgate, dweight, dbias] =
+      run(ungated(dy, dsum, x, weight, bias, mean, rstd, weight_offset, config, dy_1, dy_2, minimum), out);
   return {dweight, dbias};
 }
 

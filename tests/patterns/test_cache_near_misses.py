@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from tests.patterns.capture import assert_same_results
-from tests.patterns.test_rope import full, rotate_every_two
+from tests.patterns.rope_spellings import full, rotate_every_two
 from tests.patterns.test_rope_cache_write import (
     BATCH,
     CACHE,

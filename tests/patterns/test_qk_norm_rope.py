@@ -13,7 +13,7 @@ from infuse.lowering.policy import place as lowering_place
 from infuse.report import Placement
 from infuse.settings import Settings
 from tests.patterns.capture import MODES, assert_same_results, capture, composite_overload, parameters
-from tests.patterns.test_rope import full, rotate_every_two, rotate_half, upcast
+from tests.patterns.rope_spellings import full, rotate_every_two, rotate_half, upcast
 from tests.patterns.test_rope_models import hugging_face
 
 HEADS, DIM, LENGTH = 3, 8, 5

@@ -16,7 +16,7 @@ from infuse.patterns.passes import rewrite
 from infuse.report import Placement
 from infuse.settings import Settings
 from tests.patterns.capture import Captured, assert_same_results, capture, default_overload
-from tests.patterns.test_rope import full, rotate_every_two, rotate_half
+from tests.patterns.rope_spellings import full, rotate_every_two, rotate_half
 from tests.patterns.test_rope_models import hugging_face
 
 BATCH, HEADS, KV_HEADS, DIM, LENGTH, CACHE = 2, 4, 2, 8, 3, 7
