@@ -5,6 +5,10 @@ v bfloat16 or float16, head dims multiples of 8 up to 256, the last dimension co
 mask bool, float32 or q's dtype, its last dimension contiguous. nan_for_masked_rows: what a row gives that sees no key,
 zeros otherwise.
 
+attention_forward_out: many query rows, see csrc/attention_forward; the same demands. tile_map: what the mask does to
+each tile, of attention_tile_map. lse [B, H, S], float32: of the scores and the sink, -inf for a row that sees no key.
+seed: int64 [2] on the device, seed and offset of the dropout's random numbers.
+
 config: -1 lets the launcher choose, otherwise an index into its table. splits: of the keys, 0 lets it choose.
 """
 
@@ -27,6 +31,11 @@ NAME = "attention_decode"  # of the table of configurations
 define(
     "attention_decode_out(Tensor q, Tensor k, Tensor v, Tensor? mask, float scale, bool is_causal, float softcap, "
     "Tensor? sinks, bool nan_for_masked_rows, int config, int splits, Tensor(a!) out) -> ()"
+)
+define(
+    "attention_forward_out(Tensor q, Tensor k, Tensor v, Tensor? mask, Tensor? tile_map, float scale, bool is_causal, "
+    "float softcap, Tensor? sinks, bool nan_for_masked_rows, float dropout_p, Tensor? seed, int config, int splits, "
+    "Tensor(a!) out, Tensor(b!)? lse) -> ()"
 )
 
 

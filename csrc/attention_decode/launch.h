@@ -5,6 +5,7 @@
 
 #include <cstdint>
 
+#include "attention/mask.h"
 #include "attention_decode/params.h"
 #include "attention_decode/plan.h"
 #include "infuse/dtype.h"
@@ -14,18 +15,9 @@ namespace infuse::attention_decode {
 
 constexpr char kOp[] = "attention_decode_out";
 
-struct MaskArg {
-  const void* data;
-  Mask kind;
-  int device;
-  int num_dims;
-  const std::int64_t* sizes;    // broadcast to [batch, heads, queries, keys]
-  const std::int64_t* strides;  // elements
-};
-
 struct Arguments {
   TensorArg q, k, v, out;  // out [batch, heads, queries, dim_v]
-  const MaskArg* mask = nullptr;
+  const attention::MaskArg* mask = nullptr;
   const TensorArg* sinks = nullptr;
   double scale = 1.0, softcap = 0.0;
   bool is_causal = false, nan_for_masked_rows = false;

@@ -3,17 +3,14 @@
 
 #include <cstdint>
 
+#include "attention/mask.h"
+#include "attention/strides.h"
 #include "infuse/rows.h"
 
 namespace infuse::attention_decode {
 
-// How a mask's elements are read.
-enum class Mask : int { kNone, kBool, kTwoBytes, kFloat32 };
-
-// Elements between neighbours along each dimension, 0 where a dimension is broadcast.
-struct Strides {
-  std::int64_t batch, head, row;
-};
+using attention::Mask;
+using attention::Strides;
 
 struct Params {
   const void* q;  // [batch, heads, queries, dim]

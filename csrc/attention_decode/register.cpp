@@ -2,6 +2,7 @@
 // ops/attention_kernels.py.
 #include <torch/csrc/stable/ops.h>
 
+#include "attention/torch_mask.h"
 #include "attention_decode/launch.h"
 #include "infuse/export.h"
 #include "infuse/torch_tensor.h"
@@ -9,28 +10,14 @@
 namespace {
 
 using infuse::attention_decode::kOp;
-using infuse::attention_decode::Mask;
-using infuse::attention_decode::MaskArg;
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
-
-MaskArg mask_arg(const Tensor& mask, const Tensor& q) {
-  infuse::check(mask.is_cuda(), kOp, "device of mask, got one that is not CUDA, expected CUDA");
-  const ScalarType type = mask.scalar_type();
-  infuse::check(type == ScalarType::Bool || type == ScalarType::Float || type == q.scalar_type(), kOp,
-                "dtype of mask, got scalar type ", static_cast<int>(type), ", expected bool, float32 or q's");
-  const Mask kind = type == ScalarType::Bool ? Mask::kBool : type == ScalarType::Float ? Mask::kFloat32 : Mask::kTwoBytes;
-  return {mask.const_data_ptr(),          kind,
-          mask.get_device_index(),        static_cast<int>(mask.dim()),
-          mask.sizes().data(),            mask.strides().data()};
-}
 
 void attention_decode_out(const Tensor& q, const Tensor& k, const Tensor& v, const std::optional<Tensor>& mask,
                           double scale, bool is_causal, double softcap, const std::optional<Tensor>& sinks,
                           bool nan_for_masked_rows, int64_t config, int64_t splits, Tensor out) {
   const auto sinks_arg = infuse::tensor_arg(sinks, kOp, "sinks");
-  std::optional<MaskArg> mask_value;
-  if (mask.has_value()) mask_value = mask_arg(*mask, q);
+  const auto mask_value = infuse::attention::mask_arg(mask, q, kOp);
   const auto prepared = infuse::attention_decode::prepare(
       {infuse::tensor_arg(q, kOp, "q"), infuse::tensor_arg(k, kOp, "k"), infuse::tensor_arg(v, kOp, "v"),
        infuse::written_tensor_arg(out, kOp, "out"), mask_value ? &*mask_value : nullptr, infuse::pointer_to(sinks_arg),

@@ -1,0 +1,124 @@
+// How a problem is cut up. Plain C++ without CUDA, so that it is tested where there is no GPU.
+#pragma once
+
+#include <cstdint>
+
+#include "infuse/access.h"
+
+namespace infuse::attention_forward {
+
+constexpr int kTile = 64;  // keys; also of a tile of the map
+constexpr int kMaxSplits = 64;
+constexpr int kMinTilesOfSplit = 4;
+constexpr int kReservedBytes = 1024;  // of shared memory, for each CTA
+
+// wgmma: made for 9.0a alone. warps: of a CTA. stages: tiles of K and V in shared memory; with one, a tile of V is
+// loaded while that of K is multiplied, and the other way round.
+struct Config {
+  const char* name;
+  bool wgmma;
+  int warps, stages;
+};
+
+constexpr Config kConfigs[] = {
+    {"mma_w4_s2", false, 4, 2},  // 0
+    {"mma_w4_s1", false, 4, 1},  // 1: for devices with less shared memory
+    {"mma_w8_s2", false, 8, 2},  // 2
+    {"mma_w8_s1", false, 8, 1},  // 3
+    {"mma_w2_s2", false, 2, 2},  // 4: for few rows
+};
+constexpr int kNumConfigs = sizeof(kConfigs) / sizeof(kConfigs[0]);
+constexpr int kHeuristic = -1;
+
+struct Problem {
+  std::int64_t batch, heads, kv_heads, queries, keys;
+  int dim, dim_v;
+  bool is_causal;
+  bool has_mask, has_map, has_dropout, has_softcap, has_sinks;
+};
+
+struct Device {
+  int num_sms;
+  int shared_bytes;  // that a CTA can have
+  int major;         // of the compute capability
+};
+
+struct Plan {
+  int config;
+  int dim;   // the kernel's
+  int rows;  // of a CTA
+  int row_blocks;
+  int splits;
+  int shared_bytes;
+};
+
+constexpr int larger(int a, int b) { return a > b ? a : b; }
+
+constexpr int padded_dim(int dim) {
+  return dim <= 64 ? 64 : dim <= 96 ? 96 : dim <= 128 ? 128 : dim <= 192 ? 192 : 256;
+}
+
+// Of a warp: two tensor-core tiles, as long as the sums of both fit into registers.
+constexpr int warp_rows(int dim) { return dim <= 128 ? 32 : 16; }
+
+// An odd number of 16-byte pieces, so that the eight rows of a matrix lie in different banks.
+constexpr int row_bytes(int dim) { return 2 * dim + 16; }
+
+// Queries, then the tiles of K and V.
+constexpr int mma_shared_bytes(int dim, const Config& config) {
+  return (config.warps * warp_rows(dim) + 2 * config.stages * kTile) * row_bytes(dim);
+}
+
+constexpr int ctas_of_sm(int shared_bytes, int warps, const Device& device) {
+  const int by_memory = (device.shared_bytes + kReservedBytes) / (shared_bytes + kReservedBytes);
+  const int by_registers = 8 / warps;
+  return by_memory < by_registers ? by_memory : by_registers;
+}
+
+constexpr bool fits(int config, int dim, const Device& device) {
+  return mma_shared_bytes(dim, kConfigs[config]) <= device.shared_bytes;
+}
+
+// What keeps most warps on an SM, two stages before one.
+constexpr int choose_mma(const Problem& problem, int dim, const Device& device) {
+  const int few_rows = 2 * warp_rows(dim);
+  if (problem.queries <= few_rows && fits(4, dim, device)) return 4;
+  int best = 1, most_warps = 0;
+  for (const int config : {0, 2, 1, 3}) {
+    if (!fits(config, dim, device)) continue;
+    const int warps =
+        kConfigs[config].warps * ctas_of_sm(mma_shared_bytes(dim, kConfigs[config]), kConfigs[config].warps, device);
+    if (warps > most_warps) {
+      best = config;
+      most_warps = warps;
+    }
+  }
+  return best;
+}
+
+// As many splits as fill the device once, while each has a few tiles.
+constexpr int choose_splits(const Problem& problem, const Plan& plan, int warps, const Device& device) {
+  const std::int64_t ctas = problem.batch * problem.heads * plan.row_blocks;
+  const std::int64_t slots = static_cast<std::int64_t>(device.num_sms) * ctas_of_sm(plan.shared_bytes, warps, device);
+  const std::int64_t most = ceil_div(problem.keys, kTile) / kMinTilesOfSplit;
+  std::int64_t splits = slots / ctas;
+  splits = splits < most ? splits : most;
+  splits = splits < kMaxSplits ? splits : kMaxSplits;
+  return splits < 1 ? 1 : static_cast<int>(splits);
+}
+
+// config, splits: kHeuristic and 0 let the plan choose. A configuration for which shared_bytes is more than the device
+// has cannot run.
+constexpr Plan make_plan(const Problem& problem, int config, int splits, const Device& device) {
+  Plan plan{};
+  plan.dim = padded_dim(larger(problem.dim, problem.dim_v));
+  plan.config = config == kHeuristic ? choose_mma(problem, plan.dim, device) : config;
+  const Config& chosen = kConfigs[plan.config];
+  plan.rows = chosen.warps * warp_rows(plan.dim);
+  plan.row_blocks = static_cast<int>(ceil_div(problem.queries, plan.rows));
+  plan.shared_bytes = mma_shared_bytes(plan.dim, chosen);
+  plan.splits = splits > 0 ? splits : choose_splits(problem, plan, chosen.warps, device);
+  return plan;
+}
+
+}  // namespace infuse::attention_forward
