@@ -14,7 +14,8 @@ masked_rows: what a row gives whose keys are all masked, by False or by -inf: "z
 softmax that is written out, "mean" (of all T rows of v) as one over scores that were overwritten by a large negative
 number, "softmax" (of a float mask) what the softmax makes of it, NaN or not, gradient included, "none" if there is no
 such row. With sinks it is always zeros.
-dropout_p: drops probabilities, in the inline overload only; the random numbers are those of whatever computes it.
+dropout_p: drops probabilities; seed, int64 [2], decides which (infuse.ops.attention_dropout). infuse::attention draws
+one from torch's generator; its inline overload takes the random numbers of whatever computes it.
 round_scores: the caller rounds scores and probabilities to q's dtype, so the inline overload may.
 """
 
@@ -25,7 +26,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from infuse.ops import attention_sharding, checks
+from infuse.ops import attention_dropout, attention_sharding, checks
 from infuse.ops.attention_formulas import (
     accumulation_dtype,
     attention_bwd_ref,
@@ -103,11 +104,11 @@ def _check_mask(op: str, mask: Tensor, is_causal: bool) -> None:
         )
 
 
-def _refuse_dropout(dropout_p: float) -> None:
-    if dropout_p != 0.0:
-        raise NotImplementedError(
-            f"infuse::attention: dropout_p: got {dropout_p}, expected 0.0; only the inline overload drops out"
-        )
+def _check_dropout(op: str, dropout_p: float, seed: Tensor | None) -> None:
+    if not 0.0 <= dropout_p < 1.0:
+        raise ValueError(f"infuse::{op}: dropout_p: got {dropout_p}, expected a number from 0 up to but not 1")
+    if dropout_p != 0.0 and (seed is None or seed.dtype != torch.int64 or seed.shape != (2,)):
+        raise ValueError(f"infuse::{op}: seed: got {seed}, expected [2] in int64 for dropout_p = {dropout_p}")
 
 
 def _empty_heads_inside(like: Tensor, head_dim: int | torch.SymInt) -> Tensor:
@@ -125,9 +126,11 @@ def attention_ref(
     softcap: float = 0.0,
     sinks: Tensor | None = None,
     masked_rows: str = "zeros",
+    dropout_p: float = 0.0,
+    seed: Tensor | None = None,
 ) -> Tensor:
     """out by the formula."""
-    return attention_fwd_ref(q, k, v, mask, scale, is_causal, softcap, sinks, masked_rows)[0]
+    return attention_fwd_ref(q, k, v, mask, scale, is_causal, softcap, sinks, masked_rows, dropout_p, seed)[0]
 
 
 def _inline(
@@ -161,7 +164,6 @@ def attention_fake(
     round_scores: bool = False,
 ) -> Tensor:
     _check("attention", q, k, v, mask, is_causal, sinks, masked_rows)
-    _refuse_dropout(dropout_p)
     return _empty_heads_inside(q, v.shape[3])
 
 
@@ -175,9 +177,12 @@ def _fwd(
     softcap: float = 0.0,
     sinks: Tensor | None = None,
     masked_rows: str = "zeros",
+    dropout_p: float = 0.0,
+    seed: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     _check("attention_fwd", q, k, v, mask, is_causal, sinks, masked_rows)
-    return attention_fwd_ref(q, k, v, mask, scale, is_causal, softcap, sinks, masked_rows)
+    _check_dropout("attention_fwd", dropout_p, seed)
+    return attention_fwd_ref(q, k, v, mask, scale, is_causal, softcap, sinks, masked_rows, dropout_p, seed)
 
 
 def attention_fwd_fake(
@@ -190,7 +195,10 @@ def attention_fwd_fake(
     softcap: float = 0.0,
     sinks: Tensor | None = None,
     masked_rows: str = "zeros",
+    dropout_p: float = 0.0,
+    seed: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
+    _check_dropout("attention_fwd", dropout_p, seed)
     out = attention_fake(q, k, v, mask, scale, is_causal, softcap, sinks, masked_rows)
     return out, q.new_empty(q.shape[:3], dtype=accumulation_dtype(q.dtype))
 
@@ -209,6 +217,8 @@ def attention_bwd_fake(
     softcap: float = 0.0,
     sinks: Tensor | None = None,
     masked_rows: str = "zeros",
+    dropout_p: float = 0.0,
+    seed: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     dmask = mask.new_empty(mask.shape) if needs_dmask and mask is not None else q.new_empty(0)
     dsinks = q.new_empty(0) if sinks is None else sinks.new_empty(sinks.shape)
@@ -232,23 +242,24 @@ class _Attention(torch.autograd.Function):
         dropout_p: float,
         round_scores: bool,
     ) -> Tensor:
-        _refuse_dropout(dropout_p)
-        out, lse = torch.ops.infuse.attention_fwd(q, k, v, mask, scale, is_causal, softcap, sinks, masked_rows)
-        ctx.save_for_backward(q, k, v, out, lse, mask, sinks)
-        ctx.flags = scale, is_causal, softcap, masked_rows
+        seed = attention_dropout.draw_seed(q.device) if dropout_p != 0.0 else None
+        flags = (scale, is_causal, softcap, sinks, masked_rows, dropout_p, seed)
+        out, lse = torch.ops.infuse.attention_fwd(q, k, v, mask, *flags)
+        ctx.save_for_backward(q, k, v, out, lse, mask, sinks, seed)
+        ctx.flags = scale, is_causal, softcap, masked_rows, dropout_p
         return out  # type: ignore[no-any-return]
 
     @staticmethod
     def backward(ctx: Any, dout: Tensor) -> tuple[Tensor | None, ...]:
-        *tensors, sinks = ctx.saved_tensors
+        *tensors, sinks, seed = ctx.saved_tensors
         q, k, v, _, _, mask = tensors
-        scale, is_causal, softcap, masked_rows = ctx.flags
+        scale, is_causal, softcap, masked_rows, dropout_p = ctx.flags
         if torch.is_grad_enabled():
-            inputs = (q, k, v, mask, scale, is_causal, softcap, sinks, masked_rows)
-            return (*differentiate(attention_ref, inputs, (dout,)), None, None)
+            inputs = (q, k, v, mask, scale, is_causal, softcap, sinks, masked_rows, dropout_p, seed)
+            return differentiate(attention_ref, inputs, (dout,))
         needs_dmask = bool(ctx.needs_input_grad[3])
         dq, dk, dv, dmask, dsinks = torch.ops.infuse.attention_bwd(
-            dout, *tensors, scale, is_causal, needs_dmask, softcap, sinks, masked_rows
+            dout, *tensors, scale, is_causal, needs_dmask, softcap, sinks, masked_rows, dropout_p, seed
         )
         return (
             *(dq, dk, dv, dmask if needs_dmask else None, None, None),
@@ -269,7 +280,6 @@ def _implementation(
     dropout_p: float = 0.0,
     round_scores: bool = False,
 ) -> Tensor:
-    _refuse_dropout(dropout_p)
     return heads_inside(_inline(q, k, v, mask, scale, is_causal, softcap, sinks, masked_rows, dropout_p, round_scores))
 
 
@@ -281,11 +291,12 @@ register_differentiable(
     inline=_inline,
     fake=attention_fake,
     autograd=_Attention.apply,
+    is_random=lambda *args: args[9] != 0.0,
 )
 register(
     "attention_fwd",
     "Tensor q, Tensor k, Tensor v, Tensor? mask, float scale, bool is_causal, float softcap=0.0, Tensor? sinks=None,"
-    ' str masked_rows="zeros"',
+    ' str masked_rows="zeros", float dropout_p=0.0, Tensor? seed=None',
     "(Tensor, Tensor)",
     implementation=_fwd,
     fake=attention_fwd_fake,
@@ -293,7 +304,8 @@ register(
 register(
     "attention_bwd",
     "Tensor dout, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, Tensor? mask, float scale, bool is_causal,"
-    ' bool needs_dmask, float softcap=0.0, Tensor? sinks=None, str masked_rows="zeros"',
+    ' bool needs_dmask, float softcap=0.0, Tensor? sinks=None, str masked_rows="zeros", float dropout_p=0.0,'
+    " Tensor? seed=None",
     "(Tensor, Tensor, Tensor, Tensor, Tensor)",
     implementation=attention_bwd_ref,
     fake=attention_bwd_fake,

@@ -1,6 +1,6 @@
 """The arithmetic of infuse::attention in plain torch: the test oracle, its gradient, and the decomposition.
 
-`attention_fwd_ref` and `attention_bwd_ref` compute in float32 (float64 for float64); they know no dropout.
+`attention_fwd_ref` and `attention_bwd_ref` compute in float32 (float64 for float64), with the kernels' dropout.
 `attention_inline` is what stands in the graph where no kernel runs: torch's SDPA where it computes the same in a fused
 kernel, otherwise the formula as it is usually written, so that it costs what the author's own code costs.
 """
@@ -16,6 +16,8 @@ from torch.backends.cuda import (
     can_use_efficient_attention,
     can_use_flash_attention,
 )
+
+from infuse.ops import attention_dropout
 
 _LOWEST = float("-inf")
 
@@ -86,14 +88,25 @@ def attention_fwd_ref(
     softcap: float = 0.0,
     sinks: Tensor | None = None,
     masked_rows: str = "zeros",
+    dropout_p: float = 0.0,
+    seed: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """out and the log-sum-exp of the scores, by the formula."""
+    """out and the log-sum-exp of the scores, by the formula. seed: int64 [2], for dropout."""
     num_heads, dtype = q.shape[1], accumulation_dtype(q.dtype)
     k, v = expand_kv(k, num_heads).to(dtype), expand_kv(v, num_heads).to(dtype)
     scores = _masked(_raw_scores(q.to(dtype), k, scale, softcap), mask, is_causal)
     lse = _log_sum_exp(scores, sinks)
-    out = torch.matmul(_probabilities(scores, sinks, masked_rows), v)
-    return heads_inside(out.to(q.dtype)), lse
+    probabilities = _drop(_probabilities(scores, sinks, masked_rows), dropout_p, seed)
+    return heads_inside(torch.matmul(probabilities, v).to(q.dtype)), lse
+
+
+def _drop(values: Tensor, dropout_p: float, seed: Tensor | None) -> Tensor:
+    """Zeros where dropout takes a probability [B, H, S, T] away, the others larger by what is missing."""
+    if seed is None or dropout_p == 0.0:
+        return values
+    batch, heads, queries, keys = values.shape
+    kept = attention_dropout.kept(seed, dropout_p, (batch, heads, queries, keys))
+    return torch.where(kept, values / (1.0 - dropout_p), 0.0)
 
 
 def attention_bwd_ref(
@@ -110,6 +123,8 @@ def attention_bwd_ref(
     softcap: float = 0.0,
     sinks: Tensor | None = None,
     masked_rows: str = "zeros",
+    dropout_p: float = 0.0,
+    seed: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """dq, dk, dv, dmask and dsinks in the shapes and dtypes of q, k, v, mask and sinks.
 
@@ -123,9 +138,9 @@ def attention_bwd_ref(
     something = (scores != _LOWEST).any(-1, keepdim=True)
     probabilities = _probabilities(scores, sinks, "mean" if masked_rows == "mean" else "zeros")
     d = dout.to(dtype)
-    dv = torch.matmul(probabilities.transpose(-2, -1), d)
+    dv = torch.matmul(_drop(probabilities, dropout_p, seed).transpose(-2, -1), d)
     delta = torch.where(something, (d * out.to(dtype)).sum(-1, keepdim=True), 0.0)
-    dprobabilities = torch.matmul(d, wide_v.transpose(-2, -1))
+    dprobabilities = _drop(torch.matmul(d, wide_v.transpose(-2, -1)), dropout_p, seed)
     dscores = torch.where(something, probabilities * (dprobabilities - delta), 0.0)
     draw = dscores * (1 - (raw / softcap) ** 2) if softcap != 0.0 else dscores
     dq = torch.matmul(draw, wide_k) * scale

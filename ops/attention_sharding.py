@@ -10,15 +10,15 @@ from infuse.ops.registration import Placements
 def inference(
     q: Any, k: Any, v: Any, mask: Any, scale: Any, is_causal: Any, softcap: Any, sinks: Any, *flags: Any
 ) -> Placements:
-    """Rules of infuse::attention."""
-    return _forward_rules(1, k, mask, sinks, len(flags))
+    """Rules of infuse::attention. flags: masked_rows, dropout_p, round_scores."""
+    return _forward_rules(1, k, mask, sinks, flags[1], [None] * 3)
 
 
 def forward(
     q: Any, k: Any, v: Any, mask: Any, scale: Any, is_causal: Any, softcap: Any, sinks: Any, *flags: Any
 ) -> Placements:
-    """Rules of infuse::attention_fwd."""
-    return _forward_rules(2, k, mask, sinks, len(flags))
+    """Rules of infuse::attention_fwd. flags: masked_rows, dropout_p, seed."""
+    return _forward_rules(2, k, mask, sinks, flags[1], [None, None, _whole(flags[2])])
 
 
 def backward(
@@ -35,37 +35,42 @@ def backward(
     softcap: Any,
     sinks: Any,
     masked_rows: Any,
+    dropout_p: Any,
+    seed: Any,
 ) -> Placements:
     """As the forward; the gradients of a mask that is whole, and of sinks, are summed over the ranks."""
     from torch.distributed.tensor import Partial, Replicate, Shard
 
     flags = [None] * 4
-    whole = [*[Replicate()] * 6, _whole(mask), *flags, _whole(sinks), None]
+    last = [None, None, _whole(seed)]
+    whole = [*[Replicate()] * 6, _whole(mask), *flags, _whole(sinks), *last]
     rules: list[tuple[list[Any], list[Any]]] = [([Replicate()] * 5, whole)]
-    for dim in _dims(k):
+    for dim in _dims(k, dropout_p):
         place, mask_place = Shard(dim), _mask_placement(mask, dim)
         dmask = Replicate() if not needs_dmask else Partial() if mask_place == Replicate() else mask_place
         dsinks = Replicate() if sinks is None else Shard(0) if dim == 1 else Partial()
-        taken = [*[place] * 6, mask_place, *flags, _sinks_placement(sinks, dim), None]
+        taken = [*[place] * 6, mask_place, *flags, _sinks_placement(sinks, dim), *last]
         rules.append(([place, place, place, dmask, dsinks], taken))
     return rules
 
 
-def _forward_rules(num_outputs: int, k: Any, mask: Any, sinks: Any, num_flags: int) -> Placements:
+def _forward_rules(num_outputs: int, k: Any, mask: Any, sinks: Any, dropout_p: Any, last: list[Any]) -> Placements:
+    """last: the placements of what follows the sinks."""
     from torch.distributed.tensor import Replicate, Shard
 
-    none = [None] * num_flags
-    whole = [Replicate(), Replicate(), Replicate(), _whole(mask), None, None, None, _whole(sinks), *none]
+    whole = [Replicate(), Replicate(), Replicate(), _whole(mask), None, None, None, _whole(sinks), *last]
     rules: list[tuple[list[Any], list[Any]]] = [([Replicate()] * num_outputs, whole)]
-    for dim in _dims(k):
+    for dim in _dims(k, dropout_p):
         place = Shard(dim)
-        taken = [place, place, place, _mask_placement(mask, dim), None, None, None, _sinks_placement(sinks, dim), *none]
+        taken = [place, place, place, _mask_placement(mask, dim), None, None, None, _sinks_placement(sinks, dim), *last]
         rules.append(([place] * num_outputs, taken))
     return rules
 
 
-def _dims(k: Any) -> list[int]:
-    """Batch, and heads where every rank gets whole groups."""
+def _dims(k: Any, dropout_p: float) -> list[int]:
+    """Batch, and heads where every rank gets whole groups; neither with dropout, which would drop the same on each."""
+    if dropout_p != 0.0:
+        return []
     return [0, 1] if k.shape[1] % k.mesh.size() == 0 else [0]
 
 

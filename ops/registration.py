@@ -53,16 +53,19 @@ def register_differentiable(
     inline: Function,
     fake: Function,
     autograd: Function,
+    is_random: Function = lambda *args: False,
 ) -> None:
     """Defines both overloads of an operator that the rewrite emits.
 
     autograd: called with the operator's arguments when one of them requires grad (an `autograd.Function`'s `apply`).
+    is_random: whether random numbers are drawn for these arguments. `autograd` then is called in any case, and draws
+        them as an operator of its own, so that this one stays a function of what it is given.
     """
     register(name, arguments, returns, implementation=implementation, fake=fake)
     operator = getattr(torch.ops.infuse, name).default
 
     def dispatch(*args: Any) -> Any:
-        if torch.is_grad_enabled() and any(_needs_grad(arg) for arg in args):
+        if is_random(*args) or (torch.is_grad_enabled() and any(_needs_grad(arg) for arg in args)):
             return autograd(*args)
         with torch._C._AutoDispatchBelowAutograd():
             return operator(*args)
