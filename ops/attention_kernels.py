@@ -17,6 +17,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from infuse.ops import attention_tile_map as _tile_map  # noqa: F401, defines its operator
 from infuse.ops import library
 from infuse.ops.registration import define
 
@@ -122,3 +123,8 @@ def decode(
     nan = masked_rows in ("nan", "softmax")
     torch.ops.infuse.attention_decode_out(q, k, v, mask, scale, is_causal, softcap, sinks, nan, config, splits, out)
     return out
+
+
+def tile_map(mask: Tensor, queries: int, keys: int) -> Tensor:
+    """What the mask does to each tile, uint8 [Bm, Hm, ceil(queries / 64), ceil(keys / 64)]; see attention_tile_map."""
+    return torch.ops.infuse.attention_tile_map(mask, queries, keys)  # type: ignore[no-any-return]
