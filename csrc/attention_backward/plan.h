@@ -1,0 +1,101 @@
+// How a problem is cut up. Plain C++ without CUDA, so that it is tested where there is no GPU.
+#pragma once
+
+#include <cstdint>
+
+#include "infuse/access.h"
+
+namespace infuse::attention_backward {
+
+constexpr int kQueryBlock = 64;    // queries that a CTA works on at a time; also of a tile of the map
+constexpr int kQueryPadding = 128;  // the workspace's rows of a head are a multiple
+constexpr int kMaxSplits = 64;
+
+// wgmma: made for 9.0a alone. keys: of a CTA.
+struct Config {
+  const char* name;
+  bool wgmma;
+  int keys;
+};
+
+constexpr Config kConfigs[] = {
+    {"mma_k128", false, 128},  // 0
+    {"mma_k64", false, 64},    // 1: for large heads, or less shared memory
+};
+constexpr int kNumConfigs = sizeof(kConfigs) / sizeof(kConfigs[0]);
+constexpr int kHeuristic = -1;
+
+struct Problem {
+  std::int64_t batch, heads, kv_heads, queries, keys;
+  int dim, dim_v;
+  bool is_causal;
+  bool has_mask, has_map, has_dropout, has_softcap;
+  bool deterministic;
+};
+
+struct Device {
+  int num_sms;
+  int shared_bytes;  // that a CTA can have
+  int major;         // of the compute capability
+};
+
+struct Plan {
+  int config;
+  int dim;     // the kernel's, 0 where the configuration has none for the head
+  int stages;  // of Q and dout in shared memory
+  int splits;  // of the heads that share K and V
+  int query_blocks, key_blocks;
+  int padded_queries;
+  int shared_bytes;
+};
+
+constexpr int larger(int a, int b) { return a > b ? a : b; }
+
+// 0 where the sums of dk and dv of that many keys do not fit into registers.
+constexpr int kernel_dim(const Config& config, int dim) {
+  if (config.keys == 128) return dim <= 64 ? 64 : dim <= 96 ? 96 : dim <= 128 ? 128 : 0;
+  return dim <= 128 ? 128 : dim <= 192 ? 192 : 256;
+}
+
+// An odd number of 16-byte pieces, so that the eight rows of a matrix lie in different banks.
+constexpr int row_bytes(int dim) { return 2 * dim + 16; }
+
+// Of 128 keys, each warp has its own; of 64, two warps share theirs, and exchange the probabilities as well.
+constexpr int mma_shared_bytes(int keys, int dim, int stages) {
+  const int exchanged = keys == 128 ? 1 : 2;
+  return 2 * keys * row_bytes(dim) + stages * kQueryBlock * (2 * row_bytes(dim) + 8) +
+         exchanged * keys * row_bytes(kQueryBlock);
+}
+
+constexpr int choose_config(int dim, const Device& device) {
+  const int wide = kernel_dim(kConfigs[0], dim);
+  return wide != 0 && mma_shared_bytes(128, wide, 1) <= device.shared_bytes ? 0 : 1;
+}
+
+// More CTAs by fewer heads each, whose sums another kernel adds up, where not every SM would have one.
+constexpr int choose_splits(const Problem& problem, const Plan& plan, const Device& device) {
+  const std::int64_t group = problem.heads / problem.kv_heads;
+  const std::int64_t ctas = problem.batch * problem.kv_heads * plan.key_blocks;
+  if (ctas == 0 || ctas >= device.num_sms) return 1;
+  const std::int64_t wanted = ceil_div(2 * device.num_sms, ctas), most = group < kMaxSplits ? group : kMaxSplits;
+  return static_cast<int>(wanted < most ? wanted : most);
+}
+
+// config: kHeuristic lets the plan choose. A configuration for which dim is 0, or for which shared_bytes is more than
+// the device has, cannot run.
+constexpr Plan make_plan(const Problem& problem, int config, const Device& device) {
+  Plan plan{};
+  const int dim = larger(problem.dim, problem.dim_v);
+  plan.config = config == kHeuristic ? choose_config(dim, device) : config;
+  const Config& chosen = kConfigs[plan.config];
+  plan.dim = kernel_dim(chosen, dim);
+  plan.stages = mma_shared_bytes(chosen.keys, plan.dim, 2) <= device.shared_bytes ? 2 : 1;
+  plan.shared_bytes = mma_shared_bytes(chosen.keys, plan.dim, plan.stages);
+  plan.query_blocks = static_cast<int>(ceil_div(problem.queries, kQueryBlock));
+  plan.key_blocks = static_cast<int>(ceil_div(problem.keys, chosen.keys));
+  plan.padded_queries = static_cast<int>(ceil_div(problem.queries, kQueryPadding)) * kQueryPadding;
+  plan.splits = choose_splits(problem, plan, device);
+  return plan;
+}
+
+}  // namespace infuse::attention_backward
