@@ -286,7 +286,8 @@ def _for_kernel(tensor: Node) -> Node:
     return node if isinstance(node, ir.TensorBox) else ir.TensorBox(node)
 
 
-def _in_memory(tensor: Node) -> Node:
+def in_memory(tensor: Node) -> Node:
+    """The tensor as it lies in memory, realised if it was not."""
     node = ir.ExternKernel.realize_input(tensor)
     return node if isinstance(node, ir.TensorBox) else ir.TensorBox(node)
 
@@ -303,7 +304,7 @@ def call_kernel(kernel: Kernel, tensors: Sequence[Node], layout: Node, as_they_l
     as_they_lie: those of the tensors whose elements need not be adjacent.
     """
     kept = {id(tensor) for tensor in as_they_lie}
-    given = [_in_memory(tensor) if id(tensor) in kept else _for_kernel(tensor) for tensor in tensors]
+    given = [in_memory(tensor) if id(tensor) in kept else _for_kernel(tensor) for tensor in tensors]
     return kernel.bind(given, layout).output_node()
 
 
@@ -320,13 +321,14 @@ def lie_side_by_side(first: Node, second: Node) -> bool:
 
 
 def call_operator(target: torch._ops.OpOverload, *args: object, as_they_lie: Sequence[Node] = ()) -> tuple[Node, ...]:
-    """An operator with several results, which it allocates itself, as a node of the graph under construction.
+    """An operator that allocates its results itself, one or several, as a node of the graph under construction.
 
     as_they_lie: those of the tensors whose elements need not be adjacent.
     """
     kept = {id(tensor) for tensor in as_they_lie}
-    given = [(_in_memory if id(arg) in kept else _for_kernel)(arg) if is_tensor(arg) else arg for arg in args]
+    given = [(in_memory if id(arg) in kept else _for_kernel)(arg) if is_tensor(arg) else arg for arg in args]
     results: Any = ir.FallbackKernel.create(target, *given)
+    results = results if isinstance(results, (list, tuple)) else (results,)
     return tuple(ir.TensorBox.create(result) for result in results)
 
 
@@ -429,6 +431,12 @@ def is_generated(tensor: Node) -> bool:
     if isinstance(data, ir.ComputedBuffer):
         data = data.data
     return isinstance(data, ir.Loops)
+
+
+def kept_for_graph(name: str) -> dict[Any, Any]:
+    """A dictionary that belongs to the graph under construction, empty at first."""
+    kept: dict[Any, Any] = V.graph.__dict__.setdefault(f"infuse_{name}", {})
+    return kept
 
 
 def current_node() -> torch.fx.Node:

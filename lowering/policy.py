@@ -15,7 +15,7 @@ from torch import Tensor
 from infuse.lowering import rotary_policy, trained_norms
 from infuse.lowering.heuristics import attention as attention_heuristics
 from infuse.lowering.heuristics import norm as norm_heuristics
-from infuse.ops import attention_kernels, library, norm_kernels
+from infuse.ops import attention_backward_kernels, attention_kernels, library, norm_kernels
 from infuse.report import Placement
 from infuse.settings import Settings
 
@@ -56,34 +56,70 @@ def _inline(reason: str) -> Placement:
 def _place_attention(
     q: Tensor, args: Sequence[object], training: bool, settings: Settings, max_autotune: bool
 ) -> Placement:
-    k = args[1]
-    assert isinstance(k, Tensor)
-    if not training and not _cannot_decode(args):
+    if training or _drops(args):
+        return _place_trained_attention(args, settings, max_autotune)
+    if runs := _kernels(args, attention_kernels.can_decode, attention_kernels.can_forward):
         if settings.kernels == "always":
             return Placement("default", "kernel")
         if max_autotune:
             return Placement("default", "kernel or SDPA backend, measured")
-        if attention_heuristics.decodes_well(q.shape, k.shape, library.capability(q.device)):
+        chosen = attention_heuristics.inference(_describe(args), library.capability(q.device))
+        if chosen.startswith("decode") and attention_kernels.can_decode in runs:
             return Placement("default", "kernel for few query rows")
+        if chosen.startswith("forward") and attention_kernels.can_forward in runs:
+            return Placement("default", "kernel")
     if reason := _only_formula(args):
         return Placement("inline", f"decomposition (no kernel for {reason})")
     if q.device.type != "cuda":
         return Placement("inline", f"scaled_dot_product_attention (no kernel for {q.device.type})")
-    if training:
-        return Placement("inline", "scaled_dot_product_attention (no kernel for training)")
     if not max_autotune:
         return Placement("inline", "scaled_dot_product_attention")
     return Placement("default", "the fastest SDPA backend, measured")
 
 
-def _cannot_decode(args: Sequence[object]) -> str:
-    """Why the kernel for few query rows may not run, "" when it may."""
+def _place_trained_attention(args: Sequence[object], settings: Settings, max_autotune: bool) -> Placement:
+    """Both passes need a kernel. Nothing competes under dropout: torch's kernels draw other random numbers."""
+    q = args[0]
+    assert isinstance(q, Tensor)
+    checks = (attention_kernels.can_forward, attention_backward_kernels.can_backward)
+    runs = len(_kernels(args, *checks)) == len(checks)
+    if runs and settings.kernels == "always":
+        return Placement("default", "kernels, forwards and backwards")
+    if runs and attention_heuristics.trains(_describe(args), library.capability(q.device)):
+        return Placement("default", "kernels, forwards and backwards")
+    if runs and max_autotune and not _drops(args):
+        return Placement("default", "kernel or SDPA backend, measured for each pass")
+    if reason := _only_formula(args):
+        return Placement("inline", f"decomposition (no kernel for {reason})")
+    if q.device.type != "cuda":
+        return Placement("inline", f"scaled_dot_product_attention (no kernel for {q.device.type})")
+    return Placement("inline", "scaled_dot_product_attention")
+
+
+def _kernels(args: Sequence[object], *checks: Callable[..., str]) -> list[Callable[..., str]]:
+    """Those of the kernels, by their checks in infuse.ops.attention_kernels, that can run here."""
     q, k, v, mask, scale, _, *rest = args
     assert isinstance(q, Tensor)
-    if reason := library.missing(q.device):
-        return reason
-    softcap, sinks, masked_rows, dropout_p = (*rest, *(0.0, None, "zeros", 0.0)[len(rest) :])[:4]
-    return attention_kernels.can_decode(q, k, v, mask, scale, softcap, sinks, masked_rows, dropout_p)  # type: ignore[arg-type]
+    if library.missing(q.device):
+        return []
+    numbers = (*rest, *(0.0, None, "zeros", 0.0)[len(rest) :])[:4]
+    return [check for check in checks if not check(q, k, v, mask, scale, *numbers)]
+
+
+def _drops(args: Sequence[object]) -> bool:
+    """Whether a site drops probabilities, as far as is known."""
+    return len(args) > 9 and (isinstance(args[9], torch.SymFloat) or args[9] != 0.0)
+
+
+def _describe(args: Sequence[object]) -> attention_heuristics.Site:
+    q, k, _, mask, _, is_causal, *rest = args
+    softcap, sinks, _, dropout_p = (*rest, *(0.0, None, "zeros", 0.0)[len(rest) :])[:4]
+    assert isinstance(q, Tensor)
+    assert isinstance(k, Tensor)
+    only_formula = sinks is not None or softcap != 0.0
+    return attention_heuristics.Site(
+        q.shape, k.shape, mask is not None, bool(is_causal), only_formula, dropout_p != 0.0
+    )
 
 
 def _only_formula(args: Sequence[object]) -> str:

@@ -30,6 +30,7 @@ from infuse.ops import attention_dropout, attention_sharding, checks
 from infuse.ops.attention_formulas import (
     accumulation_dtype,
     attention_bwd_ref,
+    attention_dsinks,
     attention_fwd_ref,
     attention_inline,
     attention_sdpa,
@@ -47,6 +48,7 @@ MASKED_ROWS = ("zeros", "nan", "mean", "softmax", "none")
 __all__ = [
     "attention",
     "attention_bwd_ref",
+    "attention_dsinks",
     "attention_fwd_ref",
     "attention_inline",
     "attention_ref",
@@ -111,7 +113,7 @@ def _check_dropout(op: str, dropout_p: float, seed: Tensor | None) -> None:
         raise ValueError(f"infuse::{op}: seed: got {seed}, expected [2] in int64 for dropout_p = {dropout_p}")
 
 
-def _empty_heads_inside(like: Tensor, head_dim: int | torch.SymInt) -> Tensor:
+def empty_heads_inside(like: Tensor, head_dim: int | torch.SymInt) -> Tensor:
     batch, heads, length, _ = like.shape
     return like.new_empty((batch, length, heads, head_dim)).transpose(1, 2)
 
@@ -164,7 +166,7 @@ def attention_fake(
     round_scores: bool = False,
 ) -> Tensor:
     _check("attention", q, k, v, mask, is_causal, sinks, masked_rows)
-    return _empty_heads_inside(q, v.shape[3])
+    return empty_heads_inside(q, v.shape[3])
 
 
 def _fwd(
@@ -222,7 +224,7 @@ def attention_bwd_fake(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     dmask = mask.new_empty(mask.shape) if needs_dmask and mask is not None else q.new_empty(0)
     dsinks = q.new_empty(0) if sinks is None else sinks.new_empty(sinks.shape)
-    dq, dk, dv = (_empty_heads_inside(tensor, tensor.shape[3]) for tensor in (q, k, v))
+    dq, dk, dv = (empty_heads_inside(tensor, tensor.shape[3]) for tensor in (q, k, v))
     return dq, dk, dv, dmask, dsinks
 
 

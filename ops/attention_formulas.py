@@ -154,8 +154,7 @@ def attention_bwd_ref(
     if needs_dmask and mask is not None:
         dmask = dscores.sum_to_size(mask.shape).to(mask.dtype).contiguous()
     if sinks is not None:
-        weight = torch.exp(sinks.to(dtype)[:, None] - lse)
-        dsinks = -(weight * delta.squeeze(-1)).sum((0, 2)).to(sinks.dtype)
+        dsinks = attention_dsinks(dout, out, lse, sinks)
     return (
         heads_inside(dq.to(q.dtype)),
         heads_inside(sum_groups(dk).to(k.dtype)),
@@ -163,6 +162,13 @@ def attention_bwd_ref(
         dmask,
         dsinks,
     )
+
+
+def attention_dsinks(dout: Tensor, out: Tensor, lse: Tensor, sinks: Tensor) -> Tensor:
+    """The gradient [H] of the sinks: each took exp(sink - lse) of a row's probability, and gave no value for it."""
+    dtype = accumulation_dtype(dout.dtype)
+    delta = (dout.to(dtype) * out.to(dtype)).sum(-1)
+    return -(torch.exp(sinks.to(dtype)[:, None] - lse) * delta).sum((0, 2)).to(sinks.dtype)
 
 
 def attention_inline(

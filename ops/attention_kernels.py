@@ -18,17 +18,14 @@ import torch
 from torch import Tensor
 
 from infuse.ops import attention_tile_map as _tile_map  # noqa: F401, defines its operator
-from infuse.ops import library
+from infuse.ops.attention_operands import cannot_take, readable
 from infuse.ops.registration import define
 
 # The operators that the kernels serve.
 OPERATORS = ("attention",)
-DTYPES = (torch.bfloat16, torch.float16)
 MAX_ROWS = 64  # queries times heads that share K and V
 MAX_KEYS = 1 << 20
-_ALIGNMENT = 16
-_SMALL_SHARED_MEMORY = ((8, 6), (8, 7), (8, 9), (12, 0), (12, 1))  # 100 KB an SM
-NAME = "attention_decode"  # of the table of configurations
+DECODE, FORWARD = "attention_decode", "attention_forward"  # names of the tables of configurations
 define(
     "attention_decode_out(Tensor q, Tensor k, Tensor v, Tensor? mask, float scale, bool is_causal, float softcap, "
     "Tensor? sinks, bool nan_for_masked_rows, int config, int splits, Tensor(a!) out) -> ()"
@@ -52,22 +49,26 @@ def can_decode(
     dropout_p: object = 0.0,
 ) -> str:
     """Why the decode kernel cannot compute this, "" when it can. Reads shapes, strides and dtypes only."""
-    if q.dtype not in DTYPES:
-        return f"no kernel for {q.dtype}"
     if dropout_p != 0.0:
         return "no kernel for dropout"
-    if not all(isinstance(value, (int, float)) for value in (scale, softcap)):
-        return "scale or softcap is symbolic"
     if reason := _cannot_have_rows(q, k):
         return reason
-    for name, tensor in (("q", q), ("k", k), ("v", v)):
-        if reason := _cannot_read(name, tensor):
-            return reason
-    if library.capability(q.device) in _SMALL_SHARED_MEMORY and max(q.shape[-1], v.shape[-1]) > 128:
-        return "no kernel for a head_dim above 128 on a device with so little shared memory"
-    if sinks is not None and sinks.dtype not in (q.dtype, torch.float32):
-        return f"no kernel for sinks in {sinks.dtype}"
-    return "" if mask is None else _cannot_mask(q, k, mask, masked_rows)
+    return cannot_take(q, k, v, mask, (scale, softcap), sinks, masked_rows, most_of_small=128)
+
+
+def can_forward(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    mask: Tensor | None,
+    scale: object,
+    softcap: object = 0.0,
+    sinks: Tensor | None = None,
+    masked_rows: str = "zeros",
+    dropout_p: object = 0.0,
+) -> str:
+    """Why the kernel for many query rows cannot compute this, "" when it can; as can_decode."""
+    return cannot_take(q, k, v, mask, (scale, softcap, dropout_p), sinks, masked_rows, most_of_small=192)
 
 
 def _cannot_have_rows(q: Tensor, k: Tensor) -> str:
@@ -78,26 +79,6 @@ def _cannot_have_rows(q: Tensor, k: Tensor) -> str:
     if queries * heads // kv_heads > MAX_ROWS:
         return f"no kernel for {queries} queries of {heads // kv_heads} heads that share K and V"
     return "no kernel for so many keys" if isinstance(keys, int) and keys > MAX_KEYS else ""
-
-
-def _cannot_read(name: str, tensor: Tensor) -> str:
-    head_dim = tensor.shape[-1]
-    if not isinstance(head_dim, int) or head_dim % 8 or not 0 < head_dim <= 256:
-        return f"no kernel for a head_dim of {head_dim} ({name})"
-    if tensor.stride(-1) != 1:
-        return f"no kernel for a last dimension of stride {tensor.stride(-1)} ({name})"
-    odd = [stride for stride in tensor.stride()[:-1] if isinstance(stride, int) and stride % 8]
-    return f"no kernel for rows of {name} that begin {odd[0]} elements apart" if odd else ""
-
-
-def _cannot_mask(q: Tensor, k: Tensor, mask: Tensor, masked_rows: str) -> str:
-    if masked_rows == "mean":
-        return "no kernel for the mean of all values in masked rows"
-    if mask.dtype not in (torch.bool, torch.float32, q.dtype):
-        return f"no kernel for a mask in {mask.dtype}"
-    if mask.dim() == 0 or mask.shape[-1] != k.shape[2] or mask.stride(-1) != 1:
-        return "no kernel for a mask that is broadcast over keys"
-    return ""
 
 
 def decode(
@@ -115,11 +96,8 @@ def decode(
     config: int = -1,
     splits: int = 0,
 ) -> Tensor:
-    """`out` [B, H, S, Dv], written by the kernel; see infuse.ops.attention for the arguments.
-
-    Addresses that are not multiples of 16 bytes cannot be seen while compiling: such tensors are copied first.
-    """
-    q, k, v = (tensor if tensor.data_ptr() % _ALIGNMENT == 0 else tensor.clone() for tensor in (q, k, v))
+    """`out` [B, H, S, Dv], written by the kernel; see infuse.ops.attention for the arguments."""
+    q, k, v = (readable(tensor) for tensor in (q, k, v))
     nan = masked_rows in ("nan", "softmax")
     torch.ops.infuse.attention_decode_out(q, k, v, mask, scale, is_causal, softcap, sinks, nan, config, splits, out)
     return out
@@ -128,3 +106,30 @@ def decode(
 def tile_map(mask: Tensor, queries: int, keys: int) -> Tensor:
     """What the mask does to each tile, uint8 [Bm, Hm, ceil(queries / 64), ceil(keys / 64)]; see attention_tile_map."""
     return torch.ops.infuse.attention_tile_map(mask, queries, keys)  # type: ignore[no-any-return]
+
+
+def forward(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    mask: Tensor | None,
+    tile_map: Tensor | None,
+    sinks: Tensor | None,
+    out: Tensor,
+    lse: Tensor | None = None,
+    *,
+    scale: float,
+    is_causal: bool = False,
+    softcap: float = 0.0,
+    masked_rows: str = "zeros",
+    dropout_p: float = 0.0,
+    seed: Tensor | None = None,
+    config: int = -1,
+    splits: int = 0,
+) -> Tensor:
+    """`out` [B, H, S, Dv] and `lse` [B, H, S], if it is given, written by the kernel for many query rows."""
+    q, k, v = (readable(tensor) for tensor in (q, k, v))
+    nan = masked_rows in ("nan", "softmax")
+    flags = (scale, is_causal, softcap, sinks, nan, dropout_p, seed, config, splits)
+    torch.ops.infuse.attention_forward_out(q, k, v, mask, tile_map, *flags, out, lse)
+    return out

@@ -52,7 +52,8 @@ def _any_of_tile(full: Tensor) -> Tensor:
     """[..., queries, keys] -> [..., ceil(queries / 64), ceil(keys / 64)]"""
     queries, keys = full.shape[-2:]
     padded = F.pad(full, (0, -keys % TILE, 0, -queries % TILE))
-    return padded.unflatten(-1, (-1, TILE)).unflatten(-3, (-1, TILE)).any(-1).any(-2)
+    tiles: Tensor = padded.unflatten(-1, (-1, TILE)).unflatten(-3, (-1, TILE))
+    return tiles.any(-1).any(-2)
 
 
 register(

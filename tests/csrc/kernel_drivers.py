@@ -311,7 +311,7 @@ def attention_decode(device: torch.device) -> Iterator[Launch]:
             q = random(2, queries, 8, dim, dtype=dtype, device=device).transpose(1, 2)
             k, v = (random(2, 2, keys, size, dtype=dtype, device=device) for size in (dim, dim_v))
             masks = [None, *_attention_masks(queries, keys, dtype, device)] if dim < 256 else [None]
-            for config, splits in (*((config, 0) for config in configs(attention_kernels.NAME)), (0, 5), (1, 2)):
+            for config, splits in (*((config, 0) for config in configs(attention_kernels.DECODE)), (0, 5), (1, 2)):
                 for mask in masks:
                     out = torch.empty(2, queries, 8, dim_v, dtype=dtype, device=device).transpose(1, 2)
                     given = (q, k, v, mask, 0.1, False, 0.0, None, True, config, splits, out)

@@ -11,17 +11,19 @@ import torch
 from torch import Tensor
 
 import infuse
-from infuse.lowering import attention as lowering
-from infuse.lowering import decisions
+from infuse.lowering import attention_backends as backends
+from infuse.lowering import decisions, inductor
 from infuse.lowering.heuristics import attention as heuristics
 from infuse.lowering.policy import place
 from infuse.ops import library
 from infuse.ops.attention import attention_ref
 from infuse.settings import Settings
 from tests.lowering.compiled import compiled_code
+from tests.lowering.pretended_attention import forward_on_cpu
 
 OPS = torch.ops.infuse
 SCALE = 8.0**-0.5
+KERNELS = [f"{kernel}_{config}" for kernel in ("decode", "forward") for config in (-1, 0, 1)]
 
 
 @pytest.fixture
@@ -34,6 +36,7 @@ def cpu_kernel(implement_on_cpu: Callable[[str, Callable[..., Any]], None]) -> l
         out.copy_(attention_ref(q, k, v, mask, scale, is_causal, softcap, sinks, "nan" if nan else "zeros"))
 
     implement_on_cpu("attention_decode_out", run)
+    implement_on_cpu("attention_forward_out", forward_on_cpu)
     return calls
 
 
@@ -74,9 +77,9 @@ def test_max_autotune_measures_kernels_beside_torchs_own(
 
     def measure(name: str, kernels: Any, formulas: Any, *rest: Any) -> dict[str, float]:
         timed.append({*kernels, *formulas})
-        return {lowering.DEFAULT: 1.0, "decode_-1": 1.2, "decode_1": 0.95 if rest[0][3] is not None else 1.05}
+        return {backends.DEFAULT: 1.0, "decode_-1": 1.2, "decode_1": 0.95 if rest[0][3] is not None else 1.05}
 
-    monkeypatch.setattr(lowering.inductor, "measure", measure)
+    monkeypatch.setattr(inductor, "measure", measure)
     q, k, v = inputs()
     mask = torch.ones(2, 1, 2, 24, dtype=torch.bool)
 
@@ -86,41 +89,44 @@ def test_max_autotune_measures_kernels_beside_torchs_own(
     def unmasked(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         return OPS.attention(*args(q, k, v))  # type: ignore[no-any-return]
 
-    for function, chosen in ((masked, "decode_1"), (unmasked, lowering.DEFAULT)):
+    for function, chosen in ((masked, "decode_1"), (unmasked, backends.DEFAULT)):
         decisions.clear()
         compiled_code(function, q, k, v, mode="max-autotune-no-cudagraphs")
         assert [decision.chosen for decision in decisions.decisions()] == [chosen]
-    assert timed == [{lowering.DEFAULT, "decode_-1", "decode_0", "decode_1"}] * 2
+    assert timed == [{backends.DEFAULT, *KERNELS}] * 2
 
 
-def test_the_policy_knows_what_the_kernel_cannot_do(cpu_kernel: list[Any], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_policy_knows_what_the_kernels_cannot_do(cpu_kernel: list[Any], monkeypatch: pytest.MonkeyPatch) -> None:
     q, k, v = inputs()
     mask = torch.ones(2, 1, 2, 24, dtype=torch.bool)
+    label = "decode_-1"
 
     def form(*given: Any, training: bool = False, **settings: Any) -> str:
         return place("attention", given, training, settings=Settings(**settings), max_autotune=False).overload
 
-    monkeypatch.setattr(heuristics, "decodes_well", lambda *sizes: True)
-
-    assert form(*args(q, k, v, mask)) == form(*args(q, k, v)) == "default"
-    assert form(*args(q, k, v, mask, 0.0, None, "softmax")) == form(*args(q, k, v, None, 30.0)) == "default"
-    for refused in (
-        args(q.float(), k.float(), v.float(), mask),
-        args(*inputs(queries=33)),
-        args(q, k, v, mask.double()),
-        args(q, k, v, mask[..., :1]),
-        args(q, k, v, mask, 0.0, None, "mean"),
-        args(q, k, v, None, 0.0, torch.randn(4).double()),
-        args(q, k, v, None, 0.0, None, "zeros", 0.1),
-        args(q[..., :4], k[..., :4], v),
-        args(q, k.transpose(2, 3).contiguous().transpose(2, 3), v),
-    ):
-        assert form(*refused) == "inline"
-    wide = [torch.randn(1, 4, 2, 256).bfloat16() for _ in range(3)]
-    assert form(*args(*wide)) == "default"
-    monkeypatch.setattr(library, "capability", lambda device: (8, 6))
-    assert form(*args(*wide)) == "inline"
-    assert form(*args(q, k, v), training=True) == form(*args(q, k, v), kernels="never") == "inline"
+    monkeypatch.setattr(heuristics, "inference", lambda *described: label)
+    odd = k.transpose(2, 3).contiguous().transpose(2, 3)
+    for label in ("decode_-1", "forward_-1"):
+        assert form(*args(q, k, v, mask)) == form(*args(q, k, v)) == "default"
+        assert form(*args(q, k, v, mask, 0.0, None, "softmax")) == form(*args(q, k, v, None, 30.0)) == "default"
+        for refused in (
+            args(q.float(), k.float(), v.float(), mask),
+            args(q, k, v, mask.double()),
+            args(q, k, v, mask[..., :1]),
+            args(q, k, v, mask, 0.0, None, "mean"),
+            args(q, k, v, None, 0.0, torch.randn(4).double()),
+            args(q, k, v, None, 0.0, None, "zeros", 0.1),
+            args(q[..., :4], k[..., :4], v),
+            args(q, odd, v),
+        ):
+            assert form(*refused) == "inline"
+        assert form(*args(*inputs(queries=33))) == ("inline" if label == "decode_-1" else "default")
+        wide = [torch.randn(1, 4, 2, 256).bfloat16() for _ in range(3)]
+        assert form(*args(*wide)) == "default"
+        with monkeypatch.context() as small:
+            small.setattr(library, "capability", lambda device: (8, 6))
+            assert form(*args(*wide)) == "inline"
+        assert form(*args(q, k, v), training=True) == form(*args(q, k, v), kernels="never") == "inline"
 
 
 @pytest.mark.parametrize(
@@ -152,6 +158,7 @@ def test_kernels_are_timed_beside_torchs_own_behind_a_mask_that_hides_nothing(
         rest[-1].copy_(attention_ref(q, k, v, mask, SCALE, False))
 
     implement_on_cpu("attention_decode_out", run)
+    implement_on_cpu("attention_forward_out", forward_on_cpu)
     q, k, v = inputs()
     mask = torch.rand(2, 1, 2, 24) < 0.5
 
@@ -161,9 +168,9 @@ def test_kernels_are_timed_beside_torchs_own_behind_a_mask_that_hides_nothing(
     out, _ = compiled_code(step, q, k, v, mask, mode="max-autotune-no-cudagraphs")
     torch.testing.assert_close(out, step(q, k, v, mask), atol=2e-2, rtol=2e-2)
     (decision,) = decisions.decisions()
-    assert set(decision.timings_ms) == {lowering.DEFAULT, "decode_-1", "decode_0", "decode_1"}
+    assert set(decision.timings_ms) == {backends.DEFAULT, *KERNELS}
     assert timed.count(True) >= 3
-    assert timed.count(False) == (decision.chosen != lowering.DEFAULT)
+    assert timed.count(False) == decision.chosen.startswith("decode")
 
 
 def test_a_row_without_keys_is_nan_where_the_source_says_so(cpu_kernel: list[Any]) -> None:

@@ -37,7 +37,7 @@ Inputs = tuple[Tensor, Tensor, Tensor]
 
 def configs() -> list[tuple[int, int]]:
     """Configuration and number of splits: what the launcher chooses, every configuration, and splits of each kind."""
-    every = range(len(library.configurations(attention_kernels.NAME)))
+    every = range(len(library.configurations(attention_kernels.DECODE)))
     return [(-1, 0), *((config, 0) for config in every), *itertools.product((0, 1), (1, 2, 5))]
 
 

@@ -1,0 +1,169 @@
+"""torch's own attention kernels as formulas: SDPA's backends, and the operators behind them that training needs.
+
+They are contestants of Infuse's kernels, and what stands in the graph where those lose. The operators of training
+exchange out and the log-sum-exp with Infuse's, so that a forward pass by one may be followed by a backward pass by
+another.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.backends.cuda import SDPAParams, can_use_cudnn_attention, can_use_flash_attention
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from infuse.lowering import inductor
+from infuse.ops import attention as op
+
+DEFAULT = "sdpa"
+_BACKENDS = {
+    "sdpa_cudnn": SDPBackend.CUDNN_ATTENTION,
+    "sdpa_flash": SDPBackend.FLASH_ATTENTION,
+    "sdpa_efficient": SDPBackend.EFFICIENT_ATTENTION,
+}
+_aten = torch.ops.aten
+
+
+def _with_backend(backend: SDPBackend) -> Callable[..., Tensor]:
+    def formula(
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        mask: Tensor | None,
+        scale: float,
+        is_causal: bool,
+        softcap: float,
+        sinks: Tensor | None,
+        masked_rows: str,
+        *_: object,
+    ) -> Tensor:
+        with sdpa_kernel(backend):
+            return op.heads_inside(op.attention_sdpa(q, k, v, mask, scale, is_causal, masked_rows))
+
+    return formula
+
+
+def default(*args: Any) -> Tensor:
+    """What stands in the graph without Infuse: torch's choice of backend, or the formula where SDPA has none."""
+    return op.heads_inside(op.attention_inline(*args))
+
+
+def inference(args: tuple[Any, ...]) -> dict[str, Callable[..., Tensor]]:
+    """SDPA as torch picks its backend, and each other backend that takes these arguments, without repetitions.
+
+    args: IR nodes and numbers, those of infuse::attention. Only the formula computes a softcap and sinks.
+    """
+    found: dict[str, Callable[..., Tensor]] = {DEFAULT: default}
+    seen = {inductor.code_of(default, args)}
+    softcap, sinks = args[6:8]
+    if softcap != 0.0 or sinks is not None:
+        return found
+    for label, backend in _BACKENDS.items():
+        formula = _with_backend(backend)
+        try:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # torch says at length why a backend cannot run
+                code = inductor.code_of(formula, args)
+        except RuntimeError:
+            continue  # "No available kernel": this backend does not take such shapes, dtypes or masks
+        if code not in seen:
+            seen.add(code)
+            found[label] = formula
+    return found
+
+
+def formula_of(label: str) -> Callable[..., Tensor]:
+    """The formula that `inference` calls `label`."""
+    return default if label == DEFAULT else _with_backend(_BACKENDS[label])
+
+
+def _flash_forward(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float, is_causal: bool, *_: Any) -> Any:
+    out, lse, *_ = _aten._scaled_dot_product_flash_attention(q, k, v, 0.0, is_causal, False, scale=scale)
+    return out, lse
+
+
+def _flash_backward(
+    dout: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    mask: Tensor | None,
+    scale: float,
+    is_causal: bool,
+    *_: Any,
+) -> Any:
+    sizes = (None, None, q.shape[2], k.shape[2], 0.0, is_causal)
+    unused = torch.empty((), dtype=torch.int64, device=q.device)  # the random state of dropout
+    return _aten._scaled_dot_product_flash_attention_backward(
+        dout, q, k, v, out, lse, *sizes, unused, unused, scale=scale
+    )
+
+
+def _cudnn_forward(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float, is_causal: bool, *_: Any) -> Any:
+    bias = _bias(q, k, mask)
+    out, lse, *_ = _aten._scaled_dot_product_cudnn_attention(q, k, v, bias, True, 0.0, is_causal, False, scale=scale)
+    return out, lse.squeeze(-1)
+
+
+def _cudnn_backward(
+    dout: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    mask: Tensor | None,
+    scale: float,
+    is_causal: bool,
+    *_: Any,
+) -> Any:
+    unused = torch.empty((), dtype=torch.int64, device=q.device)  # the random state of dropout
+    sizes = (None, None, q.shape[2], k.shape[2], 0.0, is_causal)
+    return _aten._scaled_dot_product_cudnn_attention_backward(
+        dout, q, k, v, out, lse.unsqueeze(-1), unused, unused, _bias(q, k, mask), *sizes, scale=scale
+    )
+
+
+def _bias(q: Tensor, k: Tensor, mask: Tensor | None) -> Tensor | None:
+    """The mask as cuDNN takes it: numbers in q's dtype, [B, H, S, T]."""
+    if mask is None:
+        return None
+    if mask.dtype == torch.bool:
+        mask = torch.where(mask, 0.0, float("-inf"))
+    return mask.to(q.dtype).expand(*q.shape[:3], k.shape[2])
+
+
+_TRAINING = {
+    "sdpa_cudnn": (can_use_cudnn_attention, _cudnn_forward, _cudnn_backward),
+    "sdpa_flash": (can_use_flash_attention, _flash_forward, _flash_backward),
+}
+
+
+def forward(args: tuple[Any, ...]) -> dict[str, Callable[..., Any]]:
+    """torch's kernels for out and the log-sum-exp. args: those of infuse::attention_fwd; {} where none computes it."""
+    return {label: functions[1] for label, functions in _training(args).items()}
+
+
+def backward(args: tuple[Any, ...]) -> dict[str, Callable[..., Any]]:
+    """torch's kernels for dq, dk and dv. args: those of infuse::attention_fwd; {} where none computes it."""
+    return {label: functions[2] for label, functions in _training(args).items()}
+
+
+def _training(args: tuple[Any, ...]) -> dict[str, tuple[Any, Callable[..., Any], Callable[..., Any]]]:
+    q, k, v, mask, _, is_causal, softcap, sinks, masked_rows, dropout_p, _ = args
+    if softcap != 0.0 or sinks is not None or dropout_p != 0.0 or masked_rows not in ("zeros", "none"):
+        return {}
+    with inductor.fake_mode():
+        q, k, v = (inductor.example(node) for node in (q, k, v))
+        mask = None if mask is None else inductor.example(mask)
+        # cuDNN would round a mask of float32 to q's dtype.
+        if mask is not None and mask.dtype not in (torch.bool, q.dtype):
+            return {}
+        params = SDPAParams(q, k, v, _bias(q, k, mask), 0.0, is_causal, q.shape[1] != k.shape[1])
+        return {label: functions for label, functions in _TRAINING.items() if functions[0](params)}
