@@ -16,7 +16,7 @@ Device describe(int device) {
   int major = 0, shared_bytes = 0;
   check_cuda(cudaDeviceGetAttribute(&shared_bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin, device), kOp, "shared memory");
   check_cuda(cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device), kOp, "compute capability");
-  return {count_sms(kOp, device), shared_bytes - kStaticSharedBytes, major >= 9};
+  return {count_sms(kOp, device), shared_bytes - kStaticSharedBytes, major == 9};
 }
 
 }  // namespace
@@ -47,7 +47,8 @@ Prepared prepare(const Arguments& a) {
     params.sinks_fp32 = a.sinks->dtype == DType::kFloat32;
   }
   const Problem problem{batch, kv_heads, rows, keys, static_cast<int>(a.q.sizes[3]), static_cast<int>(a.v.sizes[3]),
-                        attention::mask_size_bytes(mask.kind)};
+                        attention::mask_size_bytes(mask.kind),
+                        static_cast<int>(mask.stride.head != 0 ? rows : a.q.sizes[2])};
   const Plan plan = make_plan(problem, static_cast<int>(a.config), static_cast<int>(a.splits), describe(a.q.device));
   check(plan.tiles <= kMaxTiles, kOp, "length of k, got ", keys, ", expected at most ",
         kMaxTiles * plan.tile);
@@ -74,7 +75,12 @@ Prepared prepare(const Arguments& a) {
   params.kv_heads = static_cast<std::uint32_t>(kv_heads);
   params.tiles = static_cast<std::uint32_t>(plan.tiles);
   params.stage_bytes = static_cast<std::uint32_t>(
-      stage_bytes(plan.dim, plan.tile, plan.row_warps, problem.mask_size_bytes));
+      plan.cluster_warps > 0 ? cluster_stage_bytes(problem, plan)
+                             : stage_bytes(plan.dim, plan.tile, plan.row_warps, problem.mask_size_bytes));
+  params.share = FastDivisor(static_cast<std::uint32_t>(larger(1, plan.share)));
+  params.ring_offset = static_cast<std::uint32_t>(plan.ring_offset);
+  params.inbox_offset = static_cast<std::uint32_t>(plan.inbox_offset);
+  params.barrier_offset = static_cast<std::uint32_t>(plan.barrier_offset);
   params.bits_offset = static_cast<std::uint32_t>(plan.bits_offset);
   params.splits = static_cast<std::uint32_t>(plan.splits);
   params.row_warps = static_cast<std::uint32_t>(plan.row_warps);

@@ -1,6 +1,7 @@
 // From a plan to its one or two launches. Included by the files that instantiate launch_planned.
 #pragma once
 
+#include "attention_decode/cluster_kernel.cuh"
 #include "attention_decode/kernel.cuh"
 #include "attention_decode/launch.h"
 #include "dispatch.h"
@@ -8,9 +9,29 @@
 
 namespace infuse::attention_decode {
 
+template <typename T>
+void launch_cluster(const Plan& plan, const Params& params, int device, cudaStream_t stream) {
+  const auto run = [&](auto kernel) {
+    const int threads = plan.cluster_warps * kWarpSize;
+    resident_ctas(kOp, kernel, threads, plan.shared_bytes, device);  // allows the shared memory
+    if (plan.splits > kPortableCluster) allow_large_clusters(kOp, kernel);
+    const dim3 grid(params.splits, params.kv_heads, params.batch);
+    launch_kernel(kOp, kConfigs[plan.config].name, kernel, {grid, dim3(threads), plan.shared_bytes, true, plan.splits},
+                  params, device, stream);
+  };
+  dispatch_int<64, 128, 256>(kOp, "head_dim of the kernel", plan.dim, [&](auto dim) {
+    constexpr int kDim = decltype(dim)::value;
+    if constexpr (kDim <= kMaxWarpgroupDim) {
+      if (plan.is_warpgroup) return run(cluster_kernel<ClusterTraits<T, kDim, 64, 3, 4>>);
+    }
+    run(cluster_kernel<ClusterTraits<T, kDim, 16, 3, 1>>);
+  });
+}
+
 template <DType kDType>
 void launch_planned(const Plan& plan, const Params& params, int device, cudaStream_t stream) {
   using T = Element<kDType>;
+  if (plan.cluster_warps > 0) return launch_cluster<T>(plan, params, device, stream);
   const Config& config = kConfigs[plan.config];
   const auto run = [&](auto kernel) {
     resident_ctas(kOp, kernel, kThreads, plan.shared_bytes, device);  // allows the shared memory

@@ -21,8 +21,8 @@ __device__ __forceinline__ void load_queries(const Params& params, const Rows& r
                       (rows.kv_head * params.group.divisor + head) * params.q_stride.head +
                       query * params.q_stride.row + piece * 8;
     const bool valid = row < rows.count && piece * 8 < params.dim;
-    copy_async_or_zeros(queries + row * Traits::kRowBytes + piece * 16, valid ? source : static_cast<const T*>(params.q),
-                        valid);
+    copy_async_or_zeros(swizzled(queries + row * Traits::kRowBytes, row, piece),
+                        valid ? source : static_cast<const T*>(params.q), valid);
   }
 }
 
@@ -48,19 +48,21 @@ __device__ __forceinline__ Source<typename Traits::T> source_of(const Place& pla
 
 // Rows of a tile from the thread's first on, `step` rows apart; of those beyond the last key, zeros.
 template <typename Traits, int kGroupThreads>
-__device__ __forceinline__ void copy_rows(const Source<typename Traits::T>& source, SharedAddress own,
+__device__ __forceinline__ void copy_rows(const Source<typename Traits::T>& source, SharedAddress own, std::uint32_t piece,
                                           const typename Traits::T* from, std::uint32_t row, std::uint32_t rows_left) {
   constexpr int kPieces = Traits::kDim / 8, kRowsAStep = kGroupThreads / kPieces, kSteps = Traits::kTile / kRowsAStep;
   if (rows_left >= Traits::kTile) {
 #pragma unroll
     for (int i = 0; i < kSteps; ++i, from += source.step) {
-      copy_async_or_zeros(own + i * kRowsAStep * Traits::kRowBytes, from, source.valid);
+      copy_async_or_zeros(swizzled(own, row + i * kRowsAStep, piece) + i * kRowsAStep * Traits::kRowBytes, from,
+                          source.valid);
     }
     return;
   }
   for (int i = 0; i < kSteps; ++i, from += source.step) {
     const bool valid = source.valid && row + i * kRowsAStep < rows_left;
-    copy_async_or_zeros(own + i * kRowsAStep * Traits::kRowBytes, valid ? from : source.first, valid);
+    copy_async_or_zeros(swizzled(own, row + i * kRowsAStep, piece) + i * kRowsAStep * Traits::kRowBytes,
+                        valid ? from : source.first, valid);
   }
 }
 
@@ -70,17 +72,28 @@ __device__ __forceinline__ void load_tile(const Params& params, const Place& pla
                                           const Source<typename Traits::T>& source, SharedAddress stage,
                                           std::uint32_t tile) {
   constexpr std::uint32_t kPieces = Traits::kDim / 8;
-  const std::uint32_t row = place.thread / kPieces;
-  const SharedAddress own = stage + row * Traits::kRowBytes + place.thread % kPieces * 16;
+  const std::uint32_t row = place.thread / kPieces, piece = place.thread % kPieces;
+  const SharedAddress own = stage + row * Traits::kRowBytes;
   const auto* from = source.first + tile * source.tile;
   const std::uint32_t rows_left = params.keys - tile * Traits::kTile;
   if (params.row_warps == 1) {
-    copy_rows<Traits, kWarpSize>(source, own, from, row, rows_left);
+    copy_rows<Traits, kWarpSize>(source, own, piece, from, row, rows_left);
   } else if (params.row_warps == 2) {
-    copy_rows<Traits, 2 * kWarpSize>(source, own, from, row, rows_left);
+    copy_rows<Traits, 2 * kWarpSize>(source, own, piece, from, row, rows_left);
   } else {
-    copy_rows<Traits, 4 * kWarpSize>(source, own, from, row, rows_left);
+    copy_rows<Traits, 4 * kWarpSize>(source, own, piece, from, row, rows_left);
   }
+}
+
+// The same by a single warp.
+template <typename Traits>
+__device__ __forceinline__ void load_by_warp(const Params& params, const Place& place,
+                                             const Source<typename Traits::T>& source, SharedAddress stage,
+                                             std::uint32_t tile) {
+  constexpr std::uint32_t kPieces = Traits::kDim / 8;
+  const std::uint32_t row = place.lane / kPieces, piece = place.lane % kPieces;
+  copy_rows<Traits, kWarpSize>(source, stage + row * Traits::kRowBytes, piece, source.first + tile * source.tile, row,
+                               params.keys - tile * Traits::kTile);
 }
 
 // The mask of this warp's rows and a tile's keys, each different row of the mask once.

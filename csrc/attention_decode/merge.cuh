@@ -82,13 +82,16 @@ __device__ __forceinline__ void write_result(const Params& params, std::uint32_t
   *reinterpret_cast<uint2*>(out) = make_uint2(packed.words[0], packed.words[1]);
 }
 
+// `count`: of the warp's rows, those that exist.
 template <typename Traits>
-__device__ __forceinline__ void publish(const Place& place, SharedAddress own_rows, Sums<Traits::kDim>& sums) {
+__device__ __forceinline__ void publish(const Place& place, SharedAddress own_rows, std::uint32_t count,
+                                        Sums<Traits::kDim>& sums) {
 #pragma unroll
   for (int half = 0; half < 2; ++half) {
     float denominator = sums.denominator[half];
     denominator += __shfl_xor_sync(kFullMask, denominator, 1);
     denominator += __shfl_xor_sync(kFullMask, denominator, 2);
+    if (place.lane / 4 + 8 * half >= count) continue;
     const SharedAddress row = own_rows + (place.lane / 4 + 8 * half) * kSumsBytes<Traits::kDim>;
 #pragma unroll
     for (int n = 0; n < Traits::kDim / 8; ++n) {
@@ -110,6 +113,12 @@ __device__ __forceinline__ float4 load_four(SharedAddress address) {
                : "=f"(values.x), "=f"(values.y), "=f"(values.z), "=f"(values.w)
                : "r"(address)
                : "memory");
+  return values;
+}
+
+__device__ __forceinline__ float2 load_two(SharedAddress address) {
+  float2 values;
+  asm volatile("ld.shared.v2.f32 {%0, %1}, [%2];" : "=f"(values.x), "=f"(values.y) : "r"(address) : "memory");
   return values;
 }
 
@@ -158,7 +167,9 @@ __device__ __forceinline__ void merge(const Params& params, const Rows& rows, co
                                       Sums<Traits::kDim>& sums) {
   constexpr std::uint32_t kRowBytes = kSumsBytes<Traits::kDim>;
   __syncthreads();  // the rings are not needed any more
-  publish<Traits>(place, memory + (place.group * params.row_warps + place.row_warp) * kWarpRows * kRowBytes, sums);
+  const std::uint32_t first = place.row_warp * kWarpRows;
+  publish<Traits>(place, memory + (place.group * params.row_warps + place.row_warp) * kWarpRows * kRowBytes,
+                  rows.count > first ? rows.count - first : 0, sums);
   __syncthreads();
   const bool in_cluster = params.splits > 1 && params.part_out == nullptr;
   const std::uint32_t columns = params.dim_v / 4, pieces = rows.count * columns;
@@ -177,7 +188,7 @@ __device__ __forceinline__ void merge(const Params& params, const Rows& rows, co
   sync_cluster();
   for (std::uint32_t i = blockIdx.x * kThreads + threadIdx.x; i < pieces; i += params.splits * kThreads) {
     const std::uint32_t row = i / columns, column = i % columns * 4;
-    const Partial sum = merge_parts<kMaxCluster>(
+    const Partial sum = merge_parts<kPortableCluster>(
         params.splits,
         [&](std::uint32_t rank) {
           const float4 scalars = load_from_cluster(shared_of_cta(memory + row * kRowBytes, rank) + Traits::kDim * 4);

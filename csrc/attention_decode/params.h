@@ -33,6 +33,9 @@ struct Params {
   std::uint32_t stage_bytes;
   std::uint32_t bits_offset;  // of a bit for each tile, in shared memory
   FastDivisor group, row_blocks;
+  // Of cluster_kernel: pieces of four columns of the result that a CTA merges, and places in shared memory.
+  FastDivisor share;
+  std::uint32_t ring_offset, inbox_offset, barrier_offset;
   float scale_log2;        // scale * log2(e); with a softcap, scale / softcap
   float softcap_log2;      // softcap * log2(e), 0 without
   Mask mask_kind;

@@ -10,30 +10,43 @@ namespace infuse::attention_decode {
 constexpr int kWarpRows = 16;  // of a warp: rows of a tensor-core tile
 constexpr int kWarps = 4, kThreads = 32 * kWarps;  // of a CTA
 constexpr std::int64_t kMaxTiles = 1 << 16;   // two bits each in shared memory
-constexpr int kMaxCluster = 8;  // what every device with clusters has
+constexpr int kPortableCluster = 8;  // CTAs that every device with clusters takes
+constexpr int kMaxCluster = 16;
+constexpr int kMaxClusterWarps = 8;  // of a CTA of cluster_kernel
+constexpr int kInboxBarrierBytes = 16;
+constexpr int kSharedAlignment = 1024;  // of cluster_kernel: after which the layout of a warpgroup's tiles repeats
 constexpr int kMaxTilesOfClusterWarp = 2;
 constexpr int kMaxSplits = 1024;
 constexpr int kReservedBytes = 1024;  // of shared memory, for each CTA
 
-// tile: keys; stages: tiles that a group of warps has under way or in use.
+// tile: keys; stages: tiles that a group of warps has under way or in use. cluster_warps: of a CTA of cluster_kernel, 0
+// for decode_kernel.
 struct Config {
   const char* name;
-  int tile, stages;
+  int tile, stages, cluster_warps;
 };
 
 constexpr Config kConfigs[] = {
-    {"tile16_s3", 16, 3},  // 0
-    {"tile32_s4", 32, 4},  // 1: for many rows, whose warps share a ring
-    {"tile16_s2", 16, 2},  // 2: for devices with less shared memory
+    {"tile16_s3", 16, 3, 0},   // 0
+    {"tile32_s4", 32, 4, 0},   // 1: for many rows, whose warps share a ring
+    {"tile16_s2", 16, 2, 0},   // 2: for devices with less shared memory
+    {"cluster_w4", 16, 3, 4},  // 3: these where cluster_kernel can run, else as if none were asked for
+    {"cluster_w8", 16, 3, 8},  // 4
+    {"warpgroup", 64, 3, 4},   // 5
 };
 constexpr int kNumConfigs = sizeof(kConfigs) / sizeof(kConfigs[0]);
 constexpr int kHeuristic = -1;
+constexpr int kClusterConfig = 3;
+constexpr int kWarpgroupConfig = 5;
+constexpr int kWarpgroupRows = 64;
+constexpr int kMaxWarpgroupDim = 128;
 
 struct Problem {
   std::int64_t batch, kv_heads, rows;  // rows: queries * heads of a group
   std::int64_t keys;
   int dim, dim_v;
   int mask_size_bytes;  // of an element, 0 without a mask
+  int mask_rows;        // different ones of a K/V head
 };
 
 struct Device {
@@ -52,12 +65,16 @@ struct Plan {
   bool cluster;  // the splits are one cluster
   int shared_bytes, bits_offset;
   std::int64_t tiles;
+  // Of cluster_kernel, whose splits are one cluster: warps of a CTA (0: not this kernel), pieces of four columns that a
+  // CTA merges, and places in shared memory.
+  int cluster_warps, share;
+  bool is_warpgroup;
+  int ring_offset, inbox_offset, barrier_offset;
 };
 
 constexpr int padded_dim(int dim) { return dim <= 64 ? 64 : dim <= 128 ? 128 : 256; }
 
-// An odd number of 16-byte pieces, so that the eight rows of a matrix lie in different banks.
-constexpr int row_bytes(int dim) { return 2 * dim + 16; }
+constexpr int row_bytes(int dim) { return 2 * dim; }
 
 constexpr int stage_bytes(int dim, int tile, int row_warps, int mask_size_bytes) {
   return 2 * tile * row_bytes(dim) + row_warps * kWarpRows * tile * mask_size_bytes;
@@ -75,14 +92,72 @@ constexpr int bits_offset(int dim, const Config& config, int tile, int row_warps
   return ring_offset(dim, row_warps) + larger(ring, sums);
 }
 
-constexpr int choose_config(const Device& device, int row_warps) {
-  if (device.shared_bytes < 120 * 1024) return 2;
-  return row_warps == 4 ? 1 : 0;
+constexpr bool has_cluster_kernel(const Problem& problem, int dim, int config, const Device& device) {
+  if (!device.has_clusters || problem.mask_size_bytes > 1) return false;
+  if (config == kWarpgroupConfig) return problem.rows <= kWarpgroupRows && dim <= kMaxWarpgroupDim;
+  return problem.rows <= kWarpRows;
 }
 
 // CTAs on an SM at once, by shared memory; registers suffice for two.
 constexpr int ctas_of_sm(const Plan& plan, const Device& device) {
   return 2 * (plan.shared_bytes + kReservedBytes) <= device.shared_bytes + kReservedBytes ? 2 : 1;
+}
+
+constexpr int cluster_stage_bytes(const Problem& problem, const Plan& plan) {
+  const int mask_rows = plan.is_warpgroup ? kWarpgroupRows : problem.mask_rows;
+  return plan.tile * (2 * row_bytes(plan.dim) + mask_rows * problem.mask_size_bytes);
+}
+
+// Queries, unless a warpgroup has them in registers from the start; the rings of the groups of warps, which later have
+// the groups' sums; a barrier. What the CTAs of the cluster send lies where the queries were that are in registers now,
+// or behind those that are not, or behind a warpgroup's sums.
+constexpr void place_cluster(const Problem& problem, Plan* plan) {
+  const int rows = plan->is_warpgroup ? kWarpgroupRows : kWarpRows, groups = plan->cluster_warps * kWarpRows / rows;
+  const int queries = plan->is_warpgroup ? 0 : rows * row_bytes(plan->dim), sums = groups * rows * (plan->dim + 4) * 4;
+  plan->share = static_cast<int>(ceil_div(problem.rows * (problem.dim_v / 4), plan->splits));
+  const int inbox = plan->splits * plan->share * 24;
+  plan->inbox_offset = plan->is_warpgroup ? sums : plan->dim <= kMaxWarpgroupDim ? 0 : queries;
+  plan->ring_offset = plan->is_warpgroup ? 0 : larger(queries, plan->inbox_offset + inbox);
+  plan->ring_offset = static_cast<int>(ceil_div(plan->ring_offset, 128)) * 128;
+  const int rings = groups * kConfigs[plan->config].stages * cluster_stage_bytes(problem, *plan);
+  plan->barrier_offset = plan->ring_offset + larger(rings, plan->is_warpgroup ? sums + inbox : sums);
+  plan->shared_bytes = plan->barrier_offset + kInboxBarrierBytes + kSharedAlignment;
+}
+
+// A single head has all SMs; else enough CTAs that those that end late do not matter, each with some work to do.
+constexpr int choose_cluster(const Problem& problem, const Plan& plan, const Device& device) {
+  constexpr int kWaves = 4, kFewestTilesOfWarp = 4;
+  const std::int64_t heads = problem.batch * problem.kv_heads;
+  const int groups = plan.is_warpgroup ? 1 : plan.cluster_warps;
+  const std::int64_t most = larger(1, static_cast<int>(ceil_div(plan.tiles, groups)));
+  if (heads * kMaxCluster <= device.num_sms) return static_cast<int>(most < kMaxCluster ? most : kMaxCluster);
+  const std::int64_t wanted = kWaves * device.num_sms * ctas_of_sm(plan, device);
+  int splits = 1;
+  while (2 * splits <= kPortableCluster && heads * splits < wanted && most >= 2 * splits * kFewestTilesOfWarp) splits *= 2;
+  return splits;
+}
+
+constexpr Plan plan_cluster(const Problem& problem, Plan plan, int splits, const Device& device) {
+  plan.cluster_warps = kConfigs[plan.config].cluster_warps;
+  plan.is_warpgroup = plan.config == kWarpgroupConfig;
+  plan.tile = kConfigs[plan.config].tile;
+  plan.tiles = ceil_div(problem.keys, plan.tile);
+  plan.row_blocks = 1;
+  plan.splits = splits > 0 ? smaller(splits, kMaxCluster) : 1;
+  place_cluster(problem, &plan);
+  while (!plan.is_warpgroup && plan.cluster_warps > 1 && plan.shared_bytes > device.shared_bytes) {
+    plan.cluster_warps /= 2;
+    place_cluster(problem, &plan);
+  }
+  if (splits <= 0) plan.splits = choose_cluster(problem, plan, device);
+  place_cluster(problem, &plan);
+  plan.cluster = plan.splits > 1;
+  return plan;
+}
+
+constexpr int choose_config(const Device& device, int row_warps) {
+  if (device.shared_bytes < 120 * 1024) return 2;
+  return row_warps == 4 ? 1 : 0;
 }
 
 // As many splits as fill the device once, while each warp still has a tile.
@@ -103,7 +178,12 @@ constexpr Plan make_plan(const Problem& problem, int config, int splits, const D
   Plan plan{};
   plan.dim = padded_dim(larger(problem.dim, problem.dim_v));
   plan.row_warps = problem.rows <= kWarpRows ? 1 : problem.rows <= 2 * kWarpRows ? 2 : 4;
-  plan.config = config == kHeuristic ? choose_config(device, plan.row_warps) : config;
+  plan.config = config;
+  if (config == kHeuristic) plan.config = problem.rows <= kWarpRows ? kClusterConfig : kWarpgroupConfig;
+  if (kConfigs[plan.config].cluster_warps > 0) {
+    if (has_cluster_kernel(problem, plan.dim, plan.config, device)) return plan_cluster(problem, plan, splits, device);
+    plan.config = choose_config(device, plan.row_warps);
+  }
   const Config& chosen = kConfigs[plan.config];
   plan.tile = plan.dim > 128 ? 16 : chosen.tile;
   plan.tiles = ceil_div(problem.keys, plan.tile);
@@ -119,7 +199,7 @@ constexpr Plan make_plan(const Problem& problem, int config, int splits, const D
   plan.splits = splits > 0 ? splits : choose_splits(problem, plan, device);
   const std::int64_t heads = problem.batch * problem.kv_heads * plan.row_blocks;
   // Few tiles: a cluster of CTAs, one an SM, ends sooner than a second kernel. A larger grid of clusters leaves SMs idle.
-  const int size = plan.splits < kMaxCluster ? plan.splits : kMaxCluster;
+  const int size = plan.splits < kPortableCluster ? plan.splits : kPortableCluster;
   plan.cluster = device.has_clusters && size > 1 && size * heads <= device.num_sms &&
                  plan.tiles <= kMaxTilesOfClusterWarp * size * (kWarps / plan.row_warps);
   if (plan.cluster) plan.splits = size;

@@ -12,8 +12,8 @@ namespace infuse::attention_decode {
 template <typename Traits>
 __device__ __forceinline__ void load_query_step(std::uint32_t (&q)[4], const Place& place, int step) {
   const std::uint32_t matrix = place.lane / 8, row = place.lane % 8;
-  load_matrices(q, place.queries + (place.row_warp * kWarpRows + (matrix & 1) * 8 + row) * Traits::kRowBytes +
-                       (2 * step + matrix / 2) * 16);
+  load_matrices(q, swizzled(place.queries + (place.row_warp * kWarpRows + (matrix & 1) * 8 + row) * Traits::kRowBytes,
+                            row, 2 * step + matrix / 2));
 }
 
 // q k^T of the warp's rows and a tile.
@@ -22,7 +22,7 @@ __device__ __forceinline__ void multiply_keys(const Place& place, SharedAddress 
                                               const std::uint32_t (&queries)[Traits::kKeepsQueries ? Traits::kSteps : 1][4],
                                               float (&scores)[Traits::kTile / 8][4]) {
   const std::uint32_t matrix = place.lane / 8, row = place.lane % 8;
-  const SharedAddress own = stage + (matrix / 2 * 8 + row) * Traits::kRowBytes + (matrix & 1) * 16;
+  const SharedAddress own = stage + (matrix / 2 * 8 + row) * Traits::kRowBytes;
 #pragma unroll
   for (int n = 0; n < Traits::kTile / 8; ++n) {
 #pragma unroll
@@ -39,7 +39,7 @@ __device__ __forceinline__ void multiply_keys(const Place& place, SharedAddress 
 #pragma unroll
     for (int n = 0; n < Traits::kTile / 16; ++n) {
       std::uint32_t keys[4];
-      load_matrices(keys, own + n * 16 * Traits::kRowBytes + step * 32);
+      load_matrices(keys, swizzled(own, row, 2 * step + (matrix & 1)) + n * 16 * Traits::kRowBytes);
       mma_16x8x16<typename Traits::T>(scores[2 * n], q, keys[0], keys[1]);
       mma_16x8x16<typename Traits::T>(scores[2 * n + 1], q, keys[2], keys[3]);
     }
@@ -175,7 +175,7 @@ __device__ __forceinline__ void multiply_values(const Place& place, SharedAddres
                                                 Sums<Traits::kDim>& sums) {
   using T = typename Traits::T;
   const std::uint32_t matrix = place.lane / 8, row = place.lane % 8;
-  const SharedAddress own = stage + ((matrix & 1) * 8 + row) * Traits::kRowBytes + matrix / 2 * 16;
+  const SharedAddress own = stage + ((matrix & 1) * 8 + row) * Traits::kRowBytes;
 #pragma unroll
   for (int step = 0; step < Traits::kTile / 16; ++step) {
     const float(&first)[4] = scores[2 * step];
@@ -185,7 +185,7 @@ __device__ __forceinline__ void multiply_values(const Place& place, SharedAddres
 #pragma unroll
     for (int n = 0; n < Traits::kDim / 16; ++n) {
       std::uint32_t values[4];
-      load_matrices_transposed(values, own + step * 16 * Traits::kRowBytes + n * 32);
+      load_matrices_transposed(values, swizzled(own, row, 2 * n + matrix / 2) + step * 16 * Traits::kRowBytes);
       mma_16x8x16<T>(sums.out[2 * n], p, values[0], values[1]);
       mma_16x8x16<T>(sums.out[2 * n + 1], p, values[2], values[3]);
     }

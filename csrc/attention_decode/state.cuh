@@ -25,6 +25,12 @@ struct Traits {
 constexpr float kLog2e = 1.4426950408889634f;
 constexpr float kMinusInfinity = -__builtin_huge_valf();
 
+// A piece of 16 bytes of a row that begins at `row_start`. The pieces of a row change places by the row's number, so that
+// eight rows' pieces at one place lie in different banks.
+__device__ __forceinline__ SharedAddress swizzled(SharedAddress row_start, std::uint32_t row, std::uint32_t piece) {
+  return row_start + ((piece ^ (row & 7)) * 16);
+}
+
 // 2^x to within two units in the last place; 0 for minus infinity.
 __device__ __forceinline__ float power_of_two(float x) {
   float result;

@@ -305,13 +305,14 @@ def qk_norm_rope_backward(device: torch.device) -> Iterator[Launch]:
 
 @driver
 def attention_decode(device: torch.device) -> Iterator[Launch]:
-    """Rows of one to four warps, splits in a cluster and behind a second kernel, masks of each kind and alignment."""
+    """Rows of one to four warps, splits in clusters and behind a second kernel, masks of each kind and alignment."""
     for dtype, dim, dim_v in ((BF16, 64, 64), (FP16, 128, 72), (BF16, 256, 256)):
         for queries, keys in ((1, 1), (1, 700), (3, 100), (16, 333), (1, 0)):
             q = random(2, queries, 8, dim, dtype=dtype, device=device).transpose(1, 2)
             k, v = (random(2, 2, keys, size, dtype=dtype, device=device) for size in (dim, dim_v))
             masks = [None, *_attention_masks(queries, keys, dtype, device)] if dim < 256 else [None]
-            for config, splits in (*((config, 0) for config in configs(attention_kernels.DECODE)), (0, 5), (1, 2)):
+            every = ((config, 0) for config in configs(attention_kernels.DECODE))
+            for config, splits in (*every, (0, 5), (1, 2), (3, 3)):
                 for mask in masks:
                     out = torch.empty(2, queries, 8, dim_v, dtype=dtype, device=device).transpose(1, 2)
                     given = (q, k, v, mask, 0.1, False, 0.0, None, True, config, splits, out)

@@ -38,7 +38,8 @@ Inputs = tuple[Tensor, Tensor, Tensor]
 def configs() -> list[tuple[int, int]]:
     """Configuration and number of splits: what the launcher chooses, every configuration, and splits of each kind."""
     every = range(len(library.configurations(attention_kernels.DECODE)))
-    return [(-1, 0), *((config, 0) for config in every), *itertools.product((0, 1), (1, 2, 5))]
+    splits = (*itertools.product((0, 1), (1, 2, 5)), *itertools.product((3, 5), (1, 2, 5, 16)), (4, 3))
+    return [(-1, 0), *((config, 0) for config in every), *splits]
 
 
 def make(shape: tuple[int, ...], dtype: torch.dtype = BF16) -> Inputs:

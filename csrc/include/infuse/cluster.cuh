@@ -17,6 +17,20 @@ __device__ __forceinline__ void sync_cluster() {
 #endif
 }
 
+// The two halves of sync_cluster: what this thread wrote can be read by those who wait, once all threads of the cluster
+// have told.
+__device__ __forceinline__ void tell_cluster() {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
+  asm volatile("barrier.cluster.arrive.release.aligned;" ::: "memory");
+#endif
+}
+
+__device__ __forceinline__ void wait_for_cluster() {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
+  asm volatile("barrier.cluster.wait.acquire.aligned;" ::: "memory");
+#endif
+}
+
 // The same place of the shared memory of the cluster's CTA `rank`.
 __device__ __forceinline__ SharedAddress shared_of_cta(SharedAddress own, std::uint32_t rank) {
   SharedAddress address = own;
@@ -35,6 +49,24 @@ __device__ __forceinline__ float4 load_from_cluster(SharedAddress address) {
                : "memory");
 #endif
   return values;
+}
+
+// Writes into another CTA's shared memory in the background; its barrier there counts the bytes.
+__device__ __forceinline__ void store_to_cluster(SharedAddress address, SharedAddress barrier, const float4& values) {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
+  asm volatile(
+      "st.async.weak.shared::cluster.mbarrier::complete_tx::bytes.v4.f32 [%0], {%2, %3, %4, %5}, [%1];" ::"r"(address),
+      "r"(barrier), "f"(values.x), "f"(values.y), "f"(values.z), "f"(values.w)
+      : "memory");
+#endif
+}
+
+__device__ __forceinline__ void store_to_cluster(SharedAddress address, SharedAddress barrier, const float2& values) {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
+  asm volatile("st.async.weak.shared::cluster.mbarrier::complete_tx::bytes.v2.f32 [%0], {%2, %3}, [%1];" ::"r"(address),
+               "r"(barrier), "f"(values.x), "f"(values.y)
+               : "memory");
+#endif
 }
 
 }  // namespace infuse

@@ -22,6 +22,13 @@ void allow_shared_memory(const char* op, Kernel kernel, int device) {
              op, "more shared memory for a kernel");
 }
 
+// Allows clusters of more than 8 CTAs.
+template <typename Kernel>
+void allow_large_clusters(const char* op, Kernel kernel) {
+  check_cuda(cudaFuncSetAttribute(reinterpret_cast<const void*>(kernel), cudaFuncAttributeNonPortableClusterSizeAllowed, 1),
+             op, "large clusters");
+}
+
 inline int count_sms(const char* op, int device) {
   int num_sms = 0;
   check_cuda(cudaDeviceGetAttribute(&num_sms, cudaDevAttrMultiProcessorCount, device), op, "number of SMs");

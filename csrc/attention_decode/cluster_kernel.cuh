@@ -1,0 +1,219 @@
+// Attention of up to 64 rows over many keys with clusters (sm_90a): one launch, no workspace.
+//
+// The CTAs of a cluster have the rows of one K/V head; groups of warps take turns with the tiles of keys, each with a
+// ring of its own. A group is one warp with 16 rows and tiles of 16 keys, which then waits for no other warp before the
+// merge, or, for more rows, the four warps of a CTA with tiles of 64 keys, whose products are a warpgroup's (wgmma).
+//
+// A group fetches its first tile before it knows the mask, which nearly always hides no first tile, so that looking at
+// the mask costs no time, and it brings that tile into the L2 while the kernel before this one still runs.
+#pragma once
+
+#include <cstdint>
+
+#include "attention_decode/cluster_merge.cuh"
+#include "attention_decode/load.cuh"
+#include "attention_decode/own_tiles.cuh"
+#include "attention_decode/scores.cuh"
+#include "attention_decode/warpgroup.cuh"
+#include "infuse/overlap.cuh"
+
+namespace infuse::attention_decode {
+
+// kRowWarps: of a group, 1 or 4.
+template <typename T, int kDim, int kTile, int kStages, int kRowWarps_>
+struct ClusterTraits : Traits<T, kDim, kTile, kStages> {
+  static constexpr int kRowWarps = kRowWarps_;
+  static constexpr int kThreads = kRowWarps * kWarpSize;  // of a group
+  static constexpr bool kIsWarpgroup = kRowWarps > 1;
+  static constexpr int kTileBytes = kTile * row_bytes(kDim);
+};
+
+template <typename Traits>
+__device__ __forceinline__ void sync_own_group() {
+  if constexpr (Traits::kIsWarpgroup) {
+    __syncthreads();
+  } else {
+    __syncwarp();
+  }
+}
+
+// A row of K or of V for each thread of the group, and the mask of the tiles it will look at first. Reads nothing.
+template <typename Traits>
+__device__ __forceinline__ void prefetch_first_tile(const Params& params, const Rows& rows, const Place& place,
+                                                    const MaskRows& mask, const OwnTiles<Traits>& tiles) {
+  using T = typename Traits::T;
+  static_assert(Traits::kThreads == 2 * Traits::kTile);
+  const std::uint32_t key = tiles.first * Traits::kTile + place.thread % Traits::kTile;
+  if (tiles.count > 0 && key < params.keys) {
+    const bool is_k = place.thread < Traits::kTile;
+    const Strides& stride = is_k ? params.k_stride : params.v_stride;
+    const T* row = static_cast<const T*>(is_k ? params.k : params.v) + rows.batch * stride.batch +
+                   rows.kv_head * stride.head + key * stride.row;
+    prefetch_to_l2(row, (is_k ? params.dim : params.dim_v) * sizeof(T));
+  }
+  const std::uint32_t first = (tiles.first + place.lane * tiles.step) * Traits::kTile;
+  if (params.mask_kind != Mask::kNone && params.mask_is_aligned && mask.count > 0 && place.lane < tiles.count &&
+      first + Traits::kTile <= params.keys) {
+    prefetch_to_l2(mask_row<std::uint8_t>(params, rows, mask.row_of(params, 0)) + first, Traits::kTile);
+  }
+}
+
+template <typename Traits>
+__device__ __forceinline__ void load_both(const Params& params, const Place& place,
+                                          const Sources<typename Traits::T>& sources, SharedAddress stage,
+                                          std::uint32_t tile) {
+  if constexpr (Traits::kIsWarpgroup) {
+    load_blocks<Traits>(params, place, sources.k, stage, tile);
+    load_blocks<Traits>(params, place, sources.v, stage + Traits::kTileBytes, tile);
+  } else {
+    load_by_warp<Traits>(params, place, sources.k, stage, tile);
+    load_by_warp<Traits>(params, place, sources.v, stage + Traits::kTileBytes, tile);
+  }
+}
+
+// Adds a tile to the sums. `tile` with kChanged where the mask must be applied.
+template <typename Traits>
+__device__ __forceinline__ void add_tile(const Params& params, const Rows& rows, const Place& place, SharedAddress stage,
+                                         const std::uint32_t (&slots)[2], std::uint32_t tile,
+                                         const std::uint32_t (&queries)[Traits::kKeepsQueries ? Traits::kSteps : 1][4],
+                                         Sums<Traits::kDim>& sums) {
+  float scores[Traits::kTile / 8][4];
+  if constexpr (Traits::kIsWarpgroup) {
+    multiply_keys_by_group<Traits>(stage, queries, scores);
+  } else {
+    multiply_keys<Traits>(place, stage, queries, scores);
+  }
+  finish_scores<Traits>(params, rows, place, stage + 2 * Traits::kTileBytes, slots, tile & kNumber,
+                        (tile & kChanged) != 0, scores);
+  rebase<Traits>(scores, sums);
+  if constexpr (Traits::kIsWarpgroup) {
+    multiply_values_by_group<Traits>(stage + Traits::kTileBytes, scores, sums);
+  } else {
+    multiply_values<Traits>(place, stage + Traits::kTileBytes, scores, sums);
+  }
+}
+
+// Starts the copies of the group's tile number `i`, and returns it.
+template <typename Traits>
+__device__ __forceinline__ std::uint32_t fetch_next(const Params& params, const Rows& rows, const Place& place,
+                                                    const MaskRows& mask, const Sources<typename Traits::T>& sources,
+                                                    std::uint32_t i, OwnTiles<Traits>& tiles, SharedAddress stage) {
+  std::uint32_t tile = tiles.count > 0 ? tiles.first : kNoTile;
+  if (i > 0) tile = tiles.next(params, rows, mask);
+  if (tile == kNoTile) return tile;
+  load_both<Traits>(params, place, sources, stage, tile & kNumber);
+  if (i == 0) {
+    tiles.look(params, rows, mask, 0);
+    tile |= ((tiles.changed & 1) != 0 ? kChanged : 0) | ((tiles.seen & 1) != 0 ? 0 : kUnseen);
+    tiles.seen &= ~1u;
+  }
+  if ((tile & kChanged) != 0) {
+    load_mask<Traits, std::uint8_t>(params, rows, place, mask, stage + 2 * Traits::kTileBytes, tile & kNumber);
+  }
+  return tile;
+}
+
+// All tiles of the group. `when_queries_are_read` is called once by all warps, if the queries are in shared memory.
+template <typename Traits, typename Function>
+__device__ __forceinline__ void attend_own(const Params& params, const Rows& rows, const Place& place,
+                                           const MaskRows& mask, OwnTiles<Traits> tiles, Sums<Traits::kDim>& sums,
+                                           Function&& when_queries_are_read) {
+  constexpr std::uint32_t kStages = Traits::kStages;
+  const Sources<typename Traits::T> sources{source_of<Traits>(place, params.k, params.k_stride, rows, params.dim),
+                                            source_of<Traits>(place, params.v, params.v_stride, rows, params.dim_v)};
+  const std::uint32_t first_row = place.row_warp * kWarpRows + place.lane / 4;
+  const std::uint32_t slots[2] = {mask.slot_of(params, first_row), mask.slot_of(params, first_row + 8)};
+  std::uint32_t queries[Traits::kKeepsQueries ? Traits::kSteps : 1][4];
+  if constexpr (Traits::kIsWarpgroup) read_queries<Traits>(params, rows, place, queries);
+  std::uint32_t under_way[kStages];
+  SharedAddress stage = place.ring;
+  // One loop for filling the ring and for working through it: the code is read from memory too.
+#pragma unroll 1
+  for (std::uint32_t i = 0;; ++i) {
+    if constexpr (!Traits::kIsWarpgroup) {
+      if (i == kStages) {
+        wait_for_copies<kStages>();  // the queries, which came before the first tile
+        __syncthreads();
+        if constexpr (Traits::kKeepsQueries) {
+#pragma unroll
+          for (int step = 0; step < Traits::kSteps; ++step) load_query_step<Traits>(queries[step], place, step);
+        }
+        when_queries_are_read();
+      }
+    }
+    if (i >= kStages) {
+      if (under_way[0] == kNoTile) break;
+      wait_for_copies<kStages - 1>();
+      if constexpr (Traits::kIsWarpgroup) publish_to_products();
+      sync_own_group<Traits>();
+      if ((under_way[0] & kUnseen) == 0) {
+        add_tile<Traits>(params, rows, place, stage, slots, under_way[0], queries, sums);
+      }
+      sync_own_group<Traits>();  // nobody reads the stage any more
+    }
+    const std::uint32_t tile = fetch_next<Traits>(params, rows, place, mask, sources, i, tiles, stage);
+    end_copy_group();
+#pragma unroll
+    for (int s = 0; s + 1 < static_cast<int>(kStages); ++s) under_way[s] = under_way[s + 1];
+    under_way[kStages - 1] = tile;
+    stage += place.stage_bytes;
+    if (stage == place.ring + kStages * place.stage_bytes) stage = place.ring;
+  }
+}
+
+template <typename Traits>
+__device__ __forceinline__ Place place_of(const Params& params, SharedAddress shared) {
+  Place place{};
+  const std::uint32_t warp = threadIdx.x / kWarpSize;
+  place.lane = threadIdx.x % kWarpSize;
+  place.row_warp = warp % Traits::kRowWarps;
+  place.group = warp / Traits::kRowWarps;
+  place.groups = blockDim.x / Traits::kThreads;
+  place.group_threads = Traits::kThreads;
+  place.thread = threadIdx.x % Traits::kThreads;
+  place.stage_bytes = params.stage_bytes;
+  place.queries = shared;
+  place.ring = shared + params.ring_offset + place.group * Traits::kStages * place.stage_bytes;
+  return place;
+}
+
+// blockIdx: split, K/V head, batch. The splits are a cluster.
+template <typename Traits>
+__global__ void __launch_bounds__(Traits::kIsWarpgroup ? Traits::kThreads : kMaxClusterWarps* kWarpSize, 1)
+    cluster_kernel(const __grid_constant__ Params params) {
+#if defined(__CUDA_ARCH_FEAT_SM90_ALL)
+  const SharedAddress shared = (dynamic_shared_memory() + kSharedAlignment - 1) / kSharedAlignment * kSharedAlignment;
+  const Rows rows{blockIdx.z, blockIdx.y, 0, params.rows};
+  const Place place = place_of<Traits>(params, shared);
+  const MaskRows mask = mask_rows(params, place.row_warp * kWarpRows, kWarpRows);
+  const OwnTiles<Traits> tiles =
+      own_tiles<Traits>(params, rows, blockIdx.x * place.groups + place.group, params.splits * place.groups);
+
+  prefetch_first_tile<Traits>(params, rows, place, mask, tiles);
+  const Inbox inbox = make_inbox(params, rows, shared);
+  if (threadIdx.x == 0) open_inbox(params, inbox);
+  wait_for_previous_kernel();
+  let_next_kernel_start();
+  if constexpr (!Traits::kIsWarpgroup) {
+    load_queries<Traits>(params, rows, place.queries);
+    end_copy_group();
+  }
+  Sums<Traits::kDim> sums;
+#pragma unroll
+  for (int n = 0; n < Traits::kDim / 8; ++n) {
+#pragma unroll
+    for (int e = 0; e < 4; ++e) sums.out[n][e] = 0.0f;
+  }
+  sums.largest[0] = sums.largest[1] = kMinusInfinity;
+  sums.denominator[0] = sums.denominator[1] = 0.0f;
+  // Once told, others may write into the inbox, which has the place of the queries or that of the ring.
+  const auto tell = [&] {
+    if (params.splits > 1) tell_cluster();
+  };
+  attend_own<Traits>(params, rows, place, mask, tiles, sums, tell);
+  if constexpr (Traits::kIsWarpgroup) tell();
+  merge_cluster<Traits>(params, rows, place, shared + params.ring_offset, inbox, sums);
+#endif
+}
+
+}  // namespace infuse::attention_decode
