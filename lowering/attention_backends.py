@@ -139,31 +139,33 @@ def _bias(q: Tensor, k: Tensor, mask: Tensor | None) -> Tensor | None:
     return mask.to(q.dtype).expand(*q.shape[:3], k.shape[2])
 
 
-_TRAINING = {
-    "sdpa_cudnn": (can_use_cudnn_attention, _cudnn_forward, _cudnn_backward),
-    "sdpa_flash": (can_use_flash_attention, _flash_forward, _flash_backward),
+# Those that training calls, both passes. They take the first arguments of infuse::attention_fwd and attention_bwd.
+OPERATORS: dict[str, tuple[Callable[..., Any], Callable[..., Any]]] = {
+    "sdpa_cudnn": (_cudnn_forward, _cudnn_backward),
+    "sdpa_flash": (_flash_forward, _flash_backward),
 }
+_CAN_USE = {"sdpa_cudnn": can_use_cudnn_attention, "sdpa_flash": can_use_flash_attention}
 
 
 def forward(args: tuple[Any, ...]) -> dict[str, Callable[..., Any]]:
-    """torch's kernels for out and the log-sum-exp. args: those of infuse::attention_fwd; {} where none computes it."""
-    return {label: functions[1] for label, functions in _training(args).items()}
+    """torch's kernels for out and the log-sum-exp. args: those of infuse::attention; {} where none computes it."""
+    return {label: OPERATORS[label][0] for label in _takers(args)}
 
 
 def backward(args: tuple[Any, ...]) -> dict[str, Callable[..., Any]]:
-    """torch's kernels for dq, dk and dv. args: those of infuse::attention_fwd; {} where none computes it."""
-    return {label: functions[2] for label, functions in _training(args).items()}
+    """torch's kernels for dq, dk and dv. args: those of infuse::attention; {} where none computes it."""
+    return {label: OPERATORS[label][1] for label in _takers(args)}
 
 
-def _training(args: tuple[Any, ...]) -> dict[str, tuple[Any, Callable[..., Any], Callable[..., Any]]]:
+def _takers(args: tuple[Any, ...]) -> list[str]:
     q, k, v, mask, _, is_causal, softcap, sinks, masked_rows, dropout_p, _ = args
     if softcap != 0.0 or sinks is not None or dropout_p != 0.0 or masked_rows not in ("zeros", "none"):
-        return {}
+        return []
     with inductor.fake_mode():
         q, k, v = (inductor.example(node) for node in (q, k, v))
         mask = None if mask is None else inductor.example(mask)
         # cuDNN would round a mask of float32 to q's dtype.
         if mask is not None and mask.dtype not in (torch.bool, q.dtype):
-            return {}
+            return []
         params = SDPAParams(q, k, v, _bias(q, k, mask), 0.0, is_causal, q.shape[1] != k.shape[1])
-        return {label: functions for label, functions in _TRAINING.items() if functions[0](params)}
+        return [label for label in OPERATORS if _CAN_USE[label](params)]
