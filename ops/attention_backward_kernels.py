@@ -15,9 +15,12 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from infuse.ops.attention_operands import DTYPES as DTYPES
 from infuse.ops.attention_operands import cannot_take, readable
 from infuse.ops.registration import define
 
+# The operators that the kernels serve.
+OPERATORS = ("attention_bwd",)
 BACKWARD = "attention_backward"  # of the table of configurations
 define(
     "attention_backward_out(Tensor dout, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, Tensor? mask, "

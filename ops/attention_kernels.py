@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from infuse.ops import attention_tile_map as _tile_map  # noqa: F401, defines its operator
+from infuse.ops.attention_operands import DTYPES as DTYPES
 from infuse.ops.attention_operands import cannot_take, readable
 from infuse.ops.registration import define
 
