@@ -159,6 +159,8 @@ def backward(args: tuple[Any, ...]) -> dict[str, Callable[..., Any]]:
 
 def _takers(args: tuple[Any, ...]) -> list[str]:
     q, k, v, mask, _, is_causal, softcap, sinks, masked_rows, dropout_p, _ = args
+    if q.get_device().type != "cuda":
+        return []
     if softcap != 0.0 or sinks is not None or dropout_p != 0.0 or masked_rows not in ("zeros", "none"):
         return []
     with inductor.fake_mode():
