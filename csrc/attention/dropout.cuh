@@ -1,5 +1,6 @@
 // Random words for dropout: Philox4x32-10 (Salmon et al. 2011). Four neighbouring keys of a row share a counter, so the
-// forward and the backward pass find the same words in whatever order they come to them.
+// forward and the backward pass find the same words in whatever order they come to them. ops/attention_dropout.py has the
+// same in torch.
 #pragma once
 
 #include <cstdint>
@@ -8,16 +9,16 @@
 
 namespace infuse::attention {
 
-// Where a launch's counters begin.
 struct RandomSource {
   std::uint32_t key[2];
-  std::uint64_t offset;
+  std::uint64_t offset;  // the upper half of every counter
+  std::uint32_t zero;
 };
 
 __device__ __forceinline__ RandomSource random_source(const Dropout& dropout) {
   const auto seed = static_cast<std::uint64_t>(__ldg(reinterpret_cast<const long long*>(dropout.seed)));
   const auto offset = static_cast<std::uint64_t>(__ldg(reinterpret_cast<const long long*>(dropout.seed) + 1));
-  return {{static_cast<std::uint32_t>(seed), static_cast<std::uint32_t>(seed >> 32)}, offset};
+  return {{static_cast<std::uint32_t>(seed), static_cast<std::uint32_t>(seed >> 32)}, offset, dropout.zero};
 }
 
 // The number of a row's first four keys. row: (batch * heads + head) * queries + query.
@@ -28,16 +29,18 @@ __device__ __forceinline__ std::uint64_t first_quad_of_row(std::uint64_t row, st
 // Four words: those of the keys 4 j .. 4 j + 3 of a row, quad being j plus the row's first.
 __device__ __forceinline__ uint4 random_words(const RandomSource& source, std::uint64_t quad) {
   constexpr std::uint32_t kMultipliers[2] = {0xd2511f53u, 0xcd9e8d57u}, kSteps[2] = {0x9e3779b9u, 0xbb67ae85u};
-  const std::uint64_t counter = source.offset + quad;
-  uint4 words = make_uint4(static_cast<std::uint32_t>(counter), static_cast<std::uint32_t>(counter >> 32),
-                           static_cast<std::uint32_t>(source.offset >> 32), 0);
+  // What the rounds add to the key is not to be computed once for all counters and kept in twenty registers.
+  const std::uint32_t nothing = static_cast<std::uint32_t>(quad) & source.zero;
+  const std::uint32_t key[2] = {source.key[0] ^ nothing, source.key[1] ^ nothing};
+  uint4 words = make_uint4(static_cast<std::uint32_t>(quad), static_cast<std::uint32_t>(quad >> 32),
+                           static_cast<std::uint32_t>(source.offset), static_cast<std::uint32_t>(source.offset >> 32));
 #pragma unroll
   for (std::uint32_t round = 0; round < 10; ++round) {
     const std::uint64_t first = static_cast<std::uint64_t>(kMultipliers[0]) * words.x;
     const std::uint64_t second = static_cast<std::uint64_t>(kMultipliers[1]) * words.z;
-    words = make_uint4(static_cast<std::uint32_t>(second >> 32) ^ words.y ^ (source.key[0] + round * kSteps[0]),
+    words = make_uint4(static_cast<std::uint32_t>(second >> 32) ^ words.y ^ (key[0] + round * kSteps[0]),
                        static_cast<std::uint32_t>(second),
-                       static_cast<std::uint32_t>(first >> 32) ^ words.w ^ (source.key[1] + round * kSteps[1]),
+                       static_cast<std::uint32_t>(first >> 32) ^ words.w ^ (key[1] + round * kSteps[1]),
                        static_cast<std::uint32_t>(first));
   }
   return words;

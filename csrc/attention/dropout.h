@@ -13,6 +13,7 @@ struct Dropout {
   const std::int64_t* seed = nullptr;  // [2] on the device: seed and offset; null without dropout
   std::uint32_t threshold = 0;
   float scale = 1.0f;
+  std::uint32_t zero = 0;  // which the kernels must not know to be zero
 };
 
 // probability: of being dropped.

@@ -6,17 +6,16 @@
 
 #include <cstdint>
 
+#include "attention/softmax.cuh"
 #include "attention/strides.h"
 #include "attention/tile_map.h"
 #include "infuse/access.h"
 #include "infuse/overlap.cuh"
-#include "infuse/reduce.cuh"
 
 namespace infuse::attention {
 
 constexpr int kMapWarps = 8, kMapThreads = kMapWarps * kWarpSize;
 constexpr int kMapRowsOfWarp = kMapTile / kMapWarps;
-constexpr float kMinusInfinity = -__builtin_huge_valf();
 
 // Additive masks are often filled with the smallest number of their dtype instead of minus infinity. Beside a key that a
 // row sees, such a key's weight is zero in fp32 all the same.

@@ -106,6 +106,9 @@ Prepared prepare(const Arguments& a) {
   params.group = FastDivisor(static_cast<std::uint32_t>(problem.heads / problem.kv_heads));
   params.scale_log2 = static_cast<float>(a.softcap != 0.0 ? a.scale / a.softcap : a.scale * kLog2e);
   params.softcap_log2 = static_cast<float>(a.softcap * kLog2e);
+  const bool is_added = params.mask_kind == Mask::kTwoBytes || params.mask_kind == Mask::kFloat32;
+  params.scales_first = a.softcap != 0.0 || is_added || !(params.scale_log2 > 0.0f);
+  params.two_stages = kConfigs[plan.config].stages == 2;
   params.is_causal = a.is_causal;
   params.nan_for_masked_rows = a.nan_for_masked_rows;
   if (plan.splits > 1) {

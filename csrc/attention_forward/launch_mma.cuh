@@ -2,12 +2,28 @@
 #pragma once
 
 #include "attention_forward/launch.h"
+#include "attention_forward/mma_kernel.cuh"
+#include "dispatch.h"
+#include "infuse/launch.h"
 
 namespace infuse::attention_forward {
 
 template <DType kDType>
-void launch_mma(const Plan& plan, const Params&, int, cudaStream_t) {
-  fail(kOp, "head_dim of the kernel, got ", plan.dim, ", expected one that has a kernel");
+void launch_mma(const Plan& plan, const Params& params, int device, cudaStream_t stream) {
+  using T = Element<kDType>;
+  const Config& config = kConfigs[plan.config];
+  const dim3 grid(params.batch * params.heads.divisor, params.row_blocks, params.splits);
+  const dim3 block(static_cast<unsigned>(config.warps * kWarpSize));
+  dispatch_int<64, 96, 128, 192, 256>(kOp, "head_dim of the kernel", plan.dim, [&](auto dim) {
+    const auto kernel = mma_kernel<Traits<T, decltype(dim)::value>>;
+    resident_ctas(kOp, kernel, config.warps * kWarpSize, plan.shared_bytes, device);  // allows the shared memory
+    launch_kernel(kOp, config.name, kernel, {grid, block, plan.shared_bytes, true}, params, device, stream);
+  });
+  if (params.part_out == nullptr) return;
+  const std::int64_t rows = std::int64_t{params.batch} * params.heads.divisor * params.queries;
+  launch_kernel(kOp, "merge", merge_kernel<T>,
+                {dim3(static_cast<unsigned>(ceil_div(rows, kMergeWarps))), dim3(kMergeWarps * kWarpSize), 0, true},
+                params, device, stream);
 }
 
 }  // namespace infuse::attention_forward

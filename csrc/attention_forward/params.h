@@ -35,7 +35,9 @@ struct Params {
   FastDivisor heads;
   FastDivisor group;         // heads that share K and V
   float scale_log2;          // scale * log2(e); with a softcap, scale / softcap
+  bool scales_first;         // scores are multiplied by that before they are compared, not after
   float softcap_log2;        // softcap * log2(e), 0 without
+  bool two_stages;           // of tiles in shared memory
   Mask mask_kind;
   bool sinks_fp32;
   bool mask_is_aligned;      // its rows can be read 16 bytes at a time
