@@ -23,6 +23,7 @@ from torch import Tensor
 
 import infuse.ops.qk_norm_rope_bwd  # noqa: F401, defines its operators
 from infuse.ops import attention_kernels, library, rope_kernels
+from infuse.ops.attention_tile_map import tile_map_ref
 from tests.ops.norm_forms import BF16, FEW, FORMS, FP16, FP32, Form
 
 Launch = Callable[[], object]
@@ -319,9 +320,49 @@ def attention_decode(device: torch.device) -> Iterator[Launch]:
                     yield partial(OPS.attention_decode_out, *given)
 
 
-def _attention_masks(queries: int, keys: int, dtype: torch.dtype, device: torch.device) -> list[Tensor]:
+@driver
+def attention_forward(device: torch.device) -> Iterator[Launch]:
+    """Rows of one block and of several, ragged tiles, splits, masks of each kind with and without a map, dropout."""
+    seed = torch.tensor([3, 5]).to(device)
+    for dtype, dim, dim_v in ((BF16, 64, 64), (FP16, 96, 72), (BF16, 128, 128), (BF16, 192, 128), (FP16, 256, 256)):
+        for queries, keys in ((1, 1), (70, 200), (300, 130), (5, 0)):
+            q = random(2, queries, 4, dim, dtype=dtype, device=device).transpose(1, 2)
+            k, v = (random(2, 2, keys, size, dtype=dtype, device=device) for size in (dim, dim_v))
+            masks = [None, *_attention_masks(queries, keys, dtype, device, heads=4)]
+            maps = [None if mask is None else tile_map_ref(mask.cpu(), queries, keys).to(device) for mask in masks]
+            for config, splits in (*((config, 0) for config in configs(attention_kernels.FORWARD)), (0, 3)):
+                for mask, tiles in zip(masks, maps):
+                    out = torch.empty(2, queries, 4, dim_v, dtype=dtype, device=device).transpose(1, 2)
+                    lse = torch.empty(2, 4, queries, dtype=FP32, device=device)
+                    given = (q, k, v, mask, tiles, 0.1, mask is None, 0.0, None, True)
+                    yield partial(
+                        _unless_too_large, OPS.attention_forward_out, *given, 0.0, None, config, splits, out, lse
+                    )
+                yield partial(OPS.attention_forward_out, *given, 0.1, seed, 0, splits, out, None)
+
+
+def _unless_too_large(operator: Launch, *args: object) -> object:
+    """The call, if the configuration takes the shape."""
+    try:
+        return operator(*args)
+    except RuntimeError as error:
+        if "configuration" not in str(error):
+            raise
+        return None
+
+
+@driver
+def attention_tile_map(device: torch.device) -> Iterator[Launch]:
+    """Masks of each kind and alignment, sizes that tiles do not divide."""
+    for dtype in (BF16, FP16):
+        for queries, keys in ((1, 1), (70, 200), (300, 1030), (5, 0)):
+            for mask in _attention_masks(queries, keys, dtype, device):
+                yield partial(OPS.attention_tile_map, mask, queries, keys)
+
+
+def _attention_masks(queries: int, keys: int, dtype: torch.dtype, device: torch.device, heads: int = 8) -> list[Tensor]:
     seen = torch.rand(2, 1, queries, keys + 3) < 0.3
-    every = torch.rand(1, 8, queries, keys).log().to(dtype)
+    every = torch.rand(1, heads, queries, keys).log().to(dtype)
     return [seen.to(device)[..., 3:], seen.float().log().to(device)[..., :keys], every.to(device)]
 
 
