@@ -9,13 +9,14 @@ namespace infuse::attention_backward {
 namespace {
 
 constexpr std::int64_t kMostRows = std::int64_t{1} << 31;  // what a FastDivisor divides is less
+constexpr int kStaticSharedBytes = 64;  // that the kernel declares itself, at most
 constexpr double kLog2e = 1.4426950408889634;
 
 Device describe(int device) {
   int major = 0, shared_bytes = 0;
   check_cuda(cudaDeviceGetAttribute(&shared_bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin, device), kOp, "shared memory");
   check_cuda(cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device), kOp, "compute capability");
-  return {count_sms(kOp, device), shared_bytes, major};
+  return {count_sms(kOp, device), shared_bytes - kStaticSharedBytes, major};
 }
 
 void check_like(const TensorArg& tensor, const TensorArg& other) {
@@ -52,10 +53,6 @@ void check_arguments(const Arguments& a) {
 
 void check_plan(const Plan& plan, const Problem& problem, const Device& device) {
   const Config& config = kConfigs[plan.config];
-  check(!config.wgmma || takes_wgmma(problem, device), kOp, "arguments of configuration ", config.name,
-        ", got a device of compute capability ", device.major, ", heads of ", larger(problem.dim, problem.dim_v),
-        ", no queries, dropout, a softcap, deterministic or a scale that is not positive, expected none of these but ",
-        "compute capability 9 and heads of at most 128");
   check(plan.dim != 0, kOp, "head_dim for configuration ", config.name, ", got ", larger(problem.dim, problem.dim_v),
         ", expected at most 128");
   check(plan.shared_bytes <= device.shared_bytes, kOp, "shared memory of configuration ", config.name, ", got ",
@@ -108,12 +105,12 @@ void set_sizes(const Problem& problem, const Plan& plan, Params* params) {
   params->key_blocks = static_cast<std::uint32_t>(plan.key_blocks);
   params->splits = static_cast<std::uint32_t>(plan.splits);
   params->stages = static_cast<std::uint32_t>(plan.stages);
+  params->heads_at_once = static_cast<std::uint32_t>(plan.heads_at_once);
   params->head_divisor = FastDivisor(params->heads);
   params->kv_head_divisor = FastDivisor(params->kv_heads);
   params->group = FastDivisor(params->heads / params->kv_heads);
   params->split_divisor = FastDivisor(params->splits);
   if (plan.query_blocks > 0) params->padded_query_divisor = FastDivisor(params->padded_queries);
-  if (plan.key_blocks > 0) params->key_block_divisor = FastDivisor(params->key_blocks);
 }
 
 // Shares out the workspace, of which each part is aligned to 16 bytes. Returns how much it is; null only counts.
@@ -141,8 +138,7 @@ std::int64_t share_workspace(float* workspace, bool deterministic, Params* param
 template <DType kDType>
 void launch_all(const Prepared& prepared, cudaStream_t stream) {
   launch_first<kDType>(prepared.params, prepared.device, stream);
-  const auto launch_sums = kConfigs[prepared.plan.config].wgmma ? launch_wgmma<kDType> : launch_mma<kDType>;
-  launch_sums(prepared.plan, prepared.params, prepared.device, stream);
+  launch_mma<kDType>(prepared.plan, prepared.params, prepared.device, stream);
   launch_last<kDType>(prepared.params, prepared.device, stream);
 }
 
@@ -165,7 +161,7 @@ Prepared prepare(const Arguments& a) {
   const Problem problem{full[0], full[1], a.k.sizes[1], full[2], full[3],
                         static_cast<int>(a.q.sizes[3]), static_cast<int>(a.v.sizes[3]), a.is_causal,
                         a.mask != nullptr, a.tile_map != nullptr, a.dropout_p != 0.0, a.softcap != 0.0,
-                        a.deterministic, a.scale > 0.0};
+                        a.deterministic};
   const Device device = describe(a.q.device);
   prepared.plan = make_plan(problem, static_cast<int>(a.config), device);
   check_plan(prepared.plan, problem, device);

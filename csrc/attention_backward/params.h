@@ -40,8 +40,9 @@ struct Params {
   std::uint32_t padded_queries, padded_dim;  // of the workspace
   std::uint32_t query_blocks, key_blocks;
   std::uint32_t splits;  // of the heads that share K and V
+  std::uint32_t heads_at_once;  // K/V heads, or splits of their heads, that CTAs come to before others
   std::uint32_t stages;  // of Q and dout in shared memory
-  FastDivisor head_divisor, padded_query_divisor, key_block_divisor, split_divisor, kv_head_divisor;
+  FastDivisor head_divisor, padded_query_divisor, split_divisor, kv_head_divisor;
   FastDivisor group;     // heads that share K and V
   float scale;
   float scale_log2;      // scale * log2(e); with a softcap, scale / softcap

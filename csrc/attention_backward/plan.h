@@ -3,7 +3,6 @@
 
 #include <cstdint>
 
-#include "attention_backward/wgmma_traits.h"
 #include "infuse/access.h"
 
 namespace infuse::attention_backward {
@@ -22,7 +21,6 @@ struct Config {
 constexpr Config kConfigs[] = {
     {"mma_k128", false, 128},  // 0
     {"mma_k64", false, 64},    // 1: for large heads, or less shared memory
-    {"wgmma_k128", true, 128},  // 2: for the devices and arguments of takes_wgmma
 };
 constexpr int kNumConfigs = sizeof(kConfigs) / sizeof(kConfigs[0]);
 constexpr int kHeuristic = -1;
@@ -33,7 +31,6 @@ struct Problem {
   bool is_causal;
   bool has_mask, has_map, has_dropout, has_softcap;
   bool deterministic;
-  bool scale_is_positive;
 };
 
 struct Device {
@@ -47,6 +44,7 @@ struct Plan {
   int dim;     // the kernel's, 0 where the configuration has none for the head
   int stages;  // of Q and dout in shared memory
   int splits;  // of the heads that share K and V
+  int heads_at_once;
   int query_blocks, key_blocks;
   int padded_queries;
   int shared_bytes;
@@ -56,7 +54,6 @@ constexpr int larger(int a, int b) { return a > b ? a : b; }
 
 // 0 where the sums of dk and dv of that many keys do not fit into registers.
 constexpr int kernel_dim(const Config& config, int dim) {
-  if (config.wgmma) return dim <= 64 ? 64 : dim <= 128 ? 128 : 0;
   if (config.keys == 128) return dim <= 64 ? 64 : dim <= 96 ? 96 : dim <= 128 ? 128 : 0;
   return dim <= 128 ? 128 : dim <= 192 ? 192 : 256;
 }
@@ -64,32 +61,34 @@ constexpr int kernel_dim(const Config& config, int dim) {
 // An odd number of 16-byte pieces, so that the eight rows of a matrix lie in different banks.
 constexpr int row_bytes(int dim) { return 2 * dim + 16; }
 
-// Of 128 keys, each warp has its own; of 64, two warps share theirs, and exchange the probabilities as well.
+// K and V, P and dS, two stages of lse and delta, then those of Q and dout.
 constexpr int mma_shared_bytes(int keys, int dim, int stages) {
-  const int exchanged = keys == 128 ? 1 : 2;
-  return 2 * keys * row_bytes(dim) + stages * kQueryBlock * (2 * row_bytes(dim) + 8) +
-         exchanged * keys * row_bytes(kQueryBlock);
+  return 2 * keys * (row_bytes(dim) + row_bytes(kQueryBlock)) + 2 * kQueryBlock * 8 +
+         stages * kQueryBlock * 2 * row_bytes(dim);
 }
 
-// What the sm_90a kernel is made for.
-constexpr bool takes_wgmma(const Problem& problem, const Device& device) {
-  return device.major == 9 && problem.queries > 0 && larger(problem.dim, problem.dim_v) <= 128 &&
-         problem.scale_is_positive && !problem.has_dropout && !problem.has_softcap && !problem.deterministic;
-}
-
-constexpr int choose_config(const Problem& problem, int dim, const Device& device) {
-  if (takes_wgmma(problem, device)) return 2;
+constexpr int choose_config(int dim, const Device& device) {
   const int wide = kernel_dim(kConfigs[0], dim);
   return wide != 0 && mma_shared_bytes(128, wide, 1) <= device.shared_bytes ? 0 : 1;
 }
 
-// More CTAs by fewer heads each, whose sums another kernel adds up, where not every SM would have one.
+// More CTAs by fewer heads each, whose sums another kernel adds up, where not every SM would have one. In a fixed order
+// the longest CTAs come last if attention is causal, so that they should be short.
 constexpr int choose_splits(const Problem& problem, const Plan& plan, const Device& device) {
   const std::int64_t group = problem.heads / problem.kv_heads;
   const std::int64_t ctas = problem.batch * problem.kv_heads * plan.key_blocks;
-  if (ctas == 0 || ctas >= device.num_sms) return 1;
-  const std::int64_t wanted = ceil_div(2 * device.num_sms, ctas), most = group < kMaxSplits ? group : kMaxSplits;
-  return static_cast<int>(wanted < most ? wanted : most);
+  const std::int64_t enough = problem.deterministic && problem.is_causal ? 4 * device.num_sms : device.num_sms;
+  if (ctas == 0 || ctas >= enough) return 1;
+  const std::int64_t wanted = ceil_div(2 * enough, ctas), most = group < kMaxSplits ? group : kMaxSplits;
+  std::int64_t splits = wanted < most ? wanted : most;
+  while (splits < most && group % splits != 0) ++splits;
+  return static_cast<int>(splits);
+}
+
+// As few as have two CTAs for each SM: CTAs of one head read the same q and dout, and those of several heads differ less
+// in what an SM finds to do when attention is causal.
+constexpr int choose_heads_at_once(const Plan& plan, const Device& device) {
+  return plan.key_blocks == 0 ? 1 : static_cast<int>(ceil_div(2 * device.num_sms, plan.key_blocks));
 }
 
 // config: kHeuristic lets the plan choose. A configuration for which dim is 0, or for which shared_bytes is more than
@@ -97,16 +96,16 @@ constexpr int choose_splits(const Problem& problem, const Plan& plan, const Devi
 constexpr Plan make_plan(const Problem& problem, int config, const Device& device) {
   Plan plan{};
   const int dim = larger(problem.dim, problem.dim_v);
-  plan.config = config == kHeuristic ? choose_config(problem, dim, device) : config;
+  plan.config = config == kHeuristic ? choose_config(dim, device) : config;
   const Config& chosen = kConfigs[plan.config];
   plan.dim = kernel_dim(chosen, dim);
   plan.stages = mma_shared_bytes(chosen.keys, plan.dim, 2) <= device.shared_bytes ? 2 : 1;
-  plan.shared_bytes =
-      chosen.wgmma ? wgmma_shared_bytes(plan.dim) : mma_shared_bytes(chosen.keys, plan.dim, plan.stages);
+  plan.shared_bytes = mma_shared_bytes(chosen.keys, plan.dim, plan.stages);
   plan.query_blocks = static_cast<int>(ceil_div(problem.queries, kQueryBlock));
   plan.key_blocks = static_cast<int>(ceil_div(problem.keys, chosen.keys));
   plan.padded_queries = static_cast<int>(ceil_div(problem.queries, kQueryPadding)) * kQueryPadding;
-  plan.splits = chosen.wgmma ? 1 : choose_splits(problem, plan, device);
+  plan.splits = choose_splits(problem, plan, device);
+  plan.heads_at_once = choose_heads_at_once(plan, device);
   return plan;
 }
 

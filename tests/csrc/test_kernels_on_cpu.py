@@ -16,7 +16,9 @@ HERE = Path(__file__).resolve().parent
 FLAGS = ("-O1", "-std=c++20", "-x", "c++", "-Xcompiler=-fno-strict-aliasing,-Wall,-Wextra,-Wno-unknown-pragmas,-Werror")
 
 
-@pytest.mark.parametrize("program", ["attention_decode", "attention_forward", "norm", "norm_backward", "rope"])
+@pytest.mark.parametrize(
+    "program", ["attention_backward", "attention_decode", "attention_forward", "norm", "norm_backward", "rope"]
+)
 def test_kernel_is_right_on_the_cpu(program: str, tmp_path: Path) -> None:
     nvcc = build.find_nvcc()
     if nvcc is None:
