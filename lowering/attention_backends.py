@@ -1,4 +1,5 @@
-"""torch's own attention kernels as formulas: SDPA's backends, and the operators behind them that training needs.
+"""Others' attention kernels as formulas: SDPA's backends, the operators behind them that training needs, and
+FlashAttention-3 (Shah et al. 2024) where the user has it installed.
 
 They are contestants of Infuse's kernels, and what stands in the graph where those lose. The operators of training
 exchange out and the log-sum-exp with Infuse's, so that a forward pass by one may be followed by a backward pass by
@@ -7,8 +8,11 @@ another.
 
 from __future__ import annotations
 
+import functools
+import importlib
 import warnings
 from collections.abc import Callable
+from types import ModuleType
 from typing import Any
 
 import torch
@@ -18,8 +22,12 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from infuse.lowering import inductor
 from infuse.ops import attention as op
+from infuse.ops import library
+from infuse.ops.attention_operands import DTYPES
 
 DEFAULT = "sdpa"
+FLASH_3 = "flash_attention_3"
+_FLASH_3_MODULES = ("fa3_fwd_interface", "flash_attn_interface")  # the wheel of forward kernels, and the project's own
 _BACKENDS = {
     "sdpa_cudnn": SDPBackend.CUDNN_ATTENTION,
     "sdpa_flash": SDPBackend.FLASH_ATTENTION,
@@ -55,9 +63,11 @@ def default(*args: Any) -> Tensor:
 def inference(args: tuple[Any, ...]) -> dict[str, Callable[..., Tensor]]:
     """SDPA as torch picks its backend, and each other backend that takes these arguments, without repetitions.
 
-    args: IR nodes and numbers, those of infuse::attention. Only the formula computes a softcap and sinks.
+    args: IR nodes and numbers, those of infuse::attention. SDPA computes neither a softcap nor sinks.
     """
     found: dict[str, Callable[..., Tensor]] = {DEFAULT: default}
+    if flash_3_takes(args):
+        found[FLASH_3] = _flash_3
     seen = {inductor.code_of(default, args)}
     softcap, sinks = args[6:8]
     if softcap != 0.0 or sinks is not None:
@@ -78,7 +88,42 @@ def inference(args: tuple[Any, ...]) -> dict[str, Callable[..., Tensor]]:
 
 def formula_of(label: str) -> Callable[..., Tensor]:
     """The formula that `inference` calls `label`."""
+    if label == FLASH_3:
+        return _flash_3
     return default if label == DEFAULT else _with_backend(_BACKENDS[label])
+
+
+@functools.cache
+def flash_3_module() -> ModuleType | None:
+    """FlashAttention-3's Python interface, None where it is not installed."""
+    for name in _FLASH_3_MODULES:
+        try:
+            return importlib.import_module(name)
+        except Exception:  # built for another torch or CUDA, it fails in ways of its own
+            continue
+    return None
+
+
+def flash_3_takes(args: tuple[Any, ...]) -> bool:
+    """Whether FlashAttention-3 computes the same: no mask, no sinks, and a diagonal where torch has it."""
+    q, k, v, mask, scale, is_causal, softcap, sinks, _, dropout_p, _ = args
+    if mask is not None or sinks is not None or dropout_p != 0.0 or not isinstance(scale, float):
+        return False
+    if library.capability(q.get_device()) != (9, 0) or q.get_dtype() not in DTYPES or not isinstance(softcap, float):
+        return False
+    (*_, queries, dim), keys, dim_v = q.get_size(), k.get_size()[2], v.get_size()[3]
+    return (not is_causal or queries == keys) and dim == dim_v and dim <= 256 and flash_3_module() is not None
+
+
+def _flash_3(
+    q: Tensor, k: Tensor, v: Tensor, mask: None, scale: float, is_causal: bool, softcap: float, *_: object
+) -> Tensor:
+    module = flash_3_module()
+    assert module is not None
+    inside = (tensor.transpose(1, 2) for tensor in (q, k, v))
+    found = module.flash_attn_func(*inside, softmax_scale=scale, causal=is_causal, softcap=softcap)
+    out: Tensor = found[0] if isinstance(found, tuple) else found
+    return out.transpose(1, 2)
 
 
 def _flash_forward(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float, is_causal: bool, *_: Any) -> Any:

@@ -53,6 +53,10 @@ void check_arguments(const Arguments& a) {
 
 void check_plan(const Plan& plan, const Problem& problem, const Device& device) {
   const Config& config = kConfigs[plan.config];
+  check(!config.wgmma || takes_wgmma(problem, device), kOp, "arguments of configuration ", config.name,
+        ", got a device of compute capability ", device.major, ", heads of ", larger(problem.dim, problem.dim_v),
+        ", no queries, dropout, a softcap, deterministic or a scale that is not positive, expected none of these but ",
+        "compute capability 9 and heads of at most 128");
   check(plan.dim != 0, kOp, "head_dim for configuration ", config.name, ", got ", larger(problem.dim, problem.dim_v),
         ", expected at most 128");
   check(plan.shared_bytes <= device.shared_bytes, kOp, "shared memory of configuration ", config.name, ", got ",
@@ -138,7 +142,8 @@ std::int64_t share_workspace(float* workspace, bool deterministic, Params* param
 template <DType kDType>
 void launch_all(const Prepared& prepared, cudaStream_t stream) {
   launch_first<kDType>(prepared.params, prepared.device, stream);
-  launch_mma<kDType>(prepared.plan, prepared.params, prepared.device, stream);
+  const auto launch_sums = kConfigs[prepared.plan.config].wgmma ? launch_wgmma<kDType> : launch_mma<kDType>;
+  launch_sums(prepared.plan, prepared.params, prepared.device, stream);
   launch_last<kDType>(prepared.params, prepared.device, stream);
 }
 
@@ -161,7 +166,7 @@ Prepared prepare(const Arguments& a) {
   const Problem problem{full[0], full[1], a.k.sizes[1], full[2], full[3],
                         static_cast<int>(a.q.sizes[3]), static_cast<int>(a.v.sizes[3]), a.is_causal,
                         a.mask != nullptr, a.tile_map != nullptr, a.dropout_p != 0.0, a.softcap != 0.0,
-                        a.deterministic};
+                        a.deterministic, a.scale > 0.0};
   const Device device = describe(a.q.device);
   prepared.plan = make_plan(problem, static_cast<int>(a.config), device);
   check_plan(prepared.plan, problem, device);

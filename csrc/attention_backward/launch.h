@@ -54,6 +54,8 @@ void launch_first(const Params& params, int device, cudaStream_t stream);
 template <DType kDType>
 void launch_mma(const Plan& plan, const Params& params, int device, cudaStream_t stream);
 template <DType kDType>
+void launch_wgmma(const Plan& plan, const Params& params, int device, cudaStream_t stream);
+template <DType kDType>
 void launch_last(const Params& params, int device, cudaStream_t stream);
 
 }  // namespace infuse::attention_backward

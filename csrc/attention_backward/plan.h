@@ -3,6 +3,7 @@
 
 #include <cstdint>
 
+#include "attention_backward/wgmma_traits.h"
 #include "infuse/access.h"
 
 namespace infuse::attention_backward {
@@ -21,6 +22,7 @@ struct Config {
 constexpr Config kConfigs[] = {
     {"mma_k128", false, 128},  // 0
     {"mma_k64", false, 64},    // 1: for large heads, or less shared memory
+    {"wgmma_k128", true, 128},  // 2: for the devices and arguments of takes_wgmma
 };
 constexpr int kNumConfigs = sizeof(kConfigs) / sizeof(kConfigs[0]);
 constexpr int kHeuristic = -1;
@@ -31,6 +33,7 @@ struct Problem {
   bool is_causal;
   bool has_mask, has_map, has_dropout, has_softcap;
   bool deterministic;
+  bool scale_is_positive;
 };
 
 struct Device {
@@ -54,6 +57,7 @@ constexpr int larger(int a, int b) { return a > b ? a : b; }
 
 // 0 where the sums of dk and dv of that many keys do not fit into registers.
 constexpr int kernel_dim(const Config& config, int dim) {
+  if (config.wgmma) return dim <= 64 ? 64 : dim <= 128 ? 128 : 0;
   if (config.keys == 128) return dim <= 64 ? 64 : dim <= 96 ? 96 : dim <= 128 ? 128 : 0;
   return dim <= 128 ? 128 : dim <= 192 ? 192 : 256;
 }
@@ -67,7 +71,14 @@ constexpr int mma_shared_bytes(int keys, int dim, int stages) {
          stages * kQueryBlock * 2 * row_bytes(dim);
 }
 
-constexpr int choose_config(int dim, const Device& device) {
+// What the sm_90a kernel is made for.
+constexpr bool takes_wgmma(const Problem& problem, const Device& device) {
+  return device.major == 9 && problem.queries > 0 && larger(problem.dim, problem.dim_v) <= 128 &&
+         problem.scale_is_positive && !problem.has_dropout && !problem.has_softcap && !problem.deterministic;
+}
+
+constexpr int choose_config(const Problem& problem, int dim, const Device& device) {
+  if (takes_wgmma(problem, device)) return 2;
   const int wide = kernel_dim(kConfigs[0], dim);
   return wide != 0 && mma_shared_bytes(128, wide, 1) <= device.shared_bytes ? 0 : 1;
 }
@@ -96,15 +107,16 @@ constexpr int choose_heads_at_once(const Plan& plan, const Device& device) {
 constexpr Plan make_plan(const Problem& problem, int config, const Device& device) {
   Plan plan{};
   const int dim = larger(problem.dim, problem.dim_v);
-  plan.config = config == kHeuristic ? choose_config(dim, device) : config;
+  plan.config = config == kHeuristic ? choose_config(problem, dim, device) : config;
   const Config& chosen = kConfigs[plan.config];
   plan.dim = kernel_dim(chosen, dim);
   plan.stages = mma_shared_bytes(chosen.keys, plan.dim, 2) <= device.shared_bytes ? 2 : 1;
-  plan.shared_bytes = mma_shared_bytes(chosen.keys, plan.dim, plan.stages);
+  plan.shared_bytes =
+      chosen.wgmma ? wgmma_shared_bytes(plan.dim) : mma_shared_bytes(chosen.keys, plan.dim, plan.stages);
   plan.query_blocks = static_cast<int>(ceil_div(problem.queries, kQueryBlock));
   plan.key_blocks = static_cast<int>(ceil_div(problem.keys, chosen.keys));
   plan.padded_queries = static_cast<int>(ceil_div(problem.queries, kQueryPadding)) * kQueryPadding;
-  plan.splits = choose_splits(problem, plan, device);
+  plan.splits = chosen.wgmma ? 1 : choose_splits(problem, plan, device);
   plan.heads_at_once = choose_heads_at_once(plan, device);
   return plan;
 }

@@ -1,0 +1,321 @@
+// The warpgroups that multiply: 64 keys of the CTA's 128 each, over all blocks of queries.
+#pragma once
+
+#include "attention_backward/dq_tiles.cuh"
+#include "attention_backward/wgmma_producer.cuh"
+#include "infuse/mma.cuh"
+#include "infuse/vec.cuh"
+#include "infuse/wgmma.cuh"
+
+namespace infuse::attention_backward {
+
+constexpr int kAllBarrier = 1;  // of both warpgroups
+
+#if defined(__CUDA_ARCH_FEAT_SM90_ALL)
+
+__device__ __forceinline__ void store_matrices(SharedAddress row, const std::uint32_t (&words)[4]) {
+  asm volatile("stmatrix.sync.aligned.m8n8.x4.shared.b16 [%0], {%1, %2, %3, %4};" ::"r"(row), "r"(words[0]),
+               "r"(words[1]), "r"(words[2]), "r"(words[3])
+               : "memory");
+}
+
+__device__ __forceinline__ float2 load_pair(SharedAddress address) {
+  float2 pair;
+  asm volatile("ld.shared.v2.f32 {%0, %1}, [%2];" : "=f"(pair.x), "=f"(pair.y) : "r"(address) : "memory");
+  return pair;
+}
+
+__device__ __forceinline__ float power_of_2(float x) {
+  float result;
+  asm volatile("ex2.approx.ftz.f32 %0, %1;" : "=f"(result) : "f"(x));
+  return result;
+}
+
+template <typename T, typename Sizes>
+struct Consumer {
+  static constexpr int kColumns = Sizes::kQueries / 8;  // of eight queries
+  static constexpr bool kDqByColumns = Sizes::kDim == 128;
+  static constexpr bool kEarlyDv = Sizes::kDim == 128;  // registers for it
+  static constexpr int kDqThread = Sizes::kQueries * Sizes::kDim / (128 * Sizes::kGroups);
+
+  const Params& params;
+  const SharedAddress shared;
+  const Barriers<Sizes> barriers;
+  const int group, warp, lane;  // warp: of the warpgroup
+  const Place place;
+
+  __device__ __forceinline__ Consumer(const Params& params, SharedAddress shared, Barriers<Sizes> barriers)
+      : params(params),
+        shared(shared),
+        barriers(barriers),
+        group(__shfl_sync(0xffffffffu, threadIdx.x / 128 - 1, 0)),
+        warp(threadIdx.x / 32 % 4),
+        lane(threadIdx.x % 32),
+        place(params, Sizes::kKeys) {}
+
+  __device__ __forceinline__ std::uint32_t key_row() const { return group * 64 + warp * 16 + lane / 4; }
+
+  // scores = own keys (of K or V) x queries (of Q or dO).
+  __device__ __forceinline__ void multiply_transposed(float (&scores)[Sizes::kQueries / 2], SharedAddress keys,
+                                                      SharedAddress queries) const {
+    const std::uint64_t a = matrix_by_rows(keys + group * 64 * 128), b = matrix_by_rows(queries);
+#pragma unroll
+    for (int step = 0; step < Sizes::kDim / 16; ++step) {
+      const int half = step / 4, inner = step % 4 * 32;
+      multiply<T, Sizes::kQueries, false, false>(scores, moved(a, half * Sizes::kKeyHalf + inner),
+                                                  moved(b, half * Sizes::kQueryHalf + inner), step > 0);
+    }
+    end_products();
+  }
+
+  // sums += weights x rows (of dO or Q).
+  __device__ __forceinline__ void accumulate(float (&sums)[Sizes::kDim / 2],
+                                             const std::uint32_t (&weights)[Sizes::kQueries / 16][4],
+                                             SharedAddress rows) const {
+    const std::uint64_t b = matrix_by_columns(rows, Sizes::kQueryHalf);
+#pragma unroll
+    for (int step = 0; step < Sizes::kQueries / 16; ++step) {
+      multiply<T, Sizes::kDim, true>(sums, weights[step], moved(b, step * 2048), true);
+    }
+    end_products();
+  }
+
+  // The same with the weights in a tile [keys, queries] in shared memory.
+  __device__ __forceinline__ void accumulate_shared(float (&sums)[Sizes::kDim / 2], SharedAddress weights,
+                                                    SharedAddress rows) const {
+    const std::uint64_t a = matrix_by_rows(weights + group * 64 * 128), b = matrix_by_columns(rows, Sizes::kQueryHalf);
+#pragma unroll
+    for (int step = 0; step < Sizes::kQueries / 16; ++step) {
+      multiply<T, Sizes::kDim, false, true>(sums, moved(a, step / 4 * Sizes::kScoreHalf + step % 4 * 32),
+                                             moved(b, step * 2048), true);
+    }
+    end_products();
+  }
+
+  // A warpgroup has a half of the head's columns, or where they are few a half of the queries.
+  __device__ __forceinline__ void multiply_dq(float (&dq)[kDqThread], SharedAddress scores) const {
+    const std::uint64_t a = matrix_by_columns(scores + (kDqByColumns ? 0 : group * Sizes::kScoreHalf), 0);
+    const std::uint64_t b = matrix_by_columns(shared + Sizes::kK + (kDqByColumns ? group * Sizes::kKeyHalf : 0), 0);
+#pragma unroll
+    for (int step = 0; step < Sizes::kKeys / 16; ++step) {
+      multiply<T, 64, true, true>(dq, moved(a, step * 2048), moved(b, step * 2048), step > 0);
+    }
+    end_products();
+  }
+
+  __device__ __forceinline__ void hide_out_of_bounds(float (&scores)[Sizes::kQueries / 2], const Step& step) const {
+#pragma unroll
+    for (int i = 0; i < Sizes::kQueries / 2; ++i) {
+      const std::uint32_t key = place.key + key_row() + 8 * (i / 2 % 2);
+      const std::uint32_t query = step.query + i / 4 * 8 + lane % 4 * 2 + i % 2;
+      const bool visible = !(step.flags & kEnd) && key < params.keys && !(params.is_causal && key > query);
+      if (!visible) scores[i] = 0.0f;
+    }
+  }
+
+  // Scores of hidden keys become -inf, an additive mask is added in units of the products.
+  __device__ __forceinline__ void apply_mask(float (&scores)[Sizes::kQueries / 2], const Step& step) const {
+    const std::int64_t start = place.batch * params.mask_stride.batch + step.head * params.mask_stride.head;
+    const std::uint32_t key = place.key + key_row();
+    const float inverse_scale = 1.0f / params.scale;
+#pragma unroll
+    for (int i = 0; i < Sizes::kQueries / 2; i += 2) {
+#pragma unroll
+      for (int j = 0; j < 2; ++j) {
+        const std::uint32_t own = key + 8 * (i / 2 % 2), query = step.query + i / 4 * 8 + lane % 4 * 2 + j;
+        if (own >= params.keys || query >= params.queries) continue;
+        const std::int64_t offset = start + query * params.mask_stride.row + own;
+        if (params.mask_kind == Mask::kBool) {
+          if (!static_cast<const std::uint8_t*>(params.mask)[offset]) scores[i + j] = -INFINITY;
+        } else if (params.mask_kind == Mask::kFloat32) {
+          scores[i + j] += static_cast<const float*>(params.mask)[offset] * inverse_scale;
+        } else {
+          const std::uint32_t word = static_cast<const std::uint16_t*>(params.mask)[offset];
+          scores[i + j] += Cast<T>::low(word) * inverse_scale;
+        }
+      }
+    }
+  }
+
+  // Probabilities in place of scores.
+  __device__ __forceinline__ void exponentiate(float (&scores)[Sizes::kQueries / 2], SharedAddress lse) const {
+#pragma unroll
+    for (int j = 0; j < kColumns; ++j) {
+      const float2 row = load_pair(lse + (8 * j + lane % 4 * 2) * 4);
+#pragma unroll
+      for (int i = 0; i < 2; ++i) {
+        scores[4 * j + 2 * i] = power_of_2(scores[4 * j + 2 * i] * params.scale_log2 - row.x);
+        scores[4 * j + 2 * i + 1] = power_of_2(scores[4 * j + 2 * i + 1] * params.scale_log2 - row.y);
+      }
+    }
+  }
+
+  __device__ __forceinline__ static void pack_scores(std::uint32_t (&packed)[Sizes::kQueries / 16][4],
+                                                     const float (&scores)[Sizes::kQueries / 2]) {
+#pragma unroll
+    for (int i = 0; i < Sizes::kQueries / 4; ++i) {
+      packed[i / 4][i % 4] = Cast<T>::pack(scores[2 * i], scores[2 * i + 1]);
+    }
+  }
+
+  // dp = probabilities * (dp - delta)
+  __device__ __forceinline__ void differentiate(float (&dp)[Sizes::kQueries / 2],
+                                                const float (&probabilities)[Sizes::kQueries / 2],
+                                                SharedAddress delta) const {
+#pragma unroll
+    for (int j = 0; j < kColumns; ++j) {
+      const float2 row = load_pair(delta + (8 * j + lane % 4 * 2) * 4);
+#pragma unroll
+      for (int i = 0; i < 2; ++i) {
+        dp[4 * j + 2 * i] = probabilities[4 * j + 2 * i] * (dp[4 * j + 2 * i] - row.x);
+        dp[4 * j + 2 * i + 1] = probabilities[4 * j + 2 * i + 1] * (dp[4 * j + 2 * i + 1] - row.y);
+      }
+    }
+  }
+
+  // Where a lane's row of the first four matrices of its warp's rows lies; the next four are 32 bytes further before
+  // the swizzle.
+  __device__ __forceinline__ SharedAddress matrix_row(SharedAddress tile) const {
+    const int row = group * 64 + warp * 16 + lane % 16;
+    return tile + row * 128 + ((lane / 16) ^ (row % 8)) * 16;
+  }
+
+  // To a tile [keys, queries] in shared memory.
+  __device__ __forceinline__ void store_scores(const std::uint32_t (&packed)[Sizes::kQueries / 16][4],
+                                               SharedAddress tile) const {
+    const SharedAddress own = matrix_row(tile);
+#pragma unroll
+    for (int i = 0; i < Sizes::kQueries / 16; ++i) {
+      store_matrices((own ^ (i % 4 * 32)) + i / 4 * Sizes::kScoreHalf, packed[i]);
+    }
+    fence_shared_for_async();
+  }
+
+  // The warp's 16 rows, in the order of dq_tiles.cuh.
+  __device__ __forceinline__ void add_dq(const float (&dq)[kDqThread], std::uint32_t row) const {
+    const std::uint32_t row_tile = row / kTileRows + warp + (kDqByColumns ? 0 : 4 * group);
+    float* tiles = params.dq_sum + dq_tile_offset(row_tile, kDqByColumns ? 8 * group : 0, Sizes::kDim);
+#pragma unroll
+    for (int i = 0; i < kDqThread / 4; ++i) {
+      add_to_dq_tile(tiles + i * kTileFloats, lane, {dq[4 * i], dq[4 * i + 1], dq[4 * i + 2], dq[4 * i + 3]});
+    }
+  }
+
+  __device__ __forceinline__ void release(SharedAddress barrier) const {
+    if (lane == 0) arrive(barrier);
+  }
+
+  // Own rows of a tile [keys, dim] in shared memory, then to global memory.
+  __device__ __forceinline__ void write_rows(const float (&sums)[Sizes::kDim / 2], float factor, SharedAddress tile,
+                                             void* target, int dim, const Strides& stride) const {
+    const SharedAddress own = matrix_row(tile);
+#pragma unroll
+    for (int i = 0; i < Sizes::kDim / 16; ++i) {
+      std::uint32_t words[4];
+#pragma unroll
+      for (int j = 8 * i; j < 8 * i + 8; j += 2) {
+        words[j / 2 % 4] = Cast<T>::pack(sums[j] * factor, sums[j + 1] * factor);
+      }
+      store_matrices((own ^ (i % 4 * 32)) + i / 4 * Sizes::kKeyHalf, words);
+    }
+    __syncwarp();
+    T* rows = static_cast<T*>(target) + place.batch * stride.batch + place.kv_head * stride.head;
+    constexpr int kPieces = Sizes::kDim / 8;
+#pragma unroll 4
+    for (int i = 0; i < 16 * kPieces / 32; ++i) {
+      const int r = group * 64 + warp * 16 + (i * 32 + lane) / kPieces, piece = lane % kPieces;
+      const SharedAddress half = tile + piece / 8 * Sizes::kKeyHalf;
+      const Vec<T, 8> vec = load_shared<T, 8>(half + r * 128 + ((piece % 8) ^ (r % 8)) * 16);
+      const std::uint32_t key = place.key + r;
+      if (key < params.keys && piece * 8 < dim) {
+        T* address = rows + key * stride.row + piece * 8;
+        *reinterpret_cast<uint4*>(address) = make_uint4(vec.words[0], vec.words[1], vec.words[2], vec.words[3]);
+      }
+    }
+  }
+
+  __device__ __forceinline__ void run() const {
+    float dk[Sizes::kDim / 2], dv[Sizes::kDim / 2];
+#pragma unroll
+    for (int i = 0; i < Sizes::kDim / 2; ++i) dk[i] = dv[i] = 0.0f;
+    sum_over_queries(dk, dv);
+    wait_at_named(kAllBarrier, 128 * Sizes::kGroups);  // K has been read by both
+    write_rows(dv, 1.0f, shared + Sizes::kV, params.dv, static_cast<int>(params.dim_v), params.dv_stride);
+    write_rows(dk, params.scale, shared + Sizes::kK, params.dk, static_cast<int>(params.dim), params.dk_stride);
+  }
+
+  // Each step's dQ, dK and the next step's S are multiplied while the exponentials of the next step are computed.
+  __device__ __forceinline__ void sum_over_queries(float (&dk)[Sizes::kDim / 2], float (&dv)[Sizes::kDim / 2]) const {
+    RingPlace<Sizes::kStages> ring, next;
+    std::uint32_t turn = 0;
+    float scores[Sizes::kQueries / 2];
+    wait(barriers.keys(), 0);
+    wait(barriers.q_full(0), 0);
+    Step step = load_step(shared + Sizes::kSteps);
+    next.advance();
+    fence_products();
+    multiply_transposed(scores, shared + Sizes::kK, shared + Sizes::kQ);
+    wait_for_products<0>();
+    pin(scores);
+    while (!(step.flags & kEnd)) {
+      const int stage = ring.stage;
+      const SharedAddress q = shared + Sizes::kQ + stage * Sizes::kQueryBytes;
+      const SharedAddress dout = shared + Sizes::kDout + stage * Sizes::kQueryBytes;
+      float dp[Sizes::kQueries / 2];
+      wait(barriers.dout_full(stage), ring.parity);
+      fence_products();
+      multiply_transposed(dp, shared + Sizes::kV, dout);
+      if (step.flags & kReadMask) apply_mask(scores, step);
+      exponentiate(scores, shared + Sizes::kLse + stage * Sizes::kRowBytes);
+      if (step.flags & kBounds) hide_out_of_bounds(scores, step);
+      pin(scores);
+      std::uint32_t p[Sizes::kQueries / 16][4], ds[Sizes::kQueries / 16][4];
+      const auto add_dv = [&] {
+        pack_scores(p, scores);
+        fence_products();
+        accumulate(dv, p, dout);
+      };
+      if constexpr (kEarlyDv) {
+        add_dv();
+        wait_for_products<1>();
+      } else {
+        wait_for_products<0>();
+      }
+      pin(dp);
+      if (turn > 0) release(barriers.q_empty((stage + Sizes::kStages - 1) % Sizes::kStages));  // dK of the last step
+      differentiate(dp, scores, shared + Sizes::kDelta + stage * Sizes::kRowBytes);
+      pack_scores(ds, dp);
+      const SharedAddress tile = shared + Sizes::kScores + (turn & 1) * Sizes::kScoreBytes;
+      store_scores(ds, tile);
+      if constexpr (!kEarlyDv) add_dv();
+      wait(barriers.q_full(next.stage), next.parity);
+      const Step next_step = load_step(shared + Sizes::kSteps + Sizes::kStepBytes * next.stage);
+      fence_products();
+      multiply_transposed(scores, shared + Sizes::kK, shared + Sizes::kQ + next.stage * Sizes::kQueryBytes);
+      wait_at_named(kAllBarrier, 128 * Sizes::kGroups);
+      wait_for_products<1>();  // dV
+      pin(dv);
+      release(barriers.dout_empty(stage));
+      float dq[kDqThread];
+      fence_products();
+      multiply_dq(dq, tile);
+      accumulate_shared(dk, tile, q);
+      wait_for_products<1>();
+      pin(dq);
+      pin(scores);
+      add_dq(dq, step.row);
+      ++turn;
+      step = next_step;
+      ring.advance();
+      next.advance();
+    }
+    wait(barriers.dout_full(ring.stage), ring.parity);
+    wait_for_products<0>();
+    pin(dk);
+    pin(dv);
+  }
+};
+
+#endif
+
+}  // namespace infuse::attention_backward
