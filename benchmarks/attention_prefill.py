@@ -144,11 +144,11 @@ def flex(shape: Shape) -> Impl:
 
 
 def competitors(author: Function, on_gpu: bool, *, is_causal: bool = False) -> list[Impl]:
-    """Eager, stock and Infuse in two modes, SDPA's backends and the raw kernel."""
+    """Eager, stock and Infuse in two modes, SDPA's backends that take no mask and the raw kernel."""
     impls = [eager(author), *compiled_pairs(author, *MODES)]
-    if on_gpu:
-        impls += [*(with_backend(name, author) for name in BACKENDS), forward_kernel(is_causal=is_causal)]
-    return impls
+    if on_gpu and is_causal:
+        impls += [with_backend(name, author) for name in BACKENDS]
+    return [*impls, forward_kernel(is_causal=is_causal)] if on_gpu else impls
 
 
 def causal_case(shape: Shape, dtype: torch.dtype, on_gpu: bool) -> Case:
