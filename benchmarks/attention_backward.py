@@ -114,7 +114,20 @@ def _pairs(shape: Shape, is_causal: bool) -> int:
     return shape.queries * (shape.queries + 1) // 2 if is_causal else shape.queries * shape.keys
 
 
-def step(function: Function, has_mask: bool) -> Function:
+def heads_inside(function: Function) -> Function:
+    """`function` with its result as the projection behind it takes it, [B, S, H, D].
+
+    torch.compile hands over a contiguous gradient of what it returns. For [B, H, S, D] cuDNN's backward would then see
+    out and its gradient in different layouts, and give wrong gradients (torch 2.11).
+    """
+
+    def run(q: Tensor, k: Tensor, v: Tensor, *mask: Tensor) -> Tensor:
+        return function(q, k, v, *mask).transpose(1, 2)  # type: ignore[union-attr]
+
+    return run
+
+
+def step(function: Function) -> Function:
     """out and the gradients of q, k and v for a given gradient of out."""
 
     def run(dout: Tensor, q: Tensor, k: Tensor, v: Tensor, *mask: Tensor) -> tuple[Tensor, ...]:
@@ -136,31 +149,33 @@ def step_case(
 ) -> Case:
     """Both passes. The author's function is compiled, autograd around it is not."""
 
+    function, reference = heads_inside(function), heads_inside(reference)
+
     def inputs(g: torch.Generator) -> tuple[Tensor, ...]:
-        dout = random(g, dtype, shape.batch, shape.queries, shape.heads, shape.head_dim).transpose(1, 2)
+        dout = random(g, dtype, shape.batch, shape.queries, shape.heads, shape.head_dim)
         tensors = (dout, *shape.inputs(g, dtype))
         return tensors if mask is None else (*tensors, mask(g.device))
 
-    impls = [eager(step(function, mask is not None))]
-    impls += [_stepped(impl, mask is not None) for impl in compiled_pairs(function, *MODES)]
+    impls = [eager(step(function))]
+    impls += [_stepped(impl) for impl in compiled_pairs(function, *MODES)]
     size, flops = 3 * shape.bytes(dtype.itemsize), 7 * shape.flops(_pairs(shape, True)) // 2
     return Case(
         f"step, {name} {shape}",
         inputs,
-        step(function, mask is not None),
-        step(reference, mask is not None),
+        step(function),
+        step(reference),
         impls,
         bytes=size,
         flops=flops,
         dtype=dtype,
         sets=SETS,
         grad=True,
-        tolerance_factor=3.0,
+        tolerance_factor=4.0,
     )
 
 
-def _stepped(impl: Impl, has_mask: bool) -> Impl:
-    return Impl(impl.name, lambda: step(impl.prepare(), has_mask), capture=impl.capture, note=impl.note)
+def _stepped(impl: Impl) -> Impl:
+    return Impl(impl.name, lambda: step(impl.prepare()), capture=impl.capture, note=impl.note)
 
 
 def cases(device: Device, quick: bool) -> Iterator[Case]:
