@@ -139,6 +139,26 @@ __device__ __forceinline__ void pin(std::uint32_t (&registers)[kCount]) {
     static_assert(kN == 0, "a width without an instruction here");                                             \
   }
 
+// To be called after the wait for products whose operand A lies in registers, and before others are written. ptxas takes
+// those registers for free as soon as the product has been issued (CUDA 13.0), but they are read until it is done. This
+// is an access to them which never happens: `never` is a number that is not negative, or NaN; `shared` any address that
+// is a multiple of 16.
+template <int kSteps>
+__device__ __forceinline__ void keep_until_here(const std::uint32_t (&a)[kSteps][4], SharedAddress shared,
+                                                float never) {
+#pragma unroll
+  for (int step = 0; step < kSteps; ++step) {
+    asm volatile(
+        "{\n"
+        "  .reg .pred p;\n"
+        "  setp.lt.f32 p, %5, 0f00000000;\n"
+        "  @p st.shared.v4.u32 [%0], {%1, %2, %3, %4};\n"
+        "}" ::"r"(shared),
+        "r"(a[step][0]), "r"(a[step][1]), "r"(a[step][2]), "r"(a[step][3]), "f"(never)
+        : "memory");
+  }
+}
+
 // d = a b, or d += a b. kTransposedA, kTransposedB: that operand is a matrix_by_columns.
 template <typename T, int kN, bool kTransposedA = false, bool kTransposedB = false>
 __device__ __forceinline__ void multiply(float (&d)[kN / 2], std::uint64_t a, std::uint64_t b, bool accumulate) {
