@@ -1,0 +1,151 @@
+"""Attention through torch.compile on a GPU: kernels in the graph, forwards and backwards, against fp64."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+import infuse
+from infuse.lowering import decisions
+from infuse.ops import attention_training as _operators  # noqa: F401, defines cuDNN's
+from infuse.ops.attention import attention_ref
+
+pytestmark = [pytest.mark.gpu, pytest.mark.usefixtures("kernels")]
+
+OPS = torch.ops.infuse
+BF16 = torch.bfloat16
+B, H, KV_HEADS, S, D = 2, 8, 2, 200, 64
+
+
+def make(grad: bool = False, dim: int = D) -> list[Tensor]:
+    """q, k and v as projections leave them."""
+    heads = (H, KV_HEADS, KV_HEADS)
+    tensors = [torch.randn(B, S, count, dim, device="cuda").to(BF16).transpose(1, 2) for count in heads]
+    return [tensor.requires_grad_(grad) for tensor in tensors]
+
+
+def causal_mask() -> Tensor:
+    return torch.ones(S, S, dtype=torch.bool, device="cuda").tril()[None, None].expand(B, 1, S, S).contiguous()
+
+
+def sdpa(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, enable_gqa=True).transpose(1, 2)
+
+
+def by_hand(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
+    """As transformers' eager attention of Gemma 2, with its cap."""
+    k, v = (kv.repeat_interleave(H // KV_HEADS, 1) for kv in (k, v))
+    scores = q @ k.transpose(2, 3) * D**-0.5
+    scores = torch.tanh(scores / 20.0) * 20.0
+    scores = scores + torch.where(mask, 0.0, torch.finfo(BF16).min).to(BF16)
+    return (F.softmax(scores, -1, dtype=torch.float32).to(q.dtype) @ v).transpose(1, 2)
+
+
+def reference(function: Callable[..., Tensor], tensors: list[Tensor], *rest: Tensor) -> list[Tensor]:
+    """The function and its gradients in fp64, for a gradient of ones."""
+    wide = [tensor.detach().double().requires_grad_() for tensor in tensors]
+    cap = 20.0 if function is by_hand else 0.0
+    out = attention_ref(*wide, rest[0], D**-0.5, False, cap).transpose(1, 2)
+    return [out, *torch.autograd.grad(out.sum(), wide)]
+
+
+def assert_close(found: list[Tensor], exact: list[Tensor]) -> None:
+    for got, right in zip(found, exact, strict=True):
+        assert got.shape == right.shape
+        assert (got.double() - right).norm() <= 1e-2 * right.norm()
+
+
+@pytest.mark.parametrize("mode", [None, "max-autotune-no-cudagraphs", "reduce-overhead"])
+@pytest.mark.parametrize("function", [sdpa, by_hand])
+def test_inference(function: Callable[..., Tensor], mode: str | None) -> None:
+    tensors, mask = make(), causal_mask()
+
+    def layers(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
+        return function(q + function(q, k, v, mask).transpose(1, 2), k, v, mask)
+
+    decisions.clear()
+    with torch.no_grad(), infuse.override(kernels="auto" if mode and "autotune" in mode else "always"):
+        compiled = torch.compile(layers, backend="infuse", mode=mode, fullgraph=True)
+        for _ in range(3):
+            found = compiled(*tensors, mask)
+        exact = layers(*tensors, mask)
+    torch.testing.assert_close(found, exact, atol=3e-2, rtol=3e-2)
+    assert len(decisions.decisions()) >= 2
+
+
+@pytest.mark.parametrize("mode", [None, "max-autotune-no-cudagraphs"])
+@pytest.mark.parametrize("function", [sdpa, by_hand])
+def test_training(function: Callable[..., Tensor], mode: str | None) -> None:
+    tensors, mask = make(grad=True), causal_mask()
+    with infuse.override(kernels="always" if mode is None else "auto"):
+        out = torch.compile(function, backend="infuse", mode=mode, fullgraph=True)(*tensors, mask)
+        found = [out, *torch.autograd.grad(out.sum(), tensors)]
+    assert_close(found, reference(function, tensors, mask))
+
+
+def test_training_with_dropout_keeps_the_mean_and_the_seed() -> None:
+    tensors = make(grad=True)
+
+    @torch.compile(backend="infuse", fullgraph=True)
+    def dropped(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        out = F.scaled_dot_product_attention(q, k, v, dropout_p=0.4, enable_gqa=True)
+        return out.transpose(1, 2)
+
+    with infuse.override(kernels="always"):
+        runs = []
+        for seed in (1, 1, 2):
+            torch.manual_seed(seed)
+            out = dropped(*tensors)
+            runs.append([out, *torch.autograd.grad(out.sum(), tensors)])
+    assert all(torch.equal(first, again) for first, again in zip(runs[0][:1], runs[1][:1]))
+    assert not torch.equal(runs[0][0], runs[2][0])
+    ones = torch.ones(B, KV_HEADS, 4096, D, device="cuda", dtype=BF16)
+    flat = torch.zeros(B, H, S, D, device="cuda", dtype=BF16)
+    kept = infuse.ops.attention_training._forward(
+        flat,
+        torch.zeros_like(ones),
+        ones,
+        None,
+        None,
+        0.1,
+        False,
+        0.0,
+        None,
+        False,
+        0.4,
+        torch.tensor([1, 2]).cuda(),
+        -1,
+    )[0]
+    assert (kept.double().mean() - 1).abs() < 5e-3
+
+
+@pytest.mark.parametrize("is_causal", [False, True])
+def test_cudnns_backward_whatever_the_layout_of_the_gradient(is_causal: bool) -> None:
+    """torch's operator by itself is wrong where dout and out lie in memory differently."""
+    q, k, v = make()
+    scale = D**-0.5
+    out, lse, *_ = torch.ops.aten._scaled_dot_product_cudnn_attention(q, k, v, None, True, 0.0, is_causal, scale=scale)
+    dout = torch.randn(B, H, S, D, device="cuda").to(BF16)
+    assert dout.stride() != out.stride()
+    found = OPS.attention_cudnn_backward(dout, q, k, v, out, lse.squeeze(-1), None, scale, is_causal)
+    wide = [tensor.double().requires_grad_() for tensor in (q, k, v)]
+    exact = torch.autograd.grad(attention_ref(*wide, None, scale, is_causal), wide, dout.double())
+    assert_close(list(found), list(exact))
+
+
+def test_deterministic_training_gives_the_same_bits(monkeypatch: pytest.MonkeyPatch) -> None:
+    tensors, mask = make(grad=True), causal_mask()
+    monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    torch.use_deterministic_algorithms(True)
+    try:
+        with infuse.override(kernels="always"):
+            compiled: Any = torch.compile(sdpa, backend="infuse", fullgraph=True)
+            runs = [torch.autograd.grad(compiled(*tensors, mask).sum(), tensors) for _ in range(2)]
+    finally:
+        torch.use_deterministic_algorithms(False)
+    assert all(torch.equal(first, again) for first, again in zip(*runs))
