@@ -48,3 +48,14 @@ def fresh_compiler(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[N
             stack.enter_context(torch._inductor.config.patch(force_disable_caches=True))
         yield
     torch._dynamo.reset()
+
+
+@pytest.fixture
+def kernels() -> Iterator[None]:
+    """The compiled kernels must be there, and a fault belongs to the test that caused it."""
+    from infuse.ops import library
+
+    reason = library.missing(torch.device("cuda"))
+    assert not reason, f"these tests need the compiled kernels: {reason}"
+    yield
+    torch.cuda.synchronize()
