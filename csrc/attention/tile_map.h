@@ -40,7 +40,7 @@ inline TileMapView view_tile_map(const char* op, const TileMapArg& map, const st
           map.sizes[i], ", expected ", expected);
     check(map.sizes[i] <= 1 || map.strides[i] == contiguous, op, "strides of tile_map, got ",
           shape_text(map.strides, 4), ", expected those of a contiguous tensor");
-    contiguous *= map.sizes[i];
+    contiguous *= map.sizes[i] > 1 ? map.sizes[i] : 1;
   }
   const std::int64_t of_head = map.sizes[2] * map.sizes[3];
   return {static_cast<const std::uint8_t*>(map.data), map.sizes[0] > 1 ? map.sizes[1] * of_head : 0,

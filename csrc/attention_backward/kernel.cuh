@@ -155,7 +155,7 @@ __device__ __forceinline__ void visit_all(const Params& params, SharedAddress wo
 }
 
 template <typename Traits>
-__global__ void __launch_bounds__(Traits::kThreads, 1) mma_kernel(const __grid_constant__ Params params) {
+__global__ void __launch_bounds__(Traits::kThreads, 256 / Traits::kThreads) mma_kernel(const __grid_constant__ Params params) {
   __shared__ __align__(16) Work shared_work;
   wait_for_previous_kernel();
   if (threadIdx.x == 0) shared_work = work_of(params, draw_item(params));

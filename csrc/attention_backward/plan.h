@@ -11,6 +11,7 @@ namespace infuse::attention_backward {
 constexpr int kQueryBlock = 64;    // queries that a CTA works on at a time; also of a tile of the map
 constexpr int kQueryPadding = 128;  // the workspace's rows of a head are a multiple
 constexpr int kMaxSplits = 64;
+constexpr int kReservedBytes = 1024;  // of shared memory, for each CTA
 
 // wgmma: made for 9.0a alone. keys: of a CTA.
 struct Config {
@@ -21,7 +22,7 @@ struct Config {
 
 constexpr Config kConfigs[] = {
     {"mma_k128", false, 128},  // 0
-    {"mma_k64", false, 64},    // 1: for large heads, or less shared memory
+    {"mma_k64", false, 64},    // 1: for large heads, or less shared memory, or small heads, of which two CTAs fit
     {"wgmma_k128", true, 128},  // 2: for the devices and arguments of takes_wgmma
 };
 constexpr int kNumConfigs = sizeof(kConfigs) / sizeof(kConfigs[0]);
@@ -59,7 +60,7 @@ constexpr int larger(int a, int b) { return a > b ? a : b; }
 constexpr int kernel_dim(const Config& config, int dim) {
   if (config.wgmma) return dim <= 64 ? 64 : dim <= 128 ? 128 : 0;
   if (config.keys == 128) return dim <= 64 ? 64 : dim <= 96 ? 96 : dim <= 128 ? 128 : 0;
-  return dim <= 128 ? 128 : dim <= 192 ? 192 : 256;
+  return dim <= 64 ? 64 : dim <= 128 ? 128 : dim <= 192 ? 192 : 256;
 }
 
 // An odd number of 16-byte pieces, so that the eight rows of a matrix lie in different banks.
@@ -79,6 +80,7 @@ constexpr bool takes_wgmma(const Problem& problem, const Device& device) {
 
 constexpr int choose_config(const Problem& problem, int dim, const Device& device) {
   if (takes_wgmma(problem, device)) return 2;
+  if (dim <= 64 && 2 * (mma_shared_bytes(64, 64, 2) + kReservedBytes) <= device.shared_bytes + kReservedBytes) return 1;
   const int wide = kernel_dim(kConfigs[0], dim);
   return wide != 0 && mma_shared_bytes(128, wide, 1) <= device.shared_bytes ? 0 : 1;
 }
