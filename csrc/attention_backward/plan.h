@@ -85,12 +85,16 @@ constexpr int choose_config(const Problem& problem, int dim, const Device& devic
   return wide != 0 && mma_shared_bytes(128, wide, 1) <= device.shared_bytes ? 0 : 1;
 }
 
+// CTAs that an SM holds, if its shared memory suffices; the registers are for 256 threads.
+constexpr int ctas_of_sm(const Plan& plan) { return kConfigs[plan.config].keys == 64 && plan.dim == 64 ? 2 : 1; }
+
 // More CTAs by fewer heads each, whose sums another kernel adds up, where not every SM would have one. In a fixed order
 // the longest CTAs come last if attention is causal, so that they should be short.
 constexpr int choose_splits(const Problem& problem, const Plan& plan, const Device& device) {
   const std::int64_t group = problem.heads / problem.kv_heads;
   const std::int64_t ctas = problem.batch * problem.kv_heads * plan.key_blocks;
-  const std::int64_t enough = problem.deterministic && problem.is_causal ? 4 * device.num_sms : device.num_sms;
+  const std::int64_t slots = static_cast<std::int64_t>(device.num_sms) * ctas_of_sm(plan);
+  const std::int64_t enough = problem.deterministic && problem.is_causal ? 4 * slots : slots;
   if (ctas == 0 || ctas >= enough) return 1;
   const std::int64_t wanted = ceil_div(2 * enough, ctas), most = group < kMaxSplits ? group : kMaxSplits;
   std::int64_t splits = wanted < most ? wanted : most;
@@ -98,10 +102,10 @@ constexpr int choose_splits(const Problem& problem, const Plan& plan, const Devi
   return static_cast<int>(splits);
 }
 
-// As few as have two CTAs for each SM: CTAs of one head read the same q and dout, and those of several heads differ less
+// As few as fill the device twice: CTAs of one head read the same q and dout, and those of several heads differ less
 // in what an SM finds to do when attention is causal.
 constexpr int choose_heads_at_once(const Plan& plan, const Device& device) {
-  return plan.key_blocks == 0 ? 1 : static_cast<int>(ceil_div(2 * device.num_sms, plan.key_blocks));
+  return plan.key_blocks == 0 ? 1 : static_cast<int>(ceil_div(2 * device.num_sms * ctas_of_sm(plan), plan.key_blocks));
 }
 
 // config: kHeuristic lets the plan choose. A configuration for which dim is 0, or for which shared_bytes is more than

@@ -43,7 +43,8 @@ void check(const Problem& problem, int config, const Device& device) {
   require(plan.splits >= 1 && plan.splits <= kMaxSplits && plan.splits <= group, "splits", problem, plan);
   require(plan.heads_at_once >= 1, "heads at once", problem, plan);
   const std::int64_t ctas = problem.batch * problem.kv_heads * plan.key_blocks;
-  const std::int64_t enough = problem.deterministic && problem.is_causal ? 4 * device.num_sms : device.num_sms;
+  const std::int64_t slots = device.num_sms * ctas_of_sm(plan);
+  const std::int64_t enough = problem.deterministic && problem.is_causal ? 4 * slots : slots;
   require(plan.splits == 1 || ctas < enough, "splits where there are CTAs enough", problem, plan);
 }
 
