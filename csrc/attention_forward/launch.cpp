@@ -16,7 +16,7 @@ Device describe(int device) {
   int major = 0, shared_bytes = 0;
   check_cuda(cudaDeviceGetAttribute(&shared_bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin, device), kOp, "shared memory");
   check_cuda(cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device), kOp, "compute capability");
-  return {count_sms(kOp, device), shared_bytes, major};
+  return {count_sms(kOp, device), shared_bytes, major, major == 9 && has_wgmma(device)};
 }
 
 void check_lse(const Arguments& a) {
@@ -39,7 +39,20 @@ void check_arguments(const Arguments& a) {
   check(a.splits >= 0 && a.splits <= kMaxSplits, kOp, "splits, got ", a.splits, ", expected 0 to ", kMaxSplits);
 }
 
+// Whether places of the tensor share memory.
+bool is_expanded(const TensorArg& tensor) {
+  bool expanded = false;
+  for (int i = 0; i < 3; ++i) expanded |= tensor.sizes[i] > 1 && tensor.strides[i] == 0;
+  return expanded;
+}
+
 void check_plan(const Plan& plan, const Problem& problem, const Device& device) {
+  const Config& config = kConfigs[plan.config];
+  if (config.wgmma) {
+    const char* obstacle = wgmma_obstacle(problem, plan.dim, config, device);
+    check(obstacle == nullptr, kOp, "configuration ", config.name, ", got ", obstacle == nullptr ? "" : obstacle,
+          ", expected arguments that it takes");
+  }
   check(plan.shared_bytes <= device.shared_bytes, kOp, "shared memory of configuration ", kConfigs[plan.config].name,
         ", got ", plan.shared_bytes, " bytes, expected at most ", device.shared_bytes);
   check(problem.batch * problem.heads <= kMaxGridX && plan.row_blocks <= kMaxGridYz, kOp,
@@ -90,7 +103,7 @@ Prepared prepare(const Arguments& a) {
   const Problem problem{full[0], full[1], a.k.sizes[1], full[2], full[3],
                         static_cast<int>(a.q.sizes[3]), static_cast<int>(a.v.sizes[3]), a.is_causal,
                         a.mask != nullptr, a.tile_map != nullptr, a.dropout_p != 0.0, a.softcap != 0.0,
-                        a.sinks != nullptr};
+                        a.sinks != nullptr, is_expanded(a.q) || is_expanded(a.k) || is_expanded(a.v)};
   const Device device = describe(a.q.device);
   const Plan plan = make_plan(problem, static_cast<int>(a.config), static_cast<int>(a.splits), device);
   check_plan(plan, problem, device);
@@ -111,24 +124,36 @@ Prepared prepare(const Arguments& a) {
   params.two_stages = kConfigs[plan.config].stages == 2;
   params.is_causal = a.is_causal;
   params.nan_for_masked_rows = a.nan_for_masked_rows;
-  if (plan.splits > 1) {
+  if (kConfigs[plan.config].wgmma) {
+    prepared.workspace_floats = 1;
+  } else if (plan.splits > 1) {
     prepared.workspace_floats = problem.batch * problem.heads * problem.queries * plan.splits * (problem.dim_v + 2);
   }
   return prepared;
 }
 
-void launch(Prepared prepared, float* workspace, cudaStream_t stream) {
-  if (prepared.empty) return;
+// workspace: as many numbers as were asked for.
+template <DType kDType>
+void launch_as(Prepared prepared, float* workspace, cudaStream_t stream) {
   Params& params = prepared.params;
+  if (kConfigs[prepared.plan.config].wgmma) {
+    launch_wgmma<kDType>(prepared.plan, params, reinterpret_cast<std::uint32_t*>(workspace), prepared.device, stream);
+    return;
+  }
   if (prepared.workspace_floats > 0) {
     const std::int64_t parts = prepared.workspace_floats / (params.dim_v + 2);
     params.part_out = workspace;
     params.part_sums = workspace + parts * params.dim_v;
   }
+  launch_mma<kDType>(prepared.plan, params, prepared.device, stream);
+}
+
+void launch(Prepared prepared, float* workspace, cudaStream_t stream) {
+  if (prepared.empty) return;
   if (prepared.dtype == DType::kBFloat16) {
-    launch_mma<DType::kBFloat16>(prepared.plan, params, prepared.device, stream);
+    launch_as<DType::kBFloat16>(prepared, workspace, stream);
   } else {
-    launch_mma<DType::kFloat16>(prepared.plan, params, prepared.device, stream);
+    launch_as<DType::kFloat16>(prepared, workspace, stream);
   }
 }
 

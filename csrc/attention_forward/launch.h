@@ -35,7 +35,7 @@ struct Prepared {
   DType dtype = DType::kNone;
   int device = 0;
   bool empty = false;                 // nothing to compute
-  std::int64_t workspace_floats = 0;  // for the sums of splits that a second kernel merges
+  std::int64_t workspace_floats = 0;  // for the sums of splits that a second kernel merges, or the counter of tiles
 };
 
 // Checks the arguments and plans. Throws std::runtime_error for what the kernels can't take.
@@ -47,5 +47,12 @@ void launch(Prepared prepared, float* workspace, cudaStream_t stream);
 // One instantiation per dtype of q, k and v, each in a file of its own so that they compile in parallel.
 template <DType kDType>
 void launch_mma(const Plan& plan, const Params& params, int device, cudaStream_t stream);
+
+// The same for the configurations of wgmma. counter: one word, of any value.
+template <DType kDType>
+void launch_wgmma(const Plan& plan, const Params& params, std::uint32_t* counter, int device, cudaStream_t stream);
+
+// Whether this library has code of launch_wgmma that the device runs.
+bool has_wgmma(int device);
 
 }  // namespace infuse::attention_forward

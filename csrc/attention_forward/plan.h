@@ -4,6 +4,7 @@
 #include <cstdint>
 #include <initializer_list>
 
+#include "attention_forward/wgmma_tiles.h"
 #include "infuse/access.h"
 
 namespace infuse::attention_forward {
@@ -13,12 +14,13 @@ constexpr int kMaxSplits = 64;
 constexpr int kMinTilesOfSplit = 4;
 constexpr int kReservedBytes = 1024;  // of shared memory, for each CTA
 
-// wgmma: made for 9.0a alone. warps: of a CTA. stages: tiles of K and V in shared memory; with one, a tile of V is
+// wgmma: made for 9.0a alone; wide: with larger tiles of keys. warps: of a CTA; with wgmma those that multiply. stages: tiles of K and V in shared memory; with one, a tile of V is
 // loaded while that of K is multiplied, and the other way round.
 struct Config {
   const char* name;
   bool wgmma;
   int warps, stages;
+  bool wide = false;
 };
 
 constexpr Config kConfigs[] = {
@@ -27,6 +29,9 @@ constexpr Config kConfigs[] = {
     {"mma_w8_s2", false, 8, 2},  // 2
     {"mma_w8_s1", false, 8, 1},  // 3
     {"mma_w2_s2", false, 2, 2},  // 4: for few rows
+    {"wgmma_w8", true, 8, 2},             // 5
+    {"wgmma_w8_wide", true, 8, 2, true},  // 6: for many keys
+    {"wgmma_w12", true, 12, 2},           // 7: for narrow heads
 };
 constexpr int kNumConfigs = sizeof(kConfigs) / sizeof(kConfigs[0]);
 constexpr int kHeuristic = -1;
@@ -36,12 +41,14 @@ struct Problem {
   int dim, dim_v;
   bool is_causal;
   bool has_mask, has_map, has_dropout, has_softcap, has_sinks;
+  bool has_expanded;  // q, k or v has the stride 0 along a dimension of more than 1
 };
 
 struct Device {
   int num_sms;
   int shared_bytes;  // that a CTA can have
   int major;         // of the compute capability
+  bool has_wgmma;    // and the library has code for it
 };
 
 struct Plan {
@@ -108,11 +115,52 @@ constexpr int choose_splits(const Problem& problem, const Plan& plan, int warps,
   return splits < 1 ? 1 : static_cast<int>(splits);
 }
 
+constexpr int wgmma_keys(int dim, const Config& config) { return wgmma_keys(dim, config.warps, config.wide); }
+
+// Why the wgmma kernel cannot run, or null. The copy engine cannot describe tensors that are expanded or empty.
+constexpr const char* wgmma_obstacle(const Problem& problem, int dim, const Config& config, const Device& device) {
+  if (!device.has_wgmma) return "a device or a library without 9.0a";
+  if (problem.has_dropout) return "dropout";
+  if (problem.has_expanded) return "expanded tensors";
+  if (problem.keys == 0) return "no keys";
+  if (wgmma_keys(dim, config) == 0) return "another head_dim";
+  return nullptr;
+}
+
+// Measured on an H200: wide tiles gain 3% from 8192 keys on and lose 2% below, where more of them lie on the diagonal.
+constexpr int choose_wgmma_of(const Problem& problem, int dim) {
+  const bool is_long = problem.keys >= 8192 && problem.queries >= 8192 && !problem.has_mask;
+  if (dim == 128) return is_long ? 6 : 5;
+  return dim == 64 || (dim == 96 && is_long) ? 7 : 5;
+}
+
+// Configuration of the wgmma kernel, or kHeuristic where the other one is better: few tiles leave SMs idle that splits
+// would keep busy.
+constexpr int choose_wgmma(const Problem& problem, int dim, const Device& device) {
+  const int config = choose_wgmma_of(problem, dim);
+  if (wgmma_obstacle(problem, dim, kConfigs[config], device) != nullptr) return kHeuristic;
+  const std::int64_t tiles = problem.batch * problem.heads * ceil_div(problem.queries, 16 * kConfigs[config].warps);
+  return problem.queries > 64 && 2 * tiles >= device.num_sms ? config : kHeuristic;
+}
+
+constexpr Plan plan_wgmma(const Problem& problem, int dim, int config) {
+  Plan plan{};
+  plan.config = config;
+  plan.dim = dim;
+  plan.rows = 16 * kConfigs[config].warps;
+  plan.row_blocks = static_cast<int>(ceil_div(problem.queries, plan.rows));
+  plan.splits = 1;
+  plan.shared_bytes = wgmma_shared_bytes(dim, plan.rows, wgmma_keys(dim, kConfigs[config]));
+  return plan;
+}
+
 // config, splits: kHeuristic and 0 let the plan choose. A configuration for which shared_bytes is more than the device
-// has cannot run.
+// has cannot run, nor one of wgmma with an obstacle.
 constexpr Plan make_plan(const Problem& problem, int config, int splits, const Device& device) {
   Plan plan{};
   plan.dim = padded_dim(larger(problem.dim, problem.dim_v));
+  if (config == kHeuristic && splits <= 1) config = choose_wgmma(problem, plan.dim, device);
+  if (config != kHeuristic && kConfigs[config].wgmma) return plan_wgmma(problem, plan.dim, config);
   plan.config = config == kHeuristic ? choose_mma(problem, plan.dim, device) : config;
   const Config& chosen = kConfigs[plan.config];
   plan.rows = chosen.warps * warp_rows(plan.dim);

@@ -11,8 +11,10 @@ using namespace infuse::attention_forward;
 
 namespace {
 
-// Streaming multiprocessors, shared memory that a CTA can have, major capability: H200, A100, A10.
-constexpr Device kDevices[] = {{132, 232448, 9}, {108, 166912, 8}, {72, 101376, 8}};
+// Streaming multiprocessors, shared memory that a CTA can have, major capability, code for 9.0a: H200 with and without
+// that, A100, A10.
+constexpr Device kDevices[] = {
+    {132, 232448, 9, true}, {132, 232448, 9, false}, {108, 166912, 8, false}, {72, 101376, 8, false}};
 
 void require(bool holds, const char* what, const Problem& p, const Plan& plan) {
   if (holds) return;
@@ -22,10 +24,27 @@ void require(bool holds, const char* what, const Problem& p, const Plan& plan) {
   std::exit(1);
 }
 
+void check_wgmma(const Problem& problem, int config, const Plan& plan, const Device& device) {
+  const Config& chosen = kConfigs[plan.config];
+  require(config == kHeuristic || plan.config == config, "another configuration", problem, plan);
+  if (wgmma_obstacle(problem, plan.dim, chosen, device) != nullptr) {
+    require(config != kHeuristic, "chosen beside an obstacle", problem, plan);
+    return;
+  }
+  require(device.has_wgmma && problem.keys > 0, "no obstacle", problem, plan);
+  require(plan.shared_bytes <= device.shared_bytes, "too much shared memory", problem, plan);
+  require(plan.dim >= problem.dim && plan.dim >= problem.dim_v && plan.dim <= 256, "head_dim", problem, plan);
+  require(plan.rows % 64 == 0 && std::int64_t{plan.row_blocks} * plan.rows >= problem.queries, "rows", problem, plan);
+  require(plan.splits == 1, "splits", problem, plan);
+}
+
 void check(const Problem& problem, int config, const Device& device) {
   const Plan plan = make_plan(problem, config, 0, device);
   const Config& chosen = kConfigs[plan.config];
-  if (chosen.wgmma) return;
+  if (chosen.wgmma) {
+    check_wgmma(problem, config, plan, device);
+    return;
+  }
   if (config == kHeuristic) {
     require(plan.shared_bytes <= device.shared_bytes, "too much shared memory", problem, plan);
   } else {
