@@ -151,6 +151,12 @@ def competitors(author: Function, on_gpu: bool, *, is_causal: bool = False) -> l
     return [*impls, forward_kernel(is_causal=is_causal)] if on_gpu else impls
 
 
+def full_case(shape: Shape, dtype: torch.dtype, on_gpu: bool) -> Case:
+    impls = competitors(sdpa, on_gpu)
+    impls += [*(with_backend(name, sdpa) for name in BACKENDS), flash_attention_3(is_causal=False)] if on_gpu else []
+    return case("full", shape, dtype, None, impls, pairs=shape.queries * shape.keys)
+
+
 def causal_case(shape: Shape, dtype: torch.dtype, on_gpu: bool) -> Case:
     reference = partial(written_out, is_causal=True)
     impls = competitors(sdpa_causal, on_gpu, is_causal=True)
@@ -191,6 +197,7 @@ def cases(device: Device, quick: bool) -> Iterator[Case]:
     dtype = torch.bfloat16 if on_gpu else torch.float32
     if quick or not on_gpu:
         small = Shape(2, 96, 96, heads=4, kv_heads=2, head_dim=32)
+        yield full_case(small, dtype, on_gpu)
         yield causal_case(small, dtype, on_gpu)
         yield from masked_cases(small, dtype, on_gpu)
         return
