@@ -27,10 +27,8 @@ def _measured(candidates: dict[str, Candidate], args: tuple[Any, ...], layout: A
 
 def _by_heuristic(candidates: dict[str, Candidate], args: tuple[Any, ...]) -> str:
     """The kernel that is taken without a measurement, "" for torch's."""
-    q, k, mask, sinks = args[0], args[1], args[3], args[7]
-    sizes = (inductor.hints(q), inductor.hints(k))
-    site = heuristics.Site(*sizes, mask is not None, args[5], args[6] != 0.0 or sinks is not None)
-    chosen = heuristics.inference(site, library.capability(q.get_device()))
+    site = attention_candidates.describe(args)
+    chosen = heuristics.inference(site, library.capability(args[0].get_device()))
     return chosen if chosen in candidates else ""
 
 

@@ -11,7 +11,9 @@ from torch import Tensor
 from infuse import build
 from infuse.lowering import inductor
 from infuse.lowering.attention_tile_maps import tile_map
+from infuse.lowering.heuristics import attention as heuristics
 from infuse.ops import attention_kernels, library
+from infuse.ops.attention_formulas import only_formula
 
 # What a kernel may be given beside q, k and v, in this order.
 OPTIONAL = ("mask", "tile_map", "sinks")
@@ -72,6 +74,14 @@ def cannot_run(args: tuple[Any, ...], check: Callable[..., str]) -> str:
         examples: list[Any] = [None if node is None else inductor.example(node) for node in (q, k, v, mask, sinks)]
         q, k, v, mask, sinks = examples
         return check(q, k, v, mask, scale, softcap, sinks, masked_rows, dropout_p)
+
+
+def describe(args: tuple[Any, ...]) -> heuristics.Site:
+    """What the heuristics are told of a site. args: those of infuse::attention, IR nodes for tensors."""
+    q, k, _, mask, _, is_causal, softcap, sinks, masked_rows, dropout_p, _ = args
+    dtype = None if mask is None else mask.get_dtype()
+    formula = only_formula(q.get_dtype(), dtype, softcap, sinks is not None, masked_rows)
+    return heuristics.Site(inductor.hints(q), inductor.hints(k), dtype, is_causal, formula, dropout_p != 0.0)
 
 
 def inference(args: tuple[Any, ...]) -> dict[str, Candidate]:

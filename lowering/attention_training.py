@@ -16,7 +16,7 @@ from torch import Tensor
 from infuse import build
 from infuse.lowering import attention_backends as backends
 from infuse.lowering import inductor
-from infuse.lowering.attention_candidates import cannot_run
+from infuse.lowering.attention_candidates import cannot_run, describe
 from infuse.lowering.attention_tile_maps import tile_map
 from infuse.lowering.decisions import Decision, record
 from infuse.lowering.heuristics import attention as heuristics
@@ -59,11 +59,6 @@ class Site:
     def map(self) -> Any:
         """The map of the mask's tiles in the graph, None without a mask."""
         return None if self.mask is None else tile_map(self.mask, self.q.get_size()[2], self.k.get_size()[2])
-
-    def describe(self) -> heuristics.Site:
-        sizes = (inductor.hints(self.q), inductor.hints(self.k))
-        extras = self.softcap != 0.0 or self.sinks is not None
-        return heuristics.Site(*sizes, self.mask is not None, self.is_causal, extras, self.dropout_p != 0.0)
 
 
 def _map_of(mask: Tensor | None, q: Tensor, k: Tensor) -> Tensor | None:
@@ -154,7 +149,9 @@ def _choose(of: Pass, site: Site, tensors: tuple[Any, ...], more: dict[str, Any]
     elif len(labels) + len(formulas) > 1 and inductor.max_autotune():
         timings = _measure(of, site, tensors, labels, formulas, more)
         label, why = min(timings, key=timings.__getitem__, default=FORMULA), f"measured, out of {', '.join(timings)}"
-    elif labels and (not formulas or heuristics.trains(site.describe(), library.capability(site.q.get_device()))):
+    elif labels and (
+        not formulas or heuristics.trains(describe(site.inference_args), library.capability(site.q.get_device()))
+    ):
         label, why = labels[0], "heuristic"
     else:
         label, why = next(iter(formulas), FORMULA), declined or "torch's own operator"

@@ -16,6 +16,7 @@ from infuse.lowering import rotary_policy, trained_norms
 from infuse.lowering.heuristics import attention as attention_heuristics
 from infuse.lowering.heuristics import norm as norm_heuristics
 from infuse.ops import attention_backward_kernels, attention_kernels, library, norm_kernels
+from infuse.ops.attention_formulas import only_formula
 from infuse.report import Placement
 from infuse.settings import Settings
 
@@ -113,13 +114,12 @@ def _drops(args: Sequence[object]) -> bool:
 
 def _describe(args: Sequence[object]) -> attention_heuristics.Site:
     q, k, _, mask, _, is_causal, *rest = args
-    softcap, sinks, _, dropout_p = (*rest, *(0.0, None, "zeros", 0.0)[len(rest) :])[:4]
+    softcap, sinks, masked_rows, dropout_p = (*rest, *(0.0, None, "zeros", 0.0)[len(rest) :])[:4]
     assert isinstance(q, Tensor)
     assert isinstance(k, Tensor)
-    only_formula = sinks is not None or softcap != 0.0
-    return attention_heuristics.Site(
-        q.shape, k.shape, mask is not None, bool(is_causal), only_formula, dropout_p != 0.0
-    )
+    dtype = mask.dtype if isinstance(mask, Tensor) else None
+    formula = only_formula(q.dtype, dtype, softcap, sinks is not None, masked_rows)
+    return attention_heuristics.Site(q.shape, k.shape, dtype, bool(is_causal), formula, dropout_p != 0.0)
 
 
 def _only_formula(args: Sequence[object]) -> str:

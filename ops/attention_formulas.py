@@ -171,6 +171,18 @@ def attention_dsinks(dout: Tensor, out: Tensor, lse: Tensor, sinks: Tensor) -> T
     return -(torch.exp(sinks.to(dtype)[:, None] - lse) * delta).sum((0, 2)).to(sinks.dtype)
 
 
+def only_formula(
+    dtype: torch.dtype, mask_dtype: torch.dtype | None, softcap: object, has_sinks: bool, masked_rows: object
+) -> bool:
+    """Whether torch's SDPA on CUDA does not compute the same. dtype: of q; mask_dtype: None without a mask.
+
+    The fused backwards take the probabilities from the log-sum-exp, which has no room for the sum of a row of numbers
+    like -3e38. CUDA's SDPA would round a mask of more precision to q's dtype, which the formula does not.
+    """
+    is_wide = mask_dtype not in (None, torch.bool) and torch.promote_types(mask_dtype, dtype) != dtype
+    return softcap != 0.0 or has_sinks or masked_rows == "softmax" or is_wide
+
+
 def attention_inline(
     q: Tensor,
     k: Tensor,
@@ -185,13 +197,10 @@ def attention_inline(
     round_scores: bool = False,
 ) -> Tensor:
     """out as the graph computes it where no kernel runs."""
-    # SDPA's fused backwards take the probabilities from the log-sum-exp, which has no room for the sum of a row of
-    # numbers like -3e38.
-    plain = softcap != 0.0 or sinks is not None or masked_rows == "softmax"
     if mask is not None:
         mask = _mask_for_sdpa(mask, q.dtype)
-        # CUDA's SDPA would round the mask to q's dtype, which the formula does not.
-        plain = plain or (q.is_cuda and mask.dtype not in (torch.bool, q.dtype))
+    mask_dtype = mask.dtype if mask is not None and q.is_cuda else None
+    plain = only_formula(q.dtype, mask_dtype, softcap, sinks is not None, masked_rows)
     if not plain and (masked_rows == "zeros" or _is_fused(q, k, v, mask, dropout_p, is_causal)):
         return attention_sdpa(q, k, v, mask, scale, is_causal, masked_rows, dropout_p)
     return _written_out(q, k, v, mask, scale, is_causal, softcap, sinks, masked_rows, dropout_p, round_scores)

@@ -179,3 +179,30 @@ def test_a_row_without_keys_is_nan_where_the_source_says_so(cpu_kernel: list[Any
     with infuse.override(kernels="always"):
         out, _ = compiled_code(lambda q, k, v: OPS.attention(*args(q, k, v, mask, 0.0, None, "softmax")), q, k, v)
     assert out.isnan().all()
+
+
+LONG, HEADS = (1, 32, 4096, 128), (1, 8, 4096, 128)
+
+
+@pytest.mark.parametrize(
+    ("q", "k", "more", "runs", "trains"),
+    [
+        (LONG, HEADS, {}, True, True),
+        (LONG, HEADS, {"mask": torch.bool}, True, True),
+        (LONG, HEADS, {"mask": torch.bfloat16}, False, False),
+        (LONG, HEADS, {"mask": torch.float32, "only_formula": True}, True, True),
+        (LONG, HEADS, {"has_dropout": True}, True, False),
+        (LONG, HEADS, {"has_dropout": True, "only_formula": True}, True, True),
+        ((1, 32, 512, 128), (1, 8, 512, 128), {}, False, False),
+        ((1, 32, 4096, 80), (1, 8, 4096, 80), {}, False, False),
+    ],
+)
+def test_many_rows_run_in_the_kernel_where_it_was_measured(
+    q: tuple[int, ...], k: tuple[int, ...], more: dict[str, Any], runs: bool, trains: bool
+) -> None:
+    given = {"mask": None, "is_causal": False, "only_formula": False, **more}
+    site = heuristics.Site(q, k, **given)
+    assert heuristics.inference(site, (9, 0)) == ("forward_-1" if runs else "")
+    assert heuristics.trains(site, (9, 0)) is trains
+    assert heuristics.inference(site, (8, 0)) == ""
+    assert not heuristics.trains(site, (8, 0))
