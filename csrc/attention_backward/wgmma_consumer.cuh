@@ -1,4 +1,11 @@
 // The warpgroups that multiply: 64 keys of the CTA's 128 each, over all blocks of queries.
+//
+//   S = K Q^T, dP = V dout^T          transposed, so that P, rounded, is an operand A in registers
+//   P = 2^(scale_log2 S - lse_log2)   dV += P dout
+//   dS = P (dP - delta)               dK += dS Q, dQ = dS^T K: dS through shared memory
+//
+// One warpgroup's products run beside the other's exponentials, and its own: S of the next block of queries starts
+// before dQ and dK of this one (Shah et al. 2024, FlashAttention-3).
 #pragma once
 
 #include "attention_backward/dq_tiles.cuh"
@@ -201,7 +208,9 @@ struct Consumer {
     }
   }
 
+  // After the other lanes of the warp have read as well.
   __device__ __forceinline__ void release(SharedAddress barrier) const {
+    __syncwarp();
     if (lane == 0) arrive(barrier);
   }
 
@@ -244,7 +253,8 @@ struct Consumer {
     write_rows(dk, params.scale, shared + Sizes::kK, params.dk, static_cast<int>(params.dim), params.dk_stride);
   }
 
-  // Each step's dQ, dK and the next step's S are multiplied while the exponentials of the next step are computed.
+  // A step begins with its S known and dK of the last step under way. In flight, in order: dK of the last step, dP, dV,
+  // S of the next step, dQ, dK.
   __device__ __forceinline__ void sum_over_queries(float (&dk)[Sizes::kDim / 2], float (&dv)[Sizes::kDim / 2]) const {
     RingPlace<Sizes::kStages> ring, next;
     std::uint32_t turn = 0;
