@@ -4,6 +4,7 @@
 #include "attention/checks.h"
 #include "infuse/check.h"
 #include "infuse/launch.h"
+#include "infuse/tensor_map.h"
 
 namespace infuse::attention_decode {
 namespace {
@@ -17,6 +18,20 @@ Device describe(int device) {
   check_cuda(cudaDeviceGetAttribute(&shared_bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin, device), kOp, "shared memory");
   check_cuda(cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device), kOp, "compute capability");
   return {count_sms(kOp, device), shared_bytes - kStaticSharedBytes, major == 9};
+}
+
+// TMA knows no dimension that is broadcast.
+bool can_be_mapped(const TensorArg& tensor) {
+  for (int i = 0; i < 3; ++i) {
+    if (tensor.sizes[i] == 0 || (tensor.sizes[i] > 1 && tensor.strides[i] <= 0)) return false;
+  }
+  return true;
+}
+
+CUtensorMap map_of(const TensorArg& tensor, int tile) {
+  const MappedTensor mapped{tensor.data,       tensor.dtype,      tensor.sizes[0],   tensor.sizes[1],  tensor.sizes[2],
+                            tensor.sizes[3],   tensor.strides[0], tensor.strides[1], tensor.strides[2]};
+  return make_tensor_map(kOp, mapped, tile, kBlockColumns);
 }
 
 }  // namespace
@@ -48,7 +63,7 @@ Prepared prepare(const Arguments& a) {
   }
   const Problem problem{batch, kv_heads, rows, keys, static_cast<int>(a.q.sizes[3]), static_cast<int>(a.v.sizes[3]),
                         attention::mask_size_bytes(mask.kind),
-                        static_cast<int>(mask.stride.head != 0 ? rows : a.q.sizes[2])};
+                        static_cast<int>(mask.stride.head != 0 ? rows : a.q.sizes[2]), can_be_mapped(a.k) && can_be_mapped(a.v)};
   const Plan plan = make_plan(problem, static_cast<int>(a.config), static_cast<int>(a.splits), describe(a.q.device));
   check(plan.tiles <= kMaxTiles, kOp, "length of k, got ", keys, ", expected at most ",
         kMaxTiles * plan.tile);
@@ -75,10 +90,11 @@ Prepared prepare(const Arguments& a) {
   params.kv_heads = static_cast<std::uint32_t>(kv_heads);
   params.tiles = static_cast<std::uint32_t>(plan.tiles);
   params.stage_bytes = static_cast<std::uint32_t>(
-      plan.cluster_warps > 0 ? cluster_stage_bytes(problem, plan)
-                             : stage_bytes(plan.dim, plan.tile, plan.row_warps, problem.mask_size_bytes));
+      stage_bytes(plan.dim, plan.tile, plan.row_warps, problem.mask_size_bytes));
   params.share = FastDivisor(static_cast<std::uint32_t>(larger(1, plan.share)));
   params.ring_offset = static_cast<std::uint32_t>(plan.ring_offset);
+  params.mask_offset = static_cast<std::uint32_t>(plan.mask_offset);
+  params.mask_bytes = static_cast<std::uint32_t>(plan.mask_bytes);
   params.inbox_offset = static_cast<std::uint32_t>(plan.inbox_offset);
   params.barrier_offset = static_cast<std::uint32_t>(plan.barrier_offset);
   params.bits_offset = static_cast<std::uint32_t>(plan.bits_offset);
@@ -88,8 +104,13 @@ Prepared prepare(const Arguments& a) {
   params.row_blocks = FastDivisor(static_cast<std::uint32_t>(plan.row_blocks));
   params.scale_log2 = static_cast<float>(a.softcap != 0.0 ? a.scale / a.softcap : a.scale * kLog2e);
   params.softcap_log2 = static_cast<float>(a.softcap * kLog2e);
+  params.skips_filled = plan.dealt_warps > 0 && problem.mask_size_bytes > 1;
   params.is_causal = a.is_causal;
   params.nan_for_masked_rows = a.nan_for_masked_rows;
+  if (plan.dealt_warps > 0) {
+    params.k_map = map_of(a.k, plan.tile);
+    params.v_map = map_of(a.v, plan.tile);
+  }
   if (plan.splits > 1 && !plan.cluster) {
     prepared.workspace_floats = batch * kv_heads * rows * plan.splits * (a.v.sizes[3] + 2);
   }

@@ -1,7 +1,7 @@
 // From a plan to its one or two launches. Included by the files that instantiate launch_planned.
 #pragma once
 
-#include "attention_decode/cluster_kernel.cuh"
+#include "attention_decode/dealt_kernel.cuh"
 #include "attention_decode/kernel.cuh"
 #include "attention_decode/launch.h"
 #include "dispatch.h"
@@ -10,28 +10,33 @@
 namespace infuse::attention_decode {
 
 template <typename T>
-void launch_cluster(const Plan& plan, const Params& params, int device, cudaStream_t stream) {
+void launch_merge(const Params& params, int device, cudaStream_t stream) {
+  const std::int64_t rows = static_cast<std::int64_t>(params.batch) * params.kv_heads * params.rows;
+  const dim3 grid(static_cast<unsigned>(rows));
+  launch_kernel(kOp, "merge", merge_kernel<T>, {grid, dim3(kThreads), 0, true}, params, device, stream);
+}
+
+template <typename T>
+void launch_dealt(const Plan& plan, const Params& params, int device, cudaStream_t stream) {
   const auto run = [&](auto kernel) {
-    const int threads = plan.cluster_warps * kWarpSize;
+    const int threads = plan.dealt_warps * kWarpSize, cluster = plan.cluster ? plan.splits : 1;
     resident_ctas(kOp, kernel, threads, plan.shared_bytes, device);  // allows the shared memory
-    if (plan.splits > kPortableCluster) allow_large_clusters(kOp, kernel);
+    if (cluster > kPortableCluster) allow_large_clusters(kOp, kernel);
     const dim3 grid(params.splits, params.kv_heads, params.batch);
-    launch_kernel(kOp, kConfigs[plan.config].name, kernel, {grid, dim3(threads), plan.shared_bytes, true, plan.splits},
+    launch_kernel(kOp, kConfigs[plan.config].name, kernel, {grid, dim3(threads), plan.shared_bytes, true, cluster},
                   params, device, stream);
   };
   dispatch_int<64, 128, 256>(kOp, "head_dim of the kernel", plan.dim, [&](auto dim) {
     constexpr int kDim = decltype(dim)::value;
     if constexpr (kDim <= kMaxWarpgroupDim) {
-      if (plan.is_warpgroup) return run(cluster_kernel<ClusterTraits<T, kDim, 64, 3, 4>>);
+      if (plan.is_warpgroup) return run(dealt_kernel<DealtTraits<T, kDim, kWarpgroupTile, 3, 4>>);
     }
-    run(cluster_kernel<ClusterTraits<T, kDim, 16, 3, 1>>);
+    run(dealt_kernel<DealtTraits<T, kDim, 16, 3, 1>>);
   });
 }
 
-template <DType kDType>
-void launch_planned(const Plan& plan, const Params& params, int device, cudaStream_t stream) {
-  using T = Element<kDType>;
-  if (plan.cluster_warps > 0) return launch_cluster<T>(plan, params, device, stream);
+template <typename T>
+void launch_decode(const Plan& plan, const Params& params, int device, cudaStream_t stream) {
   const Config& config = kConfigs[plan.config];
   const auto run = [&](auto kernel) {
     resident_ctas(kOp, kernel, kThreads, plan.shared_bytes, device);  // allows the shared memory
@@ -48,10 +53,17 @@ void launch_planned(const Plan& plan, const Params& params, int device, cudaStre
     }
     run(decode_kernel<Traits<T, kDim, 16, 3>>);
   });
-  if (params.part_out == nullptr) return;
-  const std::int64_t rows = static_cast<std::int64_t>(params.batch) * params.kv_heads * params.rows;
-  const dim3 grid(static_cast<unsigned>(rows));
-  launch_kernel(kOp, "merge", merge_kernel<T>, {grid, dim3(kThreads), 0, true}, params, device, stream);
+}
+
+template <DType kDType>
+void launch_planned(const Plan& plan, const Params& params, int device, cudaStream_t stream) {
+  using T = Element<kDType>;
+  if (plan.dealt_warps > 0) {
+    launch_dealt<T>(plan, params, device, stream);
+  } else {
+    launch_decode<T>(plan, params, device, stream);
+  }
+  if (params.part_out != nullptr) launch_merge<T>(params, device, stream);
 }
 
 }  // namespace infuse::attention_decode

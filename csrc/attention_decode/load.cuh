@@ -85,17 +85,6 @@ __device__ __forceinline__ void load_tile(const Params& params, const Place& pla
   }
 }
 
-// The same by a single warp.
-template <typename Traits>
-__device__ __forceinline__ void load_by_warp(const Params& params, const Place& place,
-                                             const Source<typename Traits::T>& source, SharedAddress stage,
-                                             std::uint32_t tile) {
-  constexpr std::uint32_t kPieces = Traits::kDim / 8;
-  const std::uint32_t row = place.lane / kPieces, piece = place.lane % kPieces;
-  copy_rows<Traits, kWarpSize>(source, stage + row * Traits::kRowBytes, piece, source.first + tile * source.tile, row,
-                               params.keys - tile * Traits::kTile);
-}
-
 // The mask of this warp's rows and a tile's keys, each different row of the mask once.
 template <typename Traits, typename Element>
 __device__ __forceinline__ void load_mask(const Params& params, const Rows& rows, const Place& place,
@@ -122,6 +111,18 @@ __device__ __forceinline__ void load_mask(const Params& params, const Rows& rows
   }
 }
 
+template <typename Traits>
+__device__ __noinline__ void load_any_mask(const Params& params, Rows rows, Place place, MaskRows mask, SharedAddress to,
+                                           std::uint32_t tile) {
+  if (params.mask_kind == Mask::kBool) {
+    load_mask<Traits, std::uint8_t>(params, rows, place, mask, to, tile);
+  } else if (params.mask_kind == Mask::kTwoBytes) {
+    load_mask<Traits, typename Traits::T>(params, rows, place, mask, to, tile);
+  } else if (params.mask_kind == Mask::kFloat32) {
+    load_mask<Traits, float>(params, rows, place, mask, to, tile);
+  }
+}
+
 template <typename T>
 struct Sources {
   Source<T> k, v;
@@ -135,14 +136,7 @@ __device__ __forceinline__ void fetch(const Params& params, const Rows& rows, co
   constexpr std::uint32_t kTileBytes = Traits::kTile * Traits::kRowBytes;
   load_tile<Traits>(params, place, sources.k, stage, tile);
   load_tile<Traits>(params, place, sources.v, stage + kTileBytes, tile);
-  if (!is_masked) return;
-  if (params.mask_kind == Mask::kBool) {
-    load_mask<Traits, std::uint8_t>(params, rows, place, mask, stage + 2 * kTileBytes, tile);
-  } else if (params.mask_kind == Mask::kTwoBytes) {
-    load_mask<Traits, typename Traits::T>(params, rows, place, mask, stage + 2 * kTileBytes, tile);
-  } else if (params.mask_kind == Mask::kFloat32) {
-    load_mask<Traits, float>(params, rows, place, mask, stage + 2 * kTileBytes, tile);
-  }
+  if (is_masked) [[unlikely]] load_any_mask<Traits>(params, rows, place, mask, stage + 2 * kTileBytes, tile);
 }
 
 }  // namespace infuse::attention_decode

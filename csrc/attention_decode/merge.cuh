@@ -7,6 +7,7 @@
 
 #include <cstdint>
 
+#include "attention_decode/filled_rows.cuh"
 #include "attention_decode/state.cuh"
 #include "infuse/cluster.cuh"
 #include "infuse/overlap.cuh"
@@ -58,13 +59,26 @@ __device__ __forceinline__ Partial merge_parts(std::uint32_t count, Scalars&& sc
   return sum;
 }
 
+// The result of a row that may_be_filled, unless its mask is minus infinity throughout.
+template <typename T, typename Element>
+__device__ __forceinline__ void take_mean(const Params& params, const Rows& rows, std::uint32_t row,
+                                          std::uint32_t column, Partial* sum) {
+  const Element* mask = mask_row<Element>(params, rows, row);
+  const float largest = largest_of_mask(mask, params.keys);
+  if (largest == kMinusInfinity) return;
+  const T* values = static_cast<const T*>(params.v) + rows.batch * params.v_stride.batch +
+                    rows.kv_head * params.v_stride.head + column;
+  const float4 mean = mean_of_filled(mask, params.keys, largest, values, params.v_stride.row);
+  *sum = {{mean.x, mean.y, mean.z, mean.w}, 0.0f, 1.0f};
+}
+
 // Divides, after the head's sink, and writes.
 template <typename T>
 __device__ __forceinline__ void write_result(const Params& params, std::uint32_t batch, std::uint32_t kv_head,
                                              std::uint32_t row, std::uint32_t column, Partial sum) {
   const std::uint32_t query = params.group.divide(row);
   const std::uint32_t head = kv_head * params.group.divisor + row - query * params.group.divisor;
-  if (params.sinks != nullptr) {
+  if (params.sinks != nullptr) [[unlikely]] {
     const float sink = params.sinks_fp32 ? static_cast<const float*>(params.sinks)[head]
                                          : static_cast<float>(static_cast<const T*>(params.sinks)[head]);
     const float base = fmaxf(sum.largest, sink * kLog2e), weight = weight_of(sum.largest, base);
@@ -72,10 +86,19 @@ __device__ __forceinline__ void write_result(const Params& params, std::uint32_t
     for (float& value : sum.out) value *= weight;
     sum.denominator = sum.denominator * weight + weight_of(sink * kLog2e, base);
   }
+  if (may_be_filled(params, sum.largest)) [[unlikely]] {
+    const Rows rows{batch, kv_head, 0, params.rows};
+    if (params.mask_kind == Mask::kFloat32) {
+      take_mean<T, float>(params, rows, row, column, &sum);
+    } else {
+      take_mean<T, T>(params, rows, row, column, &sum);
+    }
+  }
   const float masked = params.nan_for_masked_rows ? __int_as_float(0x7fc00000) : 0.0f;
+  const float factor = __frcp_rn(sum.denominator);
   float values[4];
 #pragma unroll
-  for (int i = 0; i < 4; ++i) values[i] = sum.denominator == 0.0f ? masked : sum.out[i] / sum.denominator;
+  for (int i = 0; i < 4; ++i) values[i] = sum.denominator == 0.0f ? masked : sum.out[i] * factor;
   T* out = static_cast<T*>(params.out) + batch * params.out_stride.batch + head * params.out_stride.head +
            query * params.out_stride.row + column;
   const Vec<T, 4> packed = pack<T>(values);
@@ -202,56 +225,56 @@ __device__ __forceinline__ void merge(const Params& params, const Rows& rows, co
   sync_cluster();  // no CTA ends while another reads from it
 }
 
-// The second kernel: a CTA a row, whose warps take turns with the splits.
+// Both parts' sum.
+__device__ __forceinline__ Partial joined(const Partial& a, const Partial& b) {
+  Partial sum{{0.0f, 0.0f, 0.0f, 0.0f}, fmaxf(a.largest, b.largest), 0.0f};
+  const float weight_a = weight_of(a.largest, sum.largest), weight_b = weight_of(b.largest, sum.largest);
+#pragma unroll
+  for (int i = 0; i < 4; ++i) sum.out[i] = weight_a * a.out[i] + weight_b * b.out[i];
+  sum.denominator = weight_a * a.denominator + weight_b * b.denominator;
+  return sum;
+}
+
+// Four columns of a row over the splits `warp`, `warp` + kWarps and so on.
+__device__ __forceinline__ Partial merge_splits(const Params& params, std::uint64_t of_all, std::uint32_t warp,
+                                                std::uint32_t column) {
+  constexpr int kBatch = 8;  // parts that are read together
+  const float2* scalars = reinterpret_cast<const float2*>(params.part_sums) + of_all * params.splits;
+  const float* outs = params.part_out + of_all * params.splits * params.dim_v;
+  Partial sum{{0.0f, 0.0f, 0.0f, 0.0f}, kMinusInfinity, 0.0f};
+#pragma unroll 1
+  for (std::uint32_t first = warp; first < params.splits; first += kBatch * kWarps) {
+    const Partial part = merge_parts<kBatch>(
+        (params.splits - first + kWarps - 1) / kWarps, [&](std::uint32_t i) { return __ldg(scalars + first + i * kWarps); },
+        [&](std::uint32_t i) {
+          if (column >= params.dim_v) return make_float4(0.0f, 0.0f, 0.0f, 0.0f);
+          return __ldg(reinterpret_cast<const float4*>(outs + (first + i * kWarps) * params.dim_v + column));
+        });
+    sum = joined(sum, part);
+  }
+  return sum;
+}
+
+// The second kernel: a CTA a row, whose warps take turns with the splits. The kernel behind it may start at once: it
+// waits for the end of this one, which waits for that of the first.
 template <typename T>
 __global__ void __launch_bounds__(kThreads) merge_kernel(const __grid_constant__ Params params) {
-  __shared__ float4 found[kWarps][kWarpSize];
-  wait_for_previous_kernel();
+  __shared__ float4 values[kWarps][kWarpSize];
+  __shared__ float2 scalars[kWarps];
   let_next_kernel_start();
+  wait_for_previous_kernel();
   const std::uint32_t lane = threadIdx.x % kWarpSize, warp = threadIdx.x / kWarpSize;
-  const std::uint64_t of_all = blockIdx.x;
-  const float2* scalars = reinterpret_cast<const float2*>(params.part_sums) + of_all * params.splits;
-  Partial sum{{0.0f, 0.0f, 0.0f, 0.0f}, kMinusInfinity, 0.0f};
-  for (std::uint32_t split = lane; split < params.splits; split += kWarpSize) {
-    sum.largest = fmaxf(sum.largest, __ldg(scalars + split).x);
-  }
-#pragma unroll
-  for (int offset = kWarpSize / 2; offset > 0; offset /= 2) {
-    sum.largest = fmaxf(sum.largest, __shfl_xor_sync(kFullMask, sum.largest, offset));
-  }
-  for (std::uint32_t split = lane; split < params.splits; split += kWarpSize) {
-    const float2 pair = __ldg(scalars + split);
-    sum.denominator += weight_of(pair.x, sum.largest) * pair.y;
-  }
-  sum.denominator = group_sum(sum.denominator, kWarpSize);
-  const float* outs = params.part_out + of_all * params.splits * params.dim_v;
+  const auto head_row = static_cast<std::uint32_t>(blockIdx.x / params.rows), batch = head_row / params.kv_heads;
   for (std::uint32_t first = 0; first < params.dim_v; first += 4 * kWarpSize) {
     const std::uint32_t column = first + 4 * lane;
-    float4 columns = make_float4(0.0f, 0.0f, 0.0f, 0.0f);
-#pragma unroll 8
-    for (std::uint32_t split = warp; split < params.splits; split += kWarps) {
-      const float weight = weight_of(__ldg(scalars + split).x, sum.largest);
-      const float4 part = column < params.dim_v
-                              ? __ldg(reinterpret_cast<const float4*>(outs + split * params.dim_v + column))
-                              : make_float4(0.0f, 0.0f, 0.0f, 0.0f);
-      columns.x += weight * part.x;
-      columns.y += weight * part.y;
-      columns.z += weight * part.z;
-      columns.w += weight * part.w;
-    }
-    found[warp][lane] = columns;
+    const Partial part = merge_splits(params, blockIdx.x, warp, column);
+    values[warp][lane] = make_float4(part.out[0], part.out[1], part.out[2], part.out[3]);
+    if (lane == 0) scalars[warp] = make_float2(part.largest, part.denominator);
     __syncthreads();
     if (warp == 0 && column < params.dim_v) {
-      const float4 a = found[0][lane], b = found[1][lane], c = found[2][lane], d = found[3][lane];
-      sum.out[0] = (a.x + b.x) + (c.x + d.x);
-      sum.out[1] = (a.y + b.y) + (c.y + d.y);
-      sum.out[2] = (a.z + b.z) + (c.z + d.z);
-      sum.out[3] = (a.w + b.w) + (c.w + d.w);
-      const std::uint32_t head_row = static_cast<std::uint32_t>(of_all / params.rows);
-      const std::uint32_t batch = head_row / params.kv_heads;
-      write_result<T>(params, batch, head_row - batch * params.kv_heads,
-                      static_cast<std::uint32_t>(of_all - static_cast<std::uint64_t>(head_row) * params.rows), column,
-                      sum);
+      const Partial sum = merge_parts<kWarps>(
+          kWarps, [&](std::uint32_t i) { return scalars[i]; }, [&](std::uint32_t i) { return values[i][lane]; });
+      write_result<T>(params, batch, head_row - batch * params.kv_heads, blockIdx.x - head_row * params.rows, column, sum);
     }
     __syncthreads();
   }

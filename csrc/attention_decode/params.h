@@ -1,6 +1,8 @@
 // What the kernels of attention with few query rows are given.
 #pragma once
 
+#include <cuda.h>
+
 #include <cstdint>
 
 #include "attention/mask.h"
@@ -13,6 +15,7 @@ using attention::Mask;
 using attention::Strides;
 
 struct Params {
+  CUtensorMap k_map, v_map;  // of dealt_kernel, in boxes of 64 columns of a tile
   const void* q;  // [batch, heads, queries, dim]
   const void* k;  // [batch, kv_heads, keys, dim]
   const void* v;  // [batch, kv_heads, keys, dim_v]
@@ -33,14 +36,16 @@ struct Params {
   std::uint32_t stage_bytes;
   std::uint32_t bits_offset;  // of a bit for each tile, in shared memory
   FastDivisor group, row_blocks;
-  // Of cluster_kernel: pieces of four columns of the result that a CTA merges, and places in shared memory.
+  // Of dealt_kernel: pieces of four columns of the result that a CTA merges, and places in shared memory.
   FastDivisor share;
-  std::uint32_t ring_offset, inbox_offset, barrier_offset;
+  std::uint32_t ring_offset, mask_offset, inbox_offset, barrier_offset;
+  std::uint32_t mask_bytes;  // of a tile
   float scale_log2;        // scale * log2(e); with a softcap, scale / softcap
   float softcap_log2;      // softcap * log2(e), 0 without
   Mask mask_kind;
   bool sinks_fp32;
   bool mask_is_aligned;    // its rows can be read 16 bytes at a time
+  bool skips_filled;       // additive masks' tiles of nothing but what they are filled with are not read
   bool is_causal;          // query i reads keys 0 .. i
   bool nan_for_masked_rows;
 };

@@ -12,33 +12,41 @@ constexpr int kWarps = 4, kThreads = 32 * kWarps;  // of a CTA
 constexpr std::int64_t kMaxTiles = 1 << 16;   // two bits each in shared memory
 constexpr int kPortableCluster = 8;  // CTAs that every device with clusters takes
 constexpr int kMaxCluster = 16;
-constexpr int kMaxClusterWarps = 8;  // of a CTA of cluster_kernel
-constexpr int kInboxBarrierBytes = 16;
-constexpr int kSharedAlignment = 1024;  // of cluster_kernel: after which the layout of a warpgroup's tiles repeats
+constexpr int kMaxDealtWarps = 8;  // of a CTA of dealt_kernel
+constexpr int kBarrierBytes = 8;
+constexpr int kBlockColumns = 64;  // of a box that TMA copies
+constexpr int kSharedAlignment = 1024;  // of dealt_kernel: after which the layout of a warpgroup's tiles repeats
 constexpr int kMaxTilesOfClusterWarp = 2;
 constexpr int kMaxSplits = 1024;
 constexpr int kReservedBytes = 1024;  // of shared memory, for each CTA
 
-// tile: keys; stages: tiles that a group of warps has under way or in use. cluster_warps: of a CTA of cluster_kernel, 0
-// for decode_kernel.
+// tile: keys; stages: tiles that a group of warps has under way or in use. dealt_warps: of a CTA of dealt_kernel, 0 for
+// decode_kernel. cluster: the splits of dealt_kernel are a cluster, which merges them; else a second kernel does.
 struct Config {
   const char* name;
-  int tile, stages, cluster_warps;
+  int tile, stages, dealt_warps;
+  bool cluster;
 };
 
 constexpr Config kConfigs[] = {
-    {"tile16_s3", 16, 3, 0},   // 0
-    {"tile32_s4", 32, 4, 0},   // 1: for many rows, whose warps share a ring
-    {"tile16_s2", 16, 2, 0},   // 2: for devices with less shared memory
-    {"cluster_w4", 16, 3, 4},  // 3: these where cluster_kernel can run, else as if none were asked for
-    {"cluster_w8", 16, 3, 8},  // 4
-    {"warpgroup", 64, 3, 4},   // 5
+    {"tile16_s3", 16, 3, 0, false},  // 0
+    {"tile32_s4", 32, 4, 0, false},  // 1: for many rows, whose warps share a ring
+    {"tile16_s2", 16, 2, 0, false},  // 2: for devices with less shared memory
+    // These where dealt_kernel can run, else as if none were asked for.
+    {"warp4_cluster", 16, 3, 4, true},        // 3
+    {"warp8_cluster", 16, 3, 8, true},        // 4
+    {"warp4_split", 16, 3, 4, false},         // 5
+    {"warp8_split", 16, 3, 8, false},         // 6
+    {"warpgroup_cluster", 64, 3, 4, true},    // 7
+    {"warpgroups_cluster", 64, 3, 8, true},   // 8
+    {"warpgroup_split", 64, 3, 4, false},     // 9
+    {"warpgroups_split", 64, 3, 8, false},    // 10
 };
 constexpr int kNumConfigs = sizeof(kConfigs) / sizeof(kConfigs[0]);
 constexpr int kHeuristic = -1;
-constexpr int kClusterConfig = 3;
-constexpr int kWarpgroupConfig = 5;
-constexpr int kWarpgroupRows = 64;
+constexpr int kWarp4Cluster = 3, kWarp8Cluster = 4, kWarp4Split = 5, kWarp8Split = 6;
+constexpr int kWarpgroupsCluster = 8, kWarpgroupsSplit = 10;
+constexpr int kWarpgroupRows = 64, kWarpgroupTile = 64;
 constexpr int kMaxWarpgroupDim = 128;
 
 struct Problem {
@@ -47,6 +55,7 @@ struct Problem {
   int dim, dim_v;
   int mask_size_bytes;  // of an element, 0 without a mask
   int mask_rows;        // different ones of a K/V head
+  bool has_maps;        // for TMA, of K and V
 };
 
 struct Device {
@@ -65,11 +74,12 @@ struct Plan {
   bool cluster;  // the splits are one cluster
   int shared_bytes, bits_offset;
   std::int64_t tiles;
-  // Of cluster_kernel, whose splits are one cluster: warps of a CTA (0: not this kernel), pieces of four columns that a
+  // Of dealt_kernel, whose splits are one cluster: warps of a CTA (0: not this kernel), pieces of four columns that a
   // CTA merges, and places in shared memory.
-  int cluster_warps, share;
+  int dealt_warps, share;
   bool is_warpgroup;
-  int ring_offset, inbox_offset, barrier_offset;
+  int ring_offset, mask_offset, inbox_offset, barrier_offset;
+  int mask_bytes;  // of a tile
 };
 
 constexpr int padded_dim(int dim) { return dim <= 64 ? 64 : dim <= 128 ? 128 : 256; }
@@ -92,9 +102,9 @@ constexpr int bits_offset(int dim, const Config& config, int tile, int row_warps
   return ring_offset(dim, row_warps) + larger(ring, sums);
 }
 
-constexpr bool has_cluster_kernel(const Problem& problem, int dim, int config, const Device& device) {
-  if (!device.has_clusters || problem.mask_size_bytes > 1) return false;
-  if (config == kWarpgroupConfig) return problem.rows <= kWarpgroupRows && dim <= kMaxWarpgroupDim;
+constexpr bool has_dealt_kernel(const Problem& problem, int dim, int config, const Device& device) {
+  if (!device.has_clusters || !problem.has_maps) return false;
+  if (kConfigs[config].tile == kWarpgroupTile) return problem.rows <= kWarpgroupRows && dim <= kMaxWarpgroupDim;
   return problem.rows <= kWarpRows;
 }
 
@@ -103,55 +113,66 @@ constexpr int ctas_of_sm(const Plan& plan, const Device& device) {
   return 2 * (plan.shared_bytes + kReservedBytes) <= device.shared_bytes + kReservedBytes ? 2 : 1;
 }
 
-constexpr int cluster_stage_bytes(const Problem& problem, const Plan& plan) {
-  const int mask_rows = plan.is_warpgroup ? kWarpgroupRows : problem.mask_rows;
-  return plan.tile * (2 * row_bytes(plan.dim) + mask_rows * problem.mask_size_bytes);
-}
-
-// Queries, unless a warpgroup has them in registers from the start; the rings of the groups of warps, which later have
-// the groups' sums; a barrier. What the CTAs of the cluster send lies where the queries were that are in registers now,
-// or behind those that are not, or behind a warpgroup's sums.
-constexpr void place_cluster(const Problem& problem, Plan* plan) {
-  const int rows = plan->is_warpgroup ? kWarpgroupRows : kWarpRows, groups = plan->cluster_warps * kWarpRows / rows;
+// Queries, unless a warpgroup has them in registers from the start, and what the CTAs of the cluster send; the rings of
+// the groups of warps, which later have the groups' sums and, of warpgroups, what the cluster sends; masks; barriers.
+constexpr void place_dealt(const Problem& problem, Plan* plan) {
+  const int rows = plan->is_warpgroup ? kWarpgroupRows : kWarpRows, groups = plan->dealt_warps * kWarpRows / rows;
   const int queries = plan->is_warpgroup ? 0 : rows * row_bytes(plan->dim), sums = groups * rows * (plan->dim + 4) * 4;
-  plan->share = static_cast<int>(ceil_div(problem.rows * (problem.dim_v / 4), plan->splits));
-  const int inbox = plan->splits * plan->share * 24;
-  plan->inbox_offset = plan->is_warpgroup ? sums : plan->dim <= kMaxWarpgroupDim ? 0 : queries;
-  plan->ring_offset = plan->is_warpgroup ? 0 : larger(queries, plan->inbox_offset + inbox);
-  plan->ring_offset = static_cast<int>(ceil_div(plan->ring_offset, 128)) * 128;
-  const int rings = groups * kConfigs[plan->config].stages * cluster_stage_bytes(problem, *plan);
-  plan->barrier_offset = plan->ring_offset + larger(rings, plan->is_warpgroup ? sums + inbox : sums);
-  plan->shared_bytes = plan->barrier_offset + kInboxBarrierBytes + kSharedAlignment;
+  plan->share = static_cast<int>(ceil_div(problem.rows, plan->splits));
+  const int inbox = kConfigs[plan->config].cluster ? plan->splits * plan->share * (problem.dim_v * 4 + 8) : 0;
+  plan->inbox_offset = plan->is_warpgroup ? sums : queries;
+  plan->ring_offset = plan->is_warpgroup ? 0 : queries + inbox;
+  plan->ring_offset = static_cast<int>(ceil_div(plan->ring_offset, kSharedAlignment)) * kSharedAlignment;
+  const int stages = groups * kConfigs[plan->config].stages;
+  const int rings = stages * plan->tile * 2 * row_bytes(plan->dim);
+  plan->mask_offset = plan->ring_offset + larger(rings, plan->is_warpgroup ? sums + inbox : sums);
+  plan->mask_bytes = plan->tile * problem.mask_size_bytes * (plan->is_warpgroup ? kWarpgroupRows : problem.mask_rows);
+  plan->barrier_offset = plan->mask_offset + stages * plan->mask_bytes;
+  plan->shared_bytes = plan->barrier_offset + (1 + stages) * kBarrierBytes + kSharedAlignment;
 }
 
-// A single head has all SMs; else enough CTAs that those that end late do not matter, each with some work to do.
-constexpr int choose_cluster(const Problem& problem, const Plan& plan, const Device& device) {
-  constexpr int kWaves = 4, kFewestTilesOfWarp = 4;
-  const std::int64_t heads = problem.batch * problem.kv_heads;
-  const int groups = plan.is_warpgroup ? 1 : plan.cluster_warps;
-  const std::int64_t most = larger(1, static_cast<int>(ceil_div(plan.tiles, groups)));
-  if (heads * kMaxCluster <= device.num_sms) return static_cast<int>(most < kMaxCluster ? most : kMaxCluster);
-  const std::int64_t wanted = kWaves * device.num_sms * ctas_of_sm(plan, device);
-  int splits = 1;
-  while (2 * splits <= kPortableCluster && heads * splits < wanted && most >= 2 * splits * kFewestTilesOfWarp) splits *= 2;
-  return splits;
+// CTAs of a K/V head when every SM has one. Those of fewer than 7 in 8 SMs are twice as many instead, two an SM.
+constexpr int splits_that_fill(const Problem& problem, const Device& device) {
+  const std::int64_t heads = problem.batch * problem.kv_heads, splits = device.num_sms / heads;
+  if (splits <= 1) return heads * 8 < std::int64_t{device.num_sms} * 7 ? 2 : 1;
+  return static_cast<int>(splits);
 }
 
-constexpr Plan plan_cluster(const Problem& problem, Plan plan, int splits, const Device& device) {
-  plan.cluster_warps = kConfigs[plan.config].cluster_warps;
-  plan.is_warpgroup = plan.config == kWarpgroupConfig;
+// Measured on an H200 with 32 and 8 heads of 128: clusters where each has a part of the device to itself and little to
+// do, or where two CTAs do; eight warps where there is one CTA an SM, unless most of the cache may be empty.
+constexpr int choose_dealt_config(const Problem& problem, const Device& device) {
+  constexpr std::int64_t kClusterKeys = 2048, kManyKeys = 8192;
+  const bool alone = problem.batch * problem.kv_heads * kPortableCluster * 2 <= device.num_sms;
+  const bool cluster =
+      splits_that_fill(problem, device) <= 2 || (alone && problem.keys <= kClusterKeys);
+  if (problem.rows > kWarpRows) return cluster ? kWarpgroupsCluster : kWarpgroupsSplit;
+  if (cluster) return splits_that_fill(problem, device) <= 2 ? kWarp4Cluster : kWarp8Cluster;
+  return problem.keys <= kManyKeys ? kWarp8Split : kWarp4Split;
+}
+
+// As many as fill the device, while each group of warps has a tile.
+constexpr int choose_dealt_splits(const Problem& problem, const Plan& plan, const Device& device) {
+  const int groups = plan.is_warpgroup ? plan.dealt_warps / kWarps : plan.dealt_warps;
+  const int most = larger(1, static_cast<int>(ceil_div(plan.tiles, groups)));
+  const int limit = kConfigs[plan.config].cluster ? kPortableCluster : kMaxSplits;
+  return smaller(smaller(splits_that_fill(problem, device), most), limit);
+}
+
+constexpr Plan plan_dealt(const Problem& problem, Plan plan, int splits, const Device& device) {
+  plan.dealt_warps = kConfigs[plan.config].dealt_warps;
+  plan.is_warpgroup = kConfigs[plan.config].tile == kWarpgroupTile;
   plan.tile = kConfigs[plan.config].tile;
   plan.tiles = ceil_div(problem.keys, plan.tile);
   plan.row_blocks = 1;
-  plan.splits = splits > 0 ? smaller(splits, kMaxCluster) : 1;
-  place_cluster(problem, &plan);
-  while (!plan.is_warpgroup && plan.cluster_warps > 1 && plan.shared_bytes > device.shared_bytes) {
-    plan.cluster_warps /= 2;
-    place_cluster(problem, &plan);
+  plan.splits = splits <= 0 ? 1 : kConfigs[plan.config].cluster ? smaller(splits, kMaxCluster) : splits;
+  place_dealt(problem, &plan);
+  while (plan.dealt_warps > (plan.is_warpgroup ? kWarps : 1) && plan.shared_bytes > device.shared_bytes) {
+    plan.dealt_warps /= 2;
+    place_dealt(problem, &plan);
   }
-  if (splits <= 0) plan.splits = choose_cluster(problem, plan, device);
-  place_cluster(problem, &plan);
-  plan.cluster = plan.splits > 1;
+  if (splits <= 0) plan.splits = choose_dealt_splits(problem, plan, device);
+  place_dealt(problem, &plan);
+  plan.cluster = kConfigs[plan.config].cluster && plan.splits > 1;
   return plan;
 }
 
@@ -179,9 +200,9 @@ constexpr Plan make_plan(const Problem& problem, int config, int splits, const D
   plan.dim = padded_dim(larger(problem.dim, problem.dim_v));
   plan.row_warps = problem.rows <= kWarpRows ? 1 : problem.rows <= 2 * kWarpRows ? 2 : 4;
   plan.config = config;
-  if (config == kHeuristic) plan.config = problem.rows <= kWarpRows ? kClusterConfig : kWarpgroupConfig;
-  if (kConfigs[plan.config].cluster_warps > 0) {
-    if (has_cluster_kernel(problem, plan.dim, plan.config, device)) return plan_cluster(problem, plan, splits, device);
+  if (config == kHeuristic) plan.config = choose_dealt_config(problem, device);
+  if (kConfigs[plan.config].dealt_warps > 0) {
+    if (has_dealt_kernel(problem, plan.dim, plan.config, device)) return plan_dealt(problem, plan, splits, device);
     plan.config = choose_config(device, plan.row_warps);
   }
   const Config& chosen = kConfigs[plan.config];

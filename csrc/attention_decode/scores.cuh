@@ -22,7 +22,6 @@ __device__ __forceinline__ void multiply_keys(const Place& place, SharedAddress 
                                               const std::uint32_t (&queries)[Traits::kKeepsQueries ? Traits::kSteps : 1][4],
                                               float (&scores)[Traits::kTile / 8][4]) {
   const std::uint32_t matrix = place.lane / 8, row = place.lane % 8;
-  const SharedAddress own = stage + (matrix / 2 * 8 + row) * Traits::kRowBytes;
 #pragma unroll
   for (int n = 0; n < Traits::kTile / 8; ++n) {
 #pragma unroll
@@ -39,7 +38,7 @@ __device__ __forceinline__ void multiply_keys(const Place& place, SharedAddress 
 #pragma unroll
     for (int n = 0; n < Traits::kTile / 16; ++n) {
       std::uint32_t keys[4];
-      load_matrices(keys, swizzled(own, row, 2 * step + (matrix & 1)) + n * 16 * Traits::kRowBytes);
+      load_matrices(keys, tile_piece<Traits>(stage, n * 16 + matrix / 2 * 8 + row, 2 * step + (matrix & 1)));
       mma_16x8x16<typename Traits::T>(scores[2 * n], q, keys[0], keys[1]);
       mma_16x8x16<typename Traits::T>(scores[2 * n + 1], q, keys[2], keys[3]);
     }
@@ -87,6 +86,11 @@ __device__ __forceinline__ void add_mask(const Place& place, SharedAddress mask,
   }
 }
 
+// Within a few units of the last place of 1, which is what counts for scores; tanhf is four times as long.
+__device__ __forceinline__ float hyperbolic_tangent(float x) {
+  return 1.0f - __fdividef(2.0f, power_of_two(x * (2.0f * kLog2e)) + 1.0f);
+}
+
 // From products to scores in powers of two: scale, cap, mask, and nothing beyond the last key.
 template <typename Traits>
 __device__ __forceinline__ void finish_scores(const Params& params, const Rows& rows, const Place& place,
@@ -97,14 +101,14 @@ __device__ __forceinline__ void finish_scores(const Params& params, const Rows& 
 #pragma unroll
     for (int e = 0; e < 4; ++e) scores[n][e] *= params.scale_log2;
   }
-  if (params.softcap_log2 != 0.0f) {
+  if (params.softcap_log2 != 0.0f) [[unlikely]] {
 #pragma unroll
     for (int n = 0; n < Traits::kTile / 8; ++n) {
 #pragma unroll
-      for (int e = 0; e < 4; ++e) scores[n][e] = params.softcap_log2 * tanhf(scores[n][e]);
+      for (int e = 0; e < 4; ++e) scores[n][e] = params.softcap_log2 * hyperbolic_tangent(scores[n][e]);
     }
   }
-  if (!is_masked) {
+  if (!is_masked) [[likely]] {
     // Nothing to add.
   } else if (params.mask_kind == Mask::kBool) {
     add_mask<Traits, std::uint8_t>(place, mask, slots, scores);
@@ -175,7 +179,6 @@ __device__ __forceinline__ void multiply_values(const Place& place, SharedAddres
                                                 Sums<Traits::kDim>& sums) {
   using T = typename Traits::T;
   const std::uint32_t matrix = place.lane / 8, row = place.lane % 8;
-  const SharedAddress own = stage + ((matrix & 1) * 8 + row) * Traits::kRowBytes;
 #pragma unroll
   for (int step = 0; step < Traits::kTile / 16; ++step) {
     const float(&first)[4] = scores[2 * step];
@@ -185,7 +188,7 @@ __device__ __forceinline__ void multiply_values(const Place& place, SharedAddres
 #pragma unroll
     for (int n = 0; n < Traits::kDim / 16; ++n) {
       std::uint32_t values[4];
-      load_matrices_transposed(values, swizzled(own, row, 2 * n + matrix / 2) + step * 16 * Traits::kRowBytes);
+      load_matrices_transposed(values, tile_piece<Traits>(stage, step * 16 + (matrix & 1) * 8 + row, 2 * n + matrix / 2));
       mma_16x8x16<T>(sums.out[2 * n], p, values[0], values[1]);
       mma_16x8x16<T>(sums.out[2 * n + 1], p, values[2], values[3]);
     }

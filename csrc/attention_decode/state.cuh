@@ -11,7 +11,7 @@
 
 namespace infuse::attention_decode {
 
-template <typename T_, int kDim_, int kTile_, int kStages_>
+template <typename T_, int kDim_, int kTile_, int kStages_, bool kInBlocks_ = false>
 struct Traits {
   using T = T_;
   static constexpr int kDim = kDim_;  // head_dim of q, k and v is at most this
@@ -20,6 +20,8 @@ struct Traits {
   static constexpr int kRowBytes = row_bytes(kDim);
   static constexpr int kSteps = kDim / 16;
   static constexpr bool kKeepsQueries = kDim <= 128;  // in registers
+  // Tiles of K and V lie in blocks of 64 columns, as TMA brings them, instead of row by row.
+  static constexpr bool kInBlocks = kInBlocks_;
 };
 
 constexpr float kLog2e = 1.4426950408889634f;
@@ -29,6 +31,18 @@ constexpr float kMinusInfinity = -__builtin_huge_valf();
 // eight rows' pieces at one place lie in different banks.
 __device__ __forceinline__ SharedAddress swizzled(SharedAddress row_start, std::uint32_t row, std::uint32_t piece) {
   return row_start + ((piece ^ (row & 7)) * 16);
+}
+
+constexpr std::uint32_t kBlockRowBytes = 128;
+
+// Piece `piece` of row `row` of a tile of K or V.
+template <typename Traits>
+__device__ __forceinline__ SharedAddress tile_piece(SharedAddress tile, std::uint32_t row, std::uint32_t piece) {
+  if constexpr (Traits::kInBlocks) {
+    return swizzled(tile + piece / 8 * Traits::kTile * kBlockRowBytes + row * kBlockRowBytes, row, piece % 8);
+  } else {
+    return swizzled(tile + row * Traits::kRowBytes, row, piece);
+  }
 }
 
 // 2^x to within two units in the last place; 0 for minus infinity.

@@ -4,7 +4,8 @@
 
 #include <cstdint>
 
-#include "attention_decode/load.cuh"
+#include "attention_decode/state.cuh"
+#include "infuse/vec.cuh"
 #include "infuse/wgmma.cuh"
 
 namespace infuse::attention_decode {
@@ -26,25 +27,6 @@ __device__ __forceinline__ void read_queries(const Params& params, const Rows& r
       const bool valid = row < rows.count && column < params.dim;
       queries[piece / 2][piece % 2 * 2 + half] = valid ? __ldg(reinterpret_cast<const std::uint32_t*>(source + column)) : 0;
     }
-  }
-}
-
-// One tile of K or V by all threads of the CTA; of rows beyond the last key and columns beyond the head, zeros.
-template <typename Traits>
-__device__ __forceinline__ void load_blocks(const Params& params, const Place& place,
-                                            const Source<typename Traits::T>& source, SharedAddress to,
-                                            std::uint32_t tile) {
-  constexpr std::uint32_t kPieces = Traits::kDim / 8, kRowsAStep = Traits::kThreads / kPieces;
-  static_assert(kRowsAStep % 8 == 0, "a thread's pieces lie at the same place of their rows");
-  const std::uint32_t row = place.thread / kPieces, piece = place.thread % kPieces;
-  const SharedAddress own =
-      swizzled(to + piece / 8 * Traits::kTile * kSwizzledRowBytes + row * kSwizzledRowBytes, row, piece % 8);
-  const auto* from = source.first + tile * source.tile;
-  const std::uint32_t rows_left = params.keys - tile * Traits::kTile;
-#pragma unroll
-  for (std::uint32_t i = 0; i < Traits::kTile / kRowsAStep; ++i, from += source.step) {
-    const bool valid = source.valid && row + i * kRowsAStep < rows_left;
-    copy_async_or_zeros(own + i * kRowsAStep * kSwizzledRowBytes, valid ? from : source.first, valid);
   }
 }
 

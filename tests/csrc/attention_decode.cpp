@@ -30,15 +30,15 @@ void check(const Problem& problem, int config, const Device& device) {
     require(plan.shared_bytes <= device.shared_bytes, "too much shared memory", problem, plan);
   }
   require(plan.dim >= problem.dim && plan.dim >= problem.dim_v, "head_dim", problem, plan);
-  require(plan.cluster_warps > 0 || plan.row_blocks * plan.row_warps * kWarpRows >= problem.rows, "rows", problem, plan);
+  require(plan.dealt_warps > 0 || plan.row_blocks * plan.row_warps * kWarpRows >= problem.rows, "rows", problem, plan);
   require(plan.tiles * plan.tile >= problem.keys && plan.tiles <= kMaxTiles, "tiles", problem, plan);
   require(plan.splits >= 1 && plan.splits <= kMaxSplits, "splits", problem, plan);
   require(plan.splits == 1 || plan.splits <= plan.tiles, "splits without a tile", problem, plan);
-  const int largest = plan.cluster_warps > 0 ? kMaxCluster : kPortableCluster;
+  const int largest = plan.dealt_warps > 0 ? kMaxCluster : kPortableCluster;
   require(!plan.cluster || (device.has_clusters && plan.splits <= largest), "cluster", problem, plan);
-  if (plan.cluster_warps > 0) {
+  if (plan.dealt_warps > 0) {
     require(plan.shared_bytes <= device.shared_bytes, "too much shared memory", problem, plan);
-    require(plan.splits * plan.share * 4 >= problem.rows * problem.dim_v, "share", problem, plan);
+    require(plan.splits * plan.share >= problem.rows, "share", problem, plan);
     require(plan.row_blocks == 1 && problem.rows <= kWarpgroupRows, "rows of a cluster", problem, plan);
     return;
   }
@@ -56,7 +56,7 @@ int main() {
           for (const std::int64_t batch : {1, 16, 3000}) {
             for (const int mask : {0, 1, 2, 4}) {
               for (int config = kHeuristic; config < kNumConfigs; ++config) {
-                check({batch, 8, rows, keys, dim, 64, mask, static_cast<int>(rows)}, config, device);
+                check({batch, 8, rows, keys, dim, 64, mask, static_cast<int>(rows), true}, config, device);
               }
             }
           }

@@ -60,13 +60,6 @@ __device__ __forceinline__ void wait_for_copies() {
   asm volatile("cp.async.wait_group %0;" ::"n"(kPending) : "memory");
 }
 
-// Lets the products of a warpgroup (infuse/wgmma.cuh) read what this thread copied or stored, after a barrier.
-__device__ __forceinline__ void publish_to_products() {
-#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
-  asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
-#endif
-}
-
 // A vector of 4 or 16 bytes, aligned to its size.
 template <typename T, int kElems>
 __device__ __forceinline__ Vec<T, kElems> load_shared(SharedAddress address) {

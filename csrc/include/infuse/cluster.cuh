@@ -17,11 +17,11 @@ __device__ __forceinline__ void sync_cluster() {
 #endif
 }
 
-// The two halves of sync_cluster: what this thread wrote can be read by those who wait, once all threads of the cluster
-// have told.
+// The two halves of sync_cluster, for barriers in shared memory (infuse/mbarrier.cuh): those that were published before
+// are ready, once all threads of the cluster have told. Orders no other writes, which would take a fence of the device.
 __device__ __forceinline__ void tell_cluster() {
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
-  asm volatile("barrier.cluster.arrive.release.aligned;" ::: "memory");
+  asm volatile("barrier.cluster.arrive.relaxed.aligned;" ::: "memory");
 #endif
 }
 

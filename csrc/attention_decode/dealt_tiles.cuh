@@ -14,27 +14,35 @@ constexpr std::uint32_t kChanged = 0x80000000;  // beside a tile's number: the m
 constexpr std::uint32_t kUnseen = 0x40000000;   // fetched before the mask was known, and masked out
 constexpr std::uint32_t kNumber = 0x3fffffff;
 
-// What the mask says of tile `tile`, for the rows of `mask`.
-template <int kTile>
-__device__ __forceinline__ Seen look_at_rows(const Params& params, const Rows& rows, const MaskRows& mask,
-                                             std::uint32_t tile) {
+// What a mask says of tile `tile`, for the rows of `mask`: any kind, aligned or not. Out of line, for the instruction
+// cache's sake.
+template <typename Element, int kTile>
+__device__ __noinline__ Seen look_at_rows(const Params& params, Rows rows, MaskRows mask, std::uint32_t tile) {
   Seen seen{false, true};
   const std::uint32_t first = tile * kTile;
   const bool whole = params.mask_is_aligned && first + kTile <= params.keys;
 #pragma unroll 1
   for (std::uint32_t slot = 0; slot < mask.count; ++slot) {
-    const std::uint8_t* row = mask_row<std::uint8_t>(params, rows, mask.row_of(params, slot));
+    const Element* row = mask_row<Element>(params, rows, mask.row_of(params, slot));
     if (whole) {
-      const Seen found = look_at_tile<std::uint8_t, kTile>(row, tile, 0.0f);
+      const Seen found = look_at_tile<Element, kTile>(row, tile, kFilled);
       seen.any |= found.any;
       seen.all &= found.all;
     } else {
 #pragma unroll 1
-      for (std::uint32_t key = first; key < first + kTile && key < params.keys; ++key) seen.any |= row[key] != 0;
+      for (std::uint32_t key = first; key < first + kTile && key < params.keys; ++key) seen.any |= sees(row[key], kFilled);
       seen.all = false;
     }
   }
   return seen;
+}
+
+template <typename Traits>
+__device__ __forceinline__ Seen look_at_mask(const Params& params, const Rows& rows, const MaskRows& mask,
+                                             std::uint32_t tile) {
+  if (params.mask_kind == Mask::kBool) return look_at_rows<std::uint8_t, Traits::kTile>(params, rows, mask, tile);
+  if (params.mask_kind == Mask::kFloat32) return look_at_rows<float, Traits::kTile>(params, rows, mask, tile);
+  return look_at_rows<typename Traits::T, Traits::kTile>(params, rows, mask, tile);
 }
 
 // Number i of the group's tiles is first + i * step, i < count.
@@ -50,7 +58,7 @@ struct OwnTiles {
     const std::uint32_t number = from + threadIdx.x % kWarpSize;
     Seen found{number < count, true};
     if (params.mask_kind != Mask::kNone && found.any) {
-      found = look_at_rows<Traits::kTile>(params, rows, mask, first + number * step);
+      found = look_at_mask<Traits>(params, rows, mask, first + number * step);
     }
     base = from;
     seen = __ballot_sync(kFullMask, found.any);
@@ -58,12 +66,13 @@ struct OwnTiles {
     if constexpr (Traits::kRowWarps > 1) unite();
   }
 
-  // What any warp of the CTA found. Two places in turn: a warp may still read from one when another is at the next.
+  // What any warp of the group found. Two places in turn: a warp may still read from one when another is at the next.
   __device__ __forceinline__ void unite() {
-    __shared__ uint2 found[2][Traits::kRowWarps];
-    auto& place = found[base / kWarpSize % 2];
-    if (threadIdx.x % kWarpSize == 0) place[threadIdx.x / kWarpSize] = make_uint2(seen, changed);
-    __syncthreads();
+    __shared__ uint2 found[2][Traits::kMaxGroups][Traits::kRowWarps];
+    const std::uint32_t warp = threadIdx.x / kWarpSize, group = warp / Traits::kRowWarps;
+    auto& place = found[base / kWarpSize % 2][group];
+    if (threadIdx.x % kWarpSize == 0) place[warp % Traits::kRowWarps] = make_uint2(seen, changed);
+    sync_group(static_cast<int>(group), Traits::kThreads);
     seen = changed = 0;
 #pragma unroll
     for (int warp = 0; warp < Traits::kRowWarps; ++warp) {
