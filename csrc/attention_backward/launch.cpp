@@ -16,7 +16,7 @@ Device describe(int device) {
   int major = 0, shared_bytes = 0;
   check_cuda(cudaDeviceGetAttribute(&shared_bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin, device), kOp, "shared memory");
   check_cuda(cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device), kOp, "compute capability");
-  return {count_sms(kOp, device), shared_bytes - kStaticSharedBytes, major};
+  return {count_sms(kOp, device), shared_bytes - kStaticSharedBytes, major == 9 && has_wgmma(device)};
 }
 
 void check_like(const TensorArg& tensor, const TensorArg& other) {
@@ -51,12 +51,19 @@ void check_arguments(const Arguments& a) {
         kNumConfigs - 1);
 }
 
+bool is_expanded(const TensorArg& tensor) {
+  bool expanded = false;
+  for (int i = 0; i < 3; ++i) expanded |= tensor.sizes[i] > 1 && tensor.strides[i] == 0;
+  return expanded;
+}
+
 void check_plan(const Plan& plan, const Problem& problem, const Device& device) {
   const Config& config = kConfigs[plan.config];
-  check(!config.wgmma || takes_wgmma(problem, device), kOp, "arguments of configuration ", config.name,
-        ", got a device of compute capability ", device.major, ", heads of ", larger(problem.dim, problem.dim_v),
-        ", no queries, dropout, a softcap, deterministic or a scale that is not positive, expected none of these but ",
-        "compute capability 9 and heads of at most 128");
+  if (config.wgmma) {
+    const char* obstacle = wgmma_obstacle(problem, device);
+    check(obstacle == nullptr, kOp, "arguments of configuration ", config.name, ", got ",
+          obstacle == nullptr ? "" : obstacle, ", expected none of it");
+  }
   check(plan.dim != 0, kOp, "head_dim for configuration ", config.name, ", got ", larger(problem.dim, problem.dim_v),
         ", expected at most 128");
   check(plan.shared_bytes <= device.shared_bytes, kOp, "shared memory of configuration ", config.name, ", got ",
@@ -166,7 +173,8 @@ Prepared prepare(const Arguments& a) {
   const Problem problem{full[0], full[1], a.k.sizes[1], full[2], full[3],
                         static_cast<int>(a.q.sizes[3]), static_cast<int>(a.v.sizes[3]), a.is_causal,
                         a.mask != nullptr, a.tile_map != nullptr, a.dropout_p != 0.0, a.softcap != 0.0,
-                        a.deterministic, a.scale > 0.0};
+                        a.deterministic, a.scale > 0.0,
+                        is_expanded(a.q) || is_expanded(a.k) || is_expanded(a.v) || is_expanded(a.dout)};
   const Device device = describe(a.q.device);
   prepared.plan = make_plan(problem, static_cast<int>(a.config), device);
   check_plan(prepared.plan, problem, device);

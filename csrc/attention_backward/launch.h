@@ -55,6 +55,8 @@ template <DType kDType>
 void launch_mma(const Plan& plan, const Params& params, int device, cudaStream_t stream);
 template <DType kDType>
 void launch_wgmma(const Plan& plan, const Params& params, int device, cudaStream_t stream);
+// Whether this library has code of launch_wgmma that the device runs.
+bool has_wgmma(int device);
 template <DType kDType>
 void launch_last(const Params& params, int device, cudaStream_t stream);
 

@@ -23,7 +23,7 @@ struct Config {
 constexpr Config kConfigs[] = {
     {"mma_k128", false, 128},  // 0
     {"mma_k64", false, 64},    // 1: for large heads, or less shared memory, or small heads, of which two CTAs fit
-    {"wgmma_k128", true, 128},  // 2: for the devices and arguments of takes_wgmma
+    {"wgmma_k128", true, 128},  // 2: for the devices and arguments without wgmma_obstacle
 };
 constexpr int kNumConfigs = sizeof(kConfigs) / sizeof(kConfigs[0]);
 constexpr int kHeuristic = -1;
@@ -35,12 +35,13 @@ struct Problem {
   bool has_mask, has_map, has_dropout, has_softcap;
   bool deterministic;
   bool scale_is_positive;
+  bool has_expanded;  // q, k, v or dout has the stride 0 along a dimension of more than 1
 };
 
 struct Device {
   int num_sms;
   int shared_bytes;  // that a CTA can have
-  int major;         // of the compute capability
+  bool has_wgmma;    // compute capability 9.0, and the library has code for 9.0a
 };
 
 struct Plan {
@@ -72,14 +73,20 @@ constexpr int mma_shared_bytes(int keys, int dim, int stages) {
          stages * kQueryBlock * 2 * row_bytes(dim);
 }
 
-// What the sm_90a kernel is made for.
-constexpr bool takes_wgmma(const Problem& problem, const Device& device) {
-  return device.major == 9 && problem.queries > 0 && larger(problem.dim, problem.dim_v) <= 128 &&
-         problem.scale_is_positive && !problem.has_dropout && !problem.has_softcap && !problem.deterministic;
+// Why the sm_90a kernel cannot run, or null. The copy engine describes no tensors that are expanded or empty.
+constexpr const char* wgmma_obstacle(const Problem& problem, const Device& device) {
+  if (!device.has_wgmma) return "a device or a library without 9.0a";
+  if (larger(problem.dim, problem.dim_v) > 128) return "heads of more than 128";
+  if (problem.queries == 0) return "no queries";
+  if (problem.has_expanded) return "expanded tensors";
+  if (!problem.scale_is_positive) return "a scale that is not positive";
+  if (problem.has_dropout) return "dropout";
+  if (problem.has_softcap) return "a softcap";
+  return problem.deterministic ? "deterministic" : nullptr;
 }
 
 constexpr int choose_config(const Problem& problem, int dim, const Device& device) {
-  if (takes_wgmma(problem, device)) return 2;
+  if (wgmma_obstacle(problem, device) == nullptr) return 2;
   if (dim <= 64 && 2 * (mma_shared_bytes(64, 64, 2) + kReservedBytes) <= device.shared_bytes + kReservedBytes) return 1;
   const int wide = kernel_dim(kConfigs[0], dim);
   return wide != 0 && mma_shared_bytes(128, wide, 1) <= device.shared_bytes ? 0 : 1;

@@ -6,8 +6,18 @@
 
 namespace infuse::attention_backward {
 
+// Code for something else than 9.0a is empty, and cannot be launched: has_wgmma asks how many threads it takes.
+template <typename Sizes>
+constexpr int threads_of_kernel() {
+#if defined(__CUDA_ARCH__) && !defined(__CUDA_ARCH_FEAT_SM90_ALL)
+  return 32;
+#else
+  return Sizes::kThreads;
+#endif
+}
+
 template <typename T, typename Sizes>
-__global__ void __launch_bounds__(Sizes::kThreads, 1)
+__global__ void __launch_bounds__(threads_of_kernel<Sizes>(), 1)
     wgmma_backward_kernel(const __grid_constant__ WgmmaParams params) {
 #if defined(__CUDA_ARCH_FEAT_SM90_ALL)
   const SharedAddress shared = (dynamic_shared_memory() + 1023) & ~1023u;
@@ -25,8 +35,6 @@ __global__ void __launch_bounds__(Sizes::kThreads, 1)
     wait_for_previous_kernel();
     Consumer<T, Sizes>(params.common, shared, barriers).run();
   }
-#else
-  asm volatile("trap;");  // compiled for something else than 9.0a
 #endif
 }
 

@@ -11,8 +11,8 @@ using namespace infuse::attention_backward;
 
 namespace {
 
-// Streaming multiprocessors, shared memory that a CTA can have, compute capability: H200, A100, A10.
-constexpr Device kDevices[] = {{132, 232384, 9}, {108, 166848, 8}, {72, 101312, 8}};
+// Streaming multiprocessors, shared memory that a CTA can have, wgmma: H200, A100, A10.
+constexpr Device kDevices[] = {{132, 232384, true}, {108, 166848, false}, {72, 101312, false}};
 
 void require(bool holds, const char* what, const Problem& p, const Plan& plan) {
   if (holds) return;
@@ -35,7 +35,8 @@ void check(const Problem& problem, int config, const Device& device) {
   if (plan.dim == 0) return;
   require(plan.dim >= problem.dim && plan.dim >= problem.dim_v && plan.dim % 32 == 0, "head_dim", problem, plan);
   require(plan.stages == 1 || plan.stages == 2, "stages", problem, plan);
-  require(kConfigs[plan.config].wgmma || plan.stages == 1 || plan.shared_bytes <= device.shared_bytes, "stages that do not fit", problem, plan);
+  require(kConfigs[plan.config].wgmma || plan.stages == 1 || plan.shared_bytes <= device.shared_bytes,
+          "stages that do not fit", problem, plan);
   require(std::int64_t{plan.key_blocks} * kConfigs[plan.config].keys >= problem.keys, "keys", problem, plan);
   require(std::int64_t{plan.query_blocks} * kQueryBlock >= problem.queries, "queries", problem, plan);
   require(plan.padded_queries >= plan.query_blocks * kQueryBlock, "rows of the workspace", problem, plan);
@@ -59,8 +60,8 @@ int main() {
             for (int config = kHeuristic; config < kNumConfigs; ++config) {
               for (const std::int64_t batch : {1, 16}) {
                 for (const bool fixed : {false, true}) {
-                  check({batch, 32, kv_heads, queries, keys, dim, 64, true, false, false, false, false, fixed, true}, config,
-                        device);
+                  check({batch, 32, kv_heads, queries, keys, dim, 64, true, false, false, false, false, fixed, true, false},
+                        config, device);
                 }
               }
             }
