@@ -12,11 +12,11 @@ namespace infuse::attention_forward {
 
 constexpr std::int64_t kSectionBytes = 32 << 20;  // of K and V, that stay in L2 while every row looks at them
 
-inline TileOrder order_tiles(const Params& base, int rows, std::int64_t section_bytes = kSectionBytes) {
+inline TileOrder order_tiles(const Params& base, int rows) {
   TileOrder order{};
   const std::uint32_t group = base.group.divisor;
   const std::int64_t bytes = std::int64_t{base.keys} * (base.dim + base.dim_v) * 2;
-  const std::int64_t kv_heads = section_bytes / bytes > 1 ? section_bytes / bytes : 1;
+  const std::int64_t kv_heads = kSectionBytes / bytes > 1 ? kSectionBytes / bytes : 1;
   order.total_heads = base.batch * base.heads.divisor;
   order.section_heads = kv_heads * group < order.total_heads ? static_cast<std::uint32_t>(kv_heads * group)
                                                              : order.total_heads;

@@ -1,4 +1,4 @@
-// The warp that loads: it chooses tiles, finds out which keys each sees, and keeps the copy engine busy.
+// The warp that loads: it takes tiles, finds out which keys each sees, and keeps the copy engine busy.
 #pragma once
 
 #include <cstdint>
@@ -123,19 +123,18 @@ struct Loader {
   // The visit before, whose values are yet to come.
   std::uint32_t before_key = 0, before_head = 0, before_batch = 0;
 
-  // The tile of the next round, known to the leader.
+  // Known to the leader; a number beyond the last tile if there is none.
   __device__ __forceinline__ std::uint32_t next_tile() const {
-    if (params.counter != nullptr) return is_leader ? gridDim.x + atomicAdd(params.counter, 1u) : 0;
-    // There and back, so that whoever had the longest tile of one round has the shortest of the next.
-    return (round + 1) * gridDim.x + (round % 2 != 0 ? blockIdx.x : gridDim.x - 1 - blockIdx.x);
+    if (params.counter == nullptr) return params.order.tiles;
+    return is_leader ? gridDim.x + atomicAdd(params.counter, 1u) : 0;
   }
 
-  __device__ __forceinline__ void announce(std::uint32_t row_block, std::uint32_t bh) {
+  __device__ __forceinline__ void announce(std::uint32_t row_block, std::uint32_t batch_head) {
     if (is_leader) {
       const RingPlace<kTilesAhead> slot = place_in_ring<kTilesAhead>(round);
       wait(shared.tile_empty(slot.stage), slot.parity ^ 1);
       store_word(shared.tile(slot.stage), row_block);
-      store_word(shared.tile(slot.stage) + 4, bh);
+      store_word(shared.tile(slot.stage) + 4, batch_head);
       arrive(shared.tile_full(slot.stage));
     }
   }
@@ -163,6 +162,7 @@ struct Loader {
                                before_key, before_head, before_batch);
   }
 
+  // The keys of a visit and the values of the one before.
   __device__ __forceinline__ void load_visit(const TilePlace& place, std::uint32_t visit, bool is_first) {
     const std::uint32_t key = (visit & ~(kIsMasked | kIsLast)) * Traits::kKeys;
     const std::uint32_t kv_head = params.base.group.divide(place.head);

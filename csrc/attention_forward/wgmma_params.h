@@ -23,7 +23,7 @@ struct WgmmaParams {
   CUtensorMap q, k, v;
   Params base;
   TileOrder order;
-  std::uint32_t* counter;  // null: every CTA takes its tiles by their numbers; else the next tile, 0 before the launch
+  std::uint32_t* counter;    // of tiles beyond each CTA's first that were taken, 0 before the launch; null without any
   bool scores_need_scaling;  // before the softmax: a cap, or a scale that is not above 0
 };
 

@@ -21,8 +21,8 @@ __device__ __forceinline__ float tanh_by_power(float x) {
   return fmaf(-2.0f, inverse, 1.0f);
 }
 
-// The number of the thread, read anew at each call: what is derived from it would otherwise be computed once, before the
-// tiles, and kept in registers that the sums need.
+// The number of the thread, read anew at each call: what is derived from it would otherwise be computed once, before
+// the tiles, and kept in registers that the sums need.
 __device__ __forceinline__ std::uint32_t read_thread() {
   std::uint32_t thread;
   asm volatile("mov.u32 %0, %%tid.x;" : "=r"(thread));
@@ -44,8 +44,8 @@ struct GroupRows {
   }
 };
 
-// What a thread knows of its rows: a score in powers of two, such as the largest, that the sums are relative to, and the
-// sum over its keys.
+// What a thread knows of its rows: a score in powers of two, such as the largest, that the sums are relative to, and
+// the sum over its keys.
 struct RowState {
   float largest[2] = {kMinusInfinity, kMinusInfinity};
   float sum[2] = {0.0f, 0.0f};
@@ -165,7 +165,8 @@ __device__ __forceinline__ float largest_of_thread(const float (&scores)[kCount]
 template <int kCount>
 using Powers = std::uint32_t[kCount / 8][4];
 
-// Two to the scores times `factor` minus `base`, of the steps from kBegin to kEnd; adds them to `sums`, two for each row.
+// Two to the scores times `factor` minus `base`, of the steps from kBegin to kEnd; adds them to `sums`, two for each
+// row.
 template <typename T, int kBegin, int kEnd, int kCount, int kSteps>
 __device__ __forceinline__ void raise(const float (&scores)[kCount], float factor, const float (&base)[2],
                                       std::uint32_t (&powers)[kSteps][4], float (&sums)[4]) {
@@ -180,8 +181,8 @@ __device__ __forceinline__ void raise(const float (&scores)[kCount], float facto
   }
 }
 
-// Powers relative to what earlier ones are relative to are good as long as none is too large for its type and their sums
-// are far from overflow. Then the largest score is not needed, and nothing found before is to be rescaled.
+// Powers relative to what earlier ones are relative to are good as long as none is too large for its type and their
+// sums are far from overflow. Then the largest score is not needed, and nothing found before is to be rescaled.
 template <typename T>
 __device__ __forceinline__ bool are_small(const float (&sums)[4]) {
   constexpr float kMost = std::is_same_v<T, __half> ? 16384.0f : 1.0e18f;

@@ -46,7 +46,9 @@ __device__ __forceinline__ void store_rows(const Params& params, const GroupRows
 #pragma unroll
       for (int i = 0; i < 4; ++i) {
         const int place = 4 * (n + i) + 2 * half;
-        vec.words[i] = n + i < Traits::kDim / 8 ? Cast<T>::pack(out[place] * ending.factor, out[place + 1] * ending.factor) : 0;
+        vec.words[i] = n + i >= Traits::kDim / 8
+                           ? 0
+                           : Cast<T>::pack(out[place] * ending.factor, out[place + 1] * ending.factor);
       }
       transpose_in_four(vec.words);
       const std::uint32_t column = 8 * (n + thread % 4);

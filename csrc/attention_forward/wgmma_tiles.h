@@ -7,8 +7,8 @@ constexpr int kWgmmaStages = 2;                 // tiles of K, and of V
 constexpr int kWgmmaSharedBytes = 227 * 1024;   // that a CTA of sm_90 can have
 constexpr int kWgmmaOtherBytes = 256;           // barriers and what the loading warp tells the others
 
-// Keys of a tile, 0 where there is no kernel; warps are those that multiply, each 16 rows. What fits into the registers of
-// a warpgroup: sums of 64 rows, scores, and the powers of the tile before.
+// Keys of a tile, 0 where there is no kernel; warps are those that multiply, each 16 rows. What fits into the registers
+// of a warpgroup: sums of 64 rows, scores, and the powers of the tile before.
 constexpr int wgmma_keys(int dim, int warps, bool wide) {
   if (wide) return warps == 8 && dim == 128 ? 144 : 0;
   if (warps == 8) return dim == 96 || dim == 128 ? 128 : dim == 192 ? 112 : dim == 256 ? 80 : 0;

@@ -14,17 +14,16 @@ constexpr int kWarpgroup = 128, kGroupRows = 64;
 constexpr int kTilesAhead = 2;
 
 // kGroups: warpgroups that multiply; one more loads.
-template <typename T_, int kDim_, int kKeys_, int kGroups_, bool kTurns_ = true,
-          int kEarly_ = -1>
+template <typename T_, int kDim_, int kKeys_, int kGroups_>
 struct WgmmaTraits {
   using T = T_;
   static constexpr int kDim = kDim_;    // head_dim of q, k and v is at most this
   static constexpr int kKeys = kKeys_;  // of a tile
   static constexpr int kGroups = kGroups_;
   static constexpr int kStages = kWgmmaStages;
-  static constexpr bool kTurns = kTurns_;  // at the tensor cores
-  // Steps of 16 keys whose powers are found while the second product of the tile before may still run.
-  static constexpr int kEarly = kEarly_ >= 0 ? kEarly_ : kGroups < 3 ? kKeys / 32 : kDim > 64 ? kKeys / 64 : 0;
+  // Steps of 16 keys whose powers are found while the products of the tile before may still run: what fits into the
+  // registers beside the powers of that tile.
+  static constexpr int kEarly = kGroups < 3 ? kKeys / 32 : kDim > 64 ? kKeys / 64 : 0;
   static constexpr int kRows = kGroups * kGroupRows;
   static constexpr int kThreads = (kGroups + 1) * kWarpgroup;
   static constexpr int kLoaderRegisters = kGroups == 3 ? 32 : 40;
@@ -42,8 +41,8 @@ struct WgmmaTraits {
   static_assert(kDim % 16 == 0 && kKeys % 16 == 0 && kInfoOffset + 8 * kTilesAhead + 4 * kStages <= kSharedBytes);
 };
 
-// Stages of queries, and of the keys of a visit with the values of the visit before; for each a barrier that says it is
-// full and one that says it is empty. The same for the next two tiles.
+// Stages of queries, and of the keys of a visit with the values of the visit before, whose products are issued
+// together; for each a barrier that says it is full and one that says it is empty. The same for the next two tiles.
 template <typename Traits>
 struct WgmmaShared {
   SharedAddress start;
