@@ -70,6 +70,11 @@ def cuda_graphs() -> bool:
     return bool(config.triton.cudagraphs)
 
 
+def writes_cpp() -> bool:
+    """Whether the generated code is C++ (cpp_wrapper, AOTInductor), which cannot call functions of this process."""
+    return bool(config.cpp_wrapper)
+
+
 def is_tensor(value: object) -> bool:
     return isinstance(value, ir.IRNode)
 

@@ -12,7 +12,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from infuse.lowering import rotary_policy, trained_norms
+from infuse.lowering import inductor, rotary_policy, trained_norms
 from infuse.lowering.heuristics import attention as attention_heuristics
 from infuse.lowering.heuristics import norm as norm_heuristics
 from infuse.ops import attention_backward_kernels, attention_kernels, library, norm_kernels
@@ -33,6 +33,8 @@ def place(kind: str, args: Sequence[object], training: bool, *, settings: Settin
     """The form for one site. args: example values (fake tensors, numbers, None) of the operator's arguments."""
     if kind in WITHOUT_KERNEL:
         return Placement("", "", declined=f"no {kind} kernel")
+    if inductor.writes_cpp():  # which cannot call the kernels
+        settings = replace(settings, kernels="never")
     if kind in rotary_policy.KINDS:
         return rotary_policy.place_rotary(kind, args, training, settings, max_autotune)
     if settings.kernels == "never":

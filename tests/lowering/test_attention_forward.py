@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch._inductor.config
 from torch import Tensor
 
 import infuse
@@ -95,3 +96,15 @@ def test_max_autotune_counts_the_map_among_the_kernels_cost(maps: list[Tensor]) 
     assert {"sdpa", "forward_-1", "forward_0", "forward_1"} == set(decision.timings_ms)
     assert len(maps) >= 3
     assert all(made.all() for made in maps[:3])
+
+
+@torch._inductor.config.patch(cpp_wrapper=True)
+def test_generated_cpp_has_the_formula(maps: list[Tensor]) -> None:
+    """Which cannot call the kernels."""
+
+    def layer(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
+        return torch.nn.functional.scaled_dot_product_attention(q, k, v, mask, enable_gqa=True)
+
+    code = check(layer, *inputs(), torch.rand(2, 1, QUERIES, KEYS) < 0.5)
+    assert "infuse_attention" not in code
+    assert maps == []
