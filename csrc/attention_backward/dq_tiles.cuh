@@ -14,8 +14,8 @@ __device__ __forceinline__ std::int64_t dq_tile_offset(std::uint32_t row_tile, s
   return (static_cast<std::int64_t>(row_tile) * (padded_dim / kTileColumns) + column_tile) * kTileFloats;
 }
 
-// A lane's four numbers. From 9.0 on they are added in one piece and lie together; earlier the lanes of a warp add their
-// first numbers, then their second ones, and those lie together. As all kernels of a library file are compiled for the
+// A lane's four numbers. From 9.0 on they are added in one piece and lie together; earlier the lanes of a warp add
+// their first numbers, then their second ones, and those lie together. As all kernels of a library file are compiled for the
 // same devices, they agree.
 __device__ __forceinline__ void add_to_dq_tile(float* tile, std::uint32_t lane, const float (&values)[4]) {
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900

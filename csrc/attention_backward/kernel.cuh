@@ -82,8 +82,8 @@ __device__ __forceinline__ void store_sums(const Params& params, const Place& pl
                                            float* parts) {
   using T = typename Traits::T;
   T* head = static_cast<T*>(result) + place.work.batch * stride.batch + place.work.kv_head * stride.head;
-  const std::int64_t of_all = static_cast<std::int64_t>(place.work.split * params.batch + place.work.batch) * params.kv_heads +
-                              place.work.kv_head;
+  const std::uint32_t of_batches = place.work.split * params.batch + place.work.batch;
+  const std::int64_t of_all = static_cast<std::int64_t>(of_batches) * params.kv_heads + place.work.kv_head;
   const std::uint32_t first_column = place.query_warp * Traits::kWarpDims + place.lane % 4 * 2;
 #pragma unroll
   for (int m = 0; m < Traits::kKeyTiles; ++m) {
@@ -108,8 +108,8 @@ __device__ __forceinline__ void store_sums(const Params& params, const Place& pl
   }
 }
 
-// All visits of a CTA. The next visit's rows arrive while this one is worked on: of two stages, from its beginning on; of
-// one, while dq is computed.
+// All visits of a CTA. The next visit's rows arrive while this one is worked on: of two stages, from its beginning on;
+// of one, while dq is computed.
 template <typename Traits>
 __device__ __forceinline__ void visit_all(const Params& params, SharedAddress work, KeySums<Traits>& dk,
                                           KeySums<Traits>& dv) {
@@ -125,15 +125,15 @@ __device__ __forceinline__ void visit_all(const Params& params, SharedAddress wo
 #pragma unroll 1
   while (has_more) {
     const Visit visit = visits.current();
-    const Place above = place_of<Traits>(params, work);
+    const Place of_scores = place_of<Traits>(params, work);
     wait_for_copies<0>();
     __syncthreads();  // the visit's rows are there for all, and what the one before has left is read by none
-    has_more = visits.next(params, above);
+    has_more = visits.next(params, of_scores);
     if (has_more && params.stages == 2) {
-      load_queries<Traits>(params, above, visits.current());
+      load_queries<Traits>(params, of_scores, visits.current());
       end_copy_group();
     }
-    find_scores<Traits>(params, above, visit);
+    find_scores<Traits>(params, of_scores, visit);
     const Place place = place_of<Traits>(params, work);
     if (in_turns && threadIdx.x < kWarpSize) wait_for_turn<Traits::kKeys>(params, place, visit);
     __syncthreads();  // the scores are there for all
@@ -155,7 +155,8 @@ __device__ __forceinline__ void visit_all(const Params& params, SharedAddress wo
 }
 
 template <typename Traits>
-__global__ void __launch_bounds__(Traits::kThreads, 256 / Traits::kThreads) mma_kernel(const __grid_constant__ Params params) {
+__global__ void __launch_bounds__(Traits::kThreads, Traits::kCtas)
+    mma_kernel(const __grid_constant__ Params params) {
   __shared__ __align__(16) Work shared_work;
   wait_for_previous_kernel();
   if (threadIdx.x == 0) shared_work = work_of(params, draw_item(params));

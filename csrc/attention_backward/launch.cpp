@@ -14,7 +14,8 @@ constexpr double kLog2e = 1.4426950408889634;
 
 Device describe(int device) {
   int major = 0, shared_bytes = 0;
-  check_cuda(cudaDeviceGetAttribute(&shared_bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin, device), kOp, "shared memory");
+  check_cuda(cudaDeviceGetAttribute(&shared_bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin, device), kOp,
+             "shared memory");
   check_cuda(cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device), kOp, "compute capability");
   return {count_sms(kOp, device), shared_bytes - kStaticSharedBytes, major == 9 && has_wgmma(device)};
 }
@@ -183,8 +184,8 @@ Prepared prepare(const Arguments& a) {
   params.scale_log2 = static_cast<float>(a.softcap != 0.0 ? a.scale / a.softcap : a.scale * kLog2e);
   params.softcap_log2 = static_cast<float>(a.softcap * kLog2e);
   params.is_causal = a.is_causal;
-  prepared.deterministic = a.deterministic;
-  prepared.workspace_floats = share_workspace(nullptr, a.deterministic, &params);
+  prepared.deterministic = a.deterministic && full[2] > 0;  // without queries, nobody takes turns
+  prepared.workspace_floats = share_workspace(nullptr, prepared.deterministic, &params);
   return prepared;
 }
 

@@ -49,15 +49,16 @@ __device__ __forceinline__ void load_queries(const Params& params, const Place& 
   using T = typename Traits::T;
   const SharedAddress to = place.stages + visit.stage() * Traits::kStageBytes;
   const std::uint32_t first = visit.block() * kQueryBlock;
-  load_rows<Traits, kQueryBlock>(place, head_of<T>(params.q, params.q_stride, place.work.batch, visit.head), params.q_stride.row,
-                                 first, params.queries, params.dim, to);
+  load_rows<Traits, kQueryBlock>(place, head_of<T>(params.q, params.q_stride, place.work.batch, visit.head),
+                                 params.q_stride.row, first, params.queries, params.dim, to);
   load_rows<Traits, kQueryBlock>(place, head_of<T>(params.dout, params.dout_stride, place.work.batch, visit.head),
                                  params.dout_stride.row, first, params.queries, params.dim_v,
                                  to + Traits::kQueryBytes);
   constexpr std::uint32_t kPieces = kQueryBlock / 4;
   if (place.thread < 2 * kPieces) {
     const std::uint32_t piece = place.thread % kPieces;
-    const std::int64_t row = static_cast<std::int64_t>(place.work.batch * params.heads + visit.head) * params.padded_queries;
+    const std::uint32_t of_all = place.work.batch * params.heads + visit.head;
+    const std::int64_t row = static_cast<std::int64_t>(of_all) * params.padded_queries;
     const float* from = (place.thread < kPieces ? params.lse_log2 : params.delta) + row + first + piece * 4;
     copy_async<16>(place.row_sums + visit.stage() * Traits::kRowSumBytes + place.thread * 16, from, true);
   }

@@ -2,8 +2,8 @@
 //
 //   S = cap(scale * q k^T) + mask        P = exp(S - lse)        dS = P * (dout v^T - delta) * dcap
 //
-// Transposed: rows are keys, columns queries. A lane's number c of tile (m, n) is of key 16 m + lane / 4 + 8 (c / 2) and
-// of query 8 n + 2 (lane % 4) + c % 2 of the warp's.
+// Transposed: rows are keys, columns queries. A lane's number c of tile (m, n) is of key 16 m + lane / 4 + 8 (c / 2)
+// and of query 8 n + 2 (lane % 4) + c % 2 of the warp's.
 #pragma once
 
 #include <cstdint>
@@ -62,8 +62,8 @@ __device__ __forceinline__ float2 load_row_sums(SharedAddress first, int n) {
 
 // ---- dropout ----
 
-// Random words come for four neighbouring keys of a query, which four lanes hold. Each of these draws those of one number
-// of every tile: bit 4 (the tile's number) + i of what it finds says whether lane i of the four keeps its own.
+// Random words come for four neighbouring keys of a query, which four lanes hold. Each of these draws those of one
+// number of every tile: bit 4 (the tile's number) + i of what it finds says whether lane i of the four keeps its own.
 template <typename Traits>
 __device__ __forceinline__ std::uint32_t draw(const Params& params, const Place& place, const Visit& visit,
                                               const Corner& corner) {
@@ -112,7 +112,8 @@ __device__ __forceinline__ void undrop(const Params& params, const Place& place,
   for_each_score<Traits>([&](int m, int n, int c) {
     const float2 delta = load_row_sums(corner.delta, n);
     const float scaled = dscores[m][n][c] * params.dropout.scale;
-    dscores[m][n][c] = (kept.is_kept(m * Traits::kQueryTiles + n, c) ? scaled : 0.0f) - (c % 2 == 0 ? delta.x : delta.y);
+    const float gradient = kept.is_kept(m * Traits::kQueryTiles + n, c) ? scaled : 0.0f;
+    dscores[m][n][c] = gradient - (c % 2 == 0 ? delta.x : delta.y);
   });
 }
 
@@ -202,8 +203,8 @@ __device__ __forceinline__ float finish_scores(const Params& params, const Place
   const std::uint32_t first_of_block = place.key_warp * Traits::kWarpKeys;
   const std::uint32_t end = place.work.key_block * Traits::kKeys + first_of_block + Traits::kWarpKeys;
   const std::uint32_t state = visit.states() >> (first_of_block / attention::kMapTile * 2) & 3;
-  const bool is_edge = end > params.keys ||
-                       (params.is_causal && end > visit.block() * kQueryBlock + place.query_warp * Traits::kWarpQueries);
+  const std::uint32_t first_query = visit.block() * kQueryBlock + place.query_warp * Traits::kWarpQueries;
+  const bool is_edge = end > params.keys || (params.is_causal && end > first_query);
   if (state == attention::kOpen && !is_edge && params.softcap_log2 == 0.0f) return params.scale_log2;
   if (params.softcap_log2 != 0.0f) {
     cap<Traits>(params, scores, dscores);
@@ -240,8 +241,8 @@ __device__ __forceinline__ void share_scores(const Place& place, SharedAddress t
   }
 }
 
-// scores: in products of q and k, out probabilities as dv needs them. dscores: in products of dout and v, less delta, out
-// the gradient of the scaled scores. drawn: see draw.
+// scores: in products of q and k, out probabilities as dv needs them. dscores: in products of dout and v, less delta,
+// out the gradient of the scaled scores. drawn: see draw.
 template <typename Traits>
 __device__ __forceinline__ void differentiate(const Params& params, const Place& place, const Visit& visit,
                                               const Corner& corner, std::uint32_t drawn, Scores<Traits>& scores,

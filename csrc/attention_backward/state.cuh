@@ -12,15 +12,15 @@ namespace infuse::attention_backward {
 
 constexpr float kMinusInfinity = -__builtin_huge_valf();
 
-// A CTA's warps are kKeyWarps times kQueryWarps. Of a block of scores, transposed, each has some of the keys and some of
-// the queries; of dk and dv the same keys and some of the columns; of dq kDqWarps times the rest, queries by columns.
+// A CTA's warps are kKeyWarps times kQueryWarps. Of a block of scores, transposed, each has some of the keys and some
+// of the queries; of dk and dv the same keys and some of the columns; of dq kDqWarps times the rest, queries by columns.
 template <typename T_, int kDim_, int kKeys_, int kKeyWarps_, int kQueryWarps_, int kDqWarps_>
 struct Traits {
   using T = T_;
   static constexpr int kDim = kDim_;  // head_dim of q, k and v is at most this
   static constexpr int kKeys = kKeys_;
   static constexpr int kKeyWarps = kKeyWarps_, kQueryWarps = kQueryWarps_, kWarps = kKeyWarps * kQueryWarps;
-  static constexpr int kThreads = kWarps * kWarpSize;
+  static constexpr int kThreads = kWarps * kWarpSize, kCtas = 256 / kThreads;  // kCtas: of an SM
   static constexpr int kDqWarps = kDqWarps_, kDqColumnWarps = kWarps / kDqWarps;
   static constexpr int kRowBytes = row_bytes(kDim), kScoreRowBytes = row_bytes(kQueryBlock);
   static constexpr int kWarpKeys = kKeys / kKeyWarps, kWarpQueries = kQueryBlock / kQueryWarps;

@@ -1,5 +1,5 @@
-// Which blocks of queries a CTA works on: of each of its heads, from the first that sees any of its keys to the last. All
-// warps find the same by themselves, 32 blocks at a time.
+// Which blocks of queries a CTA works on: of each of its heads, from the first that sees any of its keys to the last.
+// All warps find the same by themselves, 32 blocks at a time.
 #pragma once
 
 #include <cstdint>

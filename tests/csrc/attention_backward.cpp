@@ -16,8 +16,8 @@ constexpr Device kDevices[] = {{132, 232384, true}, {108, 166848, false}, {72, 1
 
 void require(bool holds, const char* what, const Problem& p, const Plan& plan) {
   if (holds) return;
-  std::printf("%s: batch %lld, heads %lld / %lld, queries %lld, keys %lld, dim %d: configuration %d, dim %d, splits %d, "
-              "stages %d, %d bytes\n",
+  std::printf("%s: batch %lld, heads %lld / %lld, queries %lld, keys %lld, dim %d: configuration %d, dim %d, "
+              "splits %d, stages %d, %d bytes\n",
               what, static_cast<long long>(p.batch), static_cast<long long>(p.heads),
               static_cast<long long>(p.kv_heads), static_cast<long long>(p.queries), static_cast<long long>(p.keys),
               p.dim, plan.config, plan.dim, plan.splits, plan.stages, plan.shared_bytes);
@@ -35,8 +35,8 @@ void check(const Problem& problem, int config, const Device& device) {
   if (plan.dim == 0) return;
   require(plan.dim >= problem.dim && plan.dim >= problem.dim_v && plan.dim % 32 == 0, "head_dim", problem, plan);
   require(plan.stages == 1 || plan.stages == 2, "stages", problem, plan);
-  require(kConfigs[plan.config].wgmma || plan.stages == 1 || plan.shared_bytes <= device.shared_bytes,
-          "stages that do not fit", problem, plan);
+  const bool two_fit = plan.shared_bytes <= device.shared_bytes;
+  require(kConfigs[plan.config].wgmma || plan.stages == 1 || two_fit, "stages that do not fit", problem, plan);
   require(std::int64_t{plan.key_blocks} * kConfigs[plan.config].keys >= problem.keys, "keys", problem, plan);
   require(std::int64_t{plan.query_blocks} * kQueryBlock >= problem.queries, "queries", problem, plan);
   require(plan.padded_queries >= plan.query_blocks * kQueryBlock, "rows of the workspace", problem, plan);
@@ -60,8 +60,9 @@ int main() {
             for (int config = kHeuristic; config < kNumConfigs; ++config) {
               for (const std::int64_t batch : {1, 16}) {
                 for (const bool fixed : {false, true}) {
-                  check({batch, 32, kv_heads, queries, keys, dim, 64, true, false, false, false, false, fixed, true, false},
-                        config, device);
+                  const Problem problem{batch, 32,    kv_heads, queries, keys,  dim,  64,
+                                        true,  false, false,    false,   false, fixed, true, false};
+                  check(problem, config, device);
                 }
               }
             }
