@@ -15,8 +15,8 @@ __device__ __forceinline__ std::int64_t dq_tile_offset(std::uint32_t row_tile, s
 }
 
 // A lane's four numbers. From 9.0 on they are added in one piece and lie together; earlier the lanes of a warp add
-// their first numbers, then their second ones, and those lie together. As all kernels of a library file are compiled for the
-// same devices, they agree.
+// their first numbers, then their second ones, and those lie together. As all kernels of a library file are compiled
+// for the same devices, they agree.
 __device__ __forceinline__ void add_to_dq_tile(float* tile, std::uint32_t lane, const float (&values)[4]) {
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
   asm volatile("red.relaxed.gpu.global.add.v4.f32 [%0], {%1, %2, %3, %4};" ::"l"(tile + 4 * lane), "f"(values[0]),

@@ -13,7 +13,8 @@ namespace infuse::attention_backward {
 constexpr float kMinusInfinity = -__builtin_huge_valf();
 
 // A CTA's warps are kKeyWarps times kQueryWarps. Of a block of scores, transposed, each has some of the keys and some
-// of the queries; of dk and dv the same keys and some of the columns; of dq kDqWarps times the rest, queries by columns.
+// of the queries; of dk and dv the same keys and some of the columns; of dq, kDqWarps times the rest, some of the
+// queries and some of the columns.
 template <typename T_, int kDim_, int kKeys_, int kKeyWarps_, int kQueryWarps_, int kDqWarps_>
 struct Traits {
   using T = T_;
