@@ -1,18 +1,20 @@
-// Attention of up to 64 rows over many keys with clusters (sm_90a): one launch, no workspace.
+// Attention of up to 64 rows over many keys (sm_90a).
 //
-// The CTAs of a cluster have the rows of one K/V head; groups of warps take turns with the tiles of keys, each with a
-// ring of its own. A group is one warp with 16 rows and tiles of 16 keys, which then waits for no other warp before the
-// merge, or, for more rows, the four warps of a CTA with tiles of 64 keys, whose products are a warpgroup's (wgmma).
+// The splits of a K/V head are CTAs whose groups of warps are dealt the tiles of keys in turn, each with a ring of its
+// own that TMA fills. A group is one warp with 16 rows and tiles of 16 keys, which then waits for no other warp before
+// the merge, or, for more rows, four warps with tiles of 64 keys, whose products are a warpgroup's (wgmma). The splits
+// are merged in a cluster, which takes one launch and no workspace, or by a second kernel: clusters of more than two
+// CTAs leave SMs idle, of an H200's 132 up to 20, when each CTA has an SM to itself.
 //
-// A group fetches its first tile before it knows the mask, which nearly always hides no first tile, so that looking at
-// the mask costs no time, and it brings that tile into the L2 while the kernel before this one still runs.
+// A group fetches its first tile before it knows the mask, which nearly always hides no first tile, and it brings that
+// tile into the L2 while the kernel before this one still runs.
 #pragma once
 
 #include <cstdint>
 
 #include "attention_decode/dealt_merge.cuh"
-#include "attention_decode/load.cuh"
 #include "attention_decode/dealt_tiles.cuh"
+#include "attention_decode/load.cuh"
 #include "attention_decode/scores.cuh"
 #include "attention_decode/warpgroup.cuh"
 #include "infuse/overlap.cuh"
@@ -44,8 +46,8 @@ __device__ __forceinline__ void sync_own_group(const Place& place) {
   }
 }
 
-// A row of K or of V for each thread of the group, the queries, and the mask of the tiles it will look at first. Reads
-// nothing, and what the kernel before this one still writes will be read from the L2.
+// A row of K or of V for each thread of the group, and the mask of the tiles it will look at first. Reads nothing: what
+// the kernel before this one still writes will be read from the L2.
 template <typename Traits>
 __device__ __forceinline__ void prefetch_first_tile(const Params& params, const Rows& rows, const Place& place,
                                                     const MaskRows& mask, const OwnTiles<Traits>& tiles) {
@@ -58,12 +60,6 @@ __device__ __forceinline__ void prefetch_first_tile(const Params& params, const 
     const T* row = static_cast<const T*>(is_k ? params.k : params.v) + rows.batch * stride.batch +
                    rows.kv_head * stride.head + key * stride.row;
     prefetch_to_l2(row, (is_k ? params.dim : params.dim_v) * sizeof(T));
-  }
-  if (threadIdx.x < rows.count) {
-    const std::uint32_t query = params.group.divide(threadIdx.x), head = threadIdx.x - query * params.group.divisor;
-    const T* row = static_cast<const T*>(params.q) + rows.batch * params.q_stride.batch +
-                   (rows.kv_head * params.group.divisor + head) * params.q_stride.head + query * params.q_stride.row;
-    prefetch_to_l2(row, params.dim * sizeof(T));
   }
   const std::uint32_t first = (tiles.first + place.lane * tiles.step) * Traits::kTile;
   if (params.mask_kind == Mask::kBool && params.mask_is_aligned && mask.count > 0 && place.lane < tiles.count &&

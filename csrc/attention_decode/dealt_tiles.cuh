@@ -1,6 +1,6 @@
-// The tiles of keys that one group of warps of a cluster reads. All groups of the cluster take turns with the tiles, so a
-// share is fair wherever the valid keys lie, and a group looks at no more of the mask than its own tiles: a lane at one,
-// 32 at once.
+// The tiles of keys that one group of warps reads. All groups of a K/V head's splits take turns with the tiles, so a share
+// is fair wherever the valid keys lie, and a group looks at no more of the mask than its own tiles: a lane at one, 32 at
+// once.
 #pragma once
 
 #include <cstdint>

@@ -63,7 +63,8 @@ Prepared prepare(const Arguments& a) {
   }
   const Problem problem{batch, kv_heads, rows, keys, static_cast<int>(a.q.sizes[3]), static_cast<int>(a.v.sizes[3]),
                         attention::mask_size_bytes(mask.kind),
-                        static_cast<int>(mask.stride.head != 0 ? rows : a.q.sizes[2]), can_be_mapped(a.k) && can_be_mapped(a.v)};
+                        static_cast<int>(mask.stride.head != 0 ? rows : a.q.sizes[2]),
+                        can_be_mapped(a.k) && can_be_mapped(a.v)};
   const Plan plan = make_plan(problem, static_cast<int>(a.config), static_cast<int>(a.splits), describe(a.q.device));
   check(plan.tiles <= kMaxTiles, kOp, "length of k, got ", keys, ", expected at most ",
         kMaxTiles * plan.tile);

@@ -74,8 +74,8 @@ struct Plan {
   bool cluster;  // the splits are one cluster
   int shared_bytes, bits_offset;
   std::int64_t tiles;
-  // Of dealt_kernel, whose splits are one cluster: warps of a CTA (0: not this kernel), pieces of four columns that a
-  // CTA merges, and places in shared memory.
+  // Of dealt_kernel: warps of a CTA (0: not this kernel), rows that a CTA of a cluster merges, and places in shared
+  // memory.
   int dealt_warps, share;
   bool is_warpgroup;
   int ring_offset, mask_offset, inbox_offset, barrier_offset;
