@@ -51,15 +51,13 @@ def sanitize(tool: str, *command: str) -> subprocess.CompletedProcess[str]:
 def faults(ran: subprocess.CompletedProcess[str]) -> int:
     """How many the tool's summary names, less those of one kind that racecheck only seems to find.
 
-    Bytes that another CTA of a cluster sends (st.async) are counted by a barrier in shared memory, which racecheck takes
-    for a write to the barrier by this CTA's thread of the sender's number, unordered with the threads that wait there.
+    Bytes that are sent to a CTA of a cluster (st.async) are counted by a barrier in its shared memory. Racecheck takes
+    that for a plain write by the sender, unordered with the threads that wait at the barrier.
     """
     summary = re.search(r"^=+ (?:ERROR|RACECHECK) SUMMARY: (\d+) ", ran.stdout, re.MULTILINE)
     assert summary is not None, f"no summary:\n{ran.stdout[-3000:]}{ran.stderr[-3000:]}"
-    at_barriers = re.findall(
-        r"^=+ Warning: .* RAW hazard detected \(CUDA barrier operation\)", ran.stdout, re.MULTILINE
-    )
-    return int(summary[1]) - len(at_barriers)
+    at_barriers = r"^=+ Warning: .* RAW hazard detected \(CUDA barrier operation\)"
+    return int(summary[1]) - len(re.findall(at_barriers, ran.stdout, re.MULTILINE))
 
 
 @pytest.mark.gpu
