@@ -12,7 +12,7 @@ namespace infuse::attention {
 // How a mask's elements are read. kTwoBytes: q's dtype.
 enum class Mask : int { kNone, kBool, kTwoBytes, kFloat32 };
 
-constexpr int mask_size_bytes(Mask kind) {
+INFUSE_HOST_DEVICE constexpr int mask_size_bytes(Mask kind) {
   return kind == Mask::kNone ? 0 : kind == Mask::kBool ? 1 : kind == Mask::kTwoBytes ? 2 : 4;
 }
 

@@ -17,8 +17,8 @@ namespace infuse::attention {
 constexpr int kMapWarps = 8, kMapThreads = kMapWarps * kWarpSize;
 constexpr int kMapRowsOfWarp = kMapTile / kMapWarps;
 
-// Additive masks are often filled with the smallest number of their dtype instead of minus infinity. Beside a key that a
-// row sees, such a key's weight is zero in fp32 all the same.
+// Additive masks are often filled with the smallest number of their dtype instead of minus infinity. Beside a key that
+// a row sees, such a key's weight is zero in fp32 all the same.
 constexpr float kFilled = -1e30f;
 
 struct MapParams {
@@ -133,7 +133,7 @@ __device__ __forceinline__ void look_at_rows(const MapParams& params, const Elem
 
 // Grid: strips of tiles, blocks of rows, masks of different batches and heads.
 template <typename Element>
-__global__ void __launch_bounds__(kMapThreads) tile_map_kernel(const __grid_constant__ MapParams params) {
+__global__ void __launch_bounds__(kMapThreads, 4) tile_map_kernel(const __grid_constant__ MapParams params) {
   constexpr std::uint32_t kTiles = kMapTiles<Element>;
   __shared__ Tally tallies[kTiles];
   const std::uint32_t lane = threadIdx.x % kWarpSize;

@@ -16,7 +16,8 @@ inline MaskArg mask_arg(const torch::stable::Tensor& mask, const torch::stable::
   const ScalarType type = mask.scalar_type();
   check(type == ScalarType::Bool || type == ScalarType::Float || type == q.scalar_type(), op,
         "dtype of mask, got scalar type ", static_cast<int>(type), ", expected bool, float32 or q's");
-  const Mask kind = type == ScalarType::Bool ? Mask::kBool : type == ScalarType::Float ? Mask::kFloat32 : Mask::kTwoBytes;
+  const Mask of_float = type == ScalarType::Float ? Mask::kFloat32 : Mask::kTwoBytes;
+  const Mask kind = type == ScalarType::Bool ? Mask::kBool : of_float;
   return {mask.const_data_ptr(),          kind,
           mask.get_device_index(),        static_cast<int>(mask.dim()),
           mask.sizes().data(),            mask.strides().data()};

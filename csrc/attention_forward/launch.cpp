@@ -14,7 +14,8 @@ constexpr double kLog2e = 1.4426950408889634;
 
 Device describe(int device) {
   int major = 0, shared_bytes = 0;
-  check_cuda(cudaDeviceGetAttribute(&shared_bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin, device), kOp, "shared memory");
+  check_cuda(cudaDeviceGetAttribute(&shared_bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin, device), kOp,
+             "shared memory");
   check_cuda(cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device), kOp, "compute capability");
   return {count_sms(kOp, device), shared_bytes, major, major == 9 && has_wgmma(device)};
 }

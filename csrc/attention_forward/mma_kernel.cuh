@@ -3,8 +3,8 @@
 //   out = dropout(softmax(cap(scale * q k^T) + mask)) v
 //
 // FlashAttention-2 (Dao 2023): a CTA has up to 256 rows of one head, each warp 16 or 32 of them, and goes through the
-// tiles of 64 keys that the mask lets any of its rows see. Scores, softmax and sums stay in registers, in fp32; tiles of
-// K and V come by cp.async while the one before is worked on. Grouped heads read the same K and V, which are never
+// tiles of 64 keys that the mask lets any of its rows see. Scores, softmax and sums stay in registers, in fp32; tiles
+// of K and V come by cp.async while the one before is worked on. Grouped heads read the same K and V, which are never
 // expanded. Several splits of the keys are merged by a second kernel.
 #pragma once
 
@@ -18,6 +18,13 @@
 #include "infuse/overlap.cuh"
 
 namespace infuse::attention_forward {
+
+// Whether a row of the warp sees a key of the tile.
+template <typename Traits>
+__device__ __forceinline__ bool sees(const Params& params, Visit visit) {
+  return visit.is_seen() && (!params.is_causal || visit.tile() * kTile < warp_row<Traits>(place_of<Traits>(params)) +
+                                                                            Traits::kWarpRows);
+}
 
 // All tiles from `from` on. With two stages in shared memory a tile is fetched while the one before is worked on; with
 // one, V is fetched while K is multiplied and the next K while V is. Begins with a round without a tile.
@@ -37,12 +44,12 @@ __device__ __forceinline__ void attend(const Params& params, Visits<Traits> visi
                     of_v.tile(), other + Traits::kTileBytes);
     }
     end_copy_group();
+    if (Traits::kFull && next.is_masked()) prefetch_mask<Traits>(params, place_of<Traits>(params), next.tile());
     // A vote, so that the compiler knows that all lanes agree.
-    const bool works = __any_sync(
-        kFullMask, current.is_seen() && (!params.is_causal ||
-                                         current.tile() * kTile < warp_row<Traits>(place_of<Traits>(params)) + Traits::kWarpRows));
-    const bool drops = params.dropout.seed != nullptr;
-    const std::uint64_t kept = works && drops ? kept_scores<Traits>(params, place_of<Traits>(params), current.tile()) : 0;
+    const bool works = __any_sync(kFullMask, sees<Traits>(params, current));
+    const bool drops = Traits::kFull && params.dropout.seed != nullptr;
+    const std::uint64_t kept =
+        works && drops ? kept_scores<Traits>(params, place_of<Traits>(params), current.tile()) : 0;
     Scores<Traits> scores;
     if (works) multiply_keys<Traits>(stage, scores);
     if (!params.two_stages) {
@@ -55,10 +62,13 @@ __device__ __forceinline__ void attend(const Params& params, Visits<Traits> visi
     end_copy_group();
     if (works) {
       finish_scores<Traits>(params, place_of<Traits>(params), current.tile(), current.is_masked(), scores);
-      Probabilities<Traits> p;
-      rebase<Traits>(params, scores, sums, p);
-      if (drops) drop_out<Traits>(kept, p);
-      multiply_values<Traits>(stage + Traits::kTileBytes, p, sums);
+      const float scale = scale_of_scores<Traits>(params);
+      raise_bases<Traits>(scale, scores, sums);
+      if (drops) {
+        multiply_values<Traits, true>(stage + Traits::kTileBytes, params.dim_v, scale, kept, scores, sums);
+      } else {
+        multiply_values<Traits, false>(stage + Traits::kTileBytes, params.dim_v, scale, kept, scores, sums);
+      }
     }
     if (!next.exists()) break;
     current = next;
@@ -79,7 +89,7 @@ __device__ __forceinline__ void keep_part(const Params& params, const Place& pla
     const std::uint64_t row = std::uint64_t{blockIdx.x} * params.queries + query;
     const std::uint64_t part = row * params.splits + blockIdx.z;
     if (lane % 4 == 0) {
-      reinterpret_cast<float2*>(params.part_sums)[part] = make_float2(sums.largest[b][half], denominator);
+      reinterpret_cast<float2*>(params.part_sums)[part] = make_float2(sums.base[b][half], denominator);
     }
     float* out = params.part_out + part * params.dim_v + 2 * (lane % 4);
 #pragma unroll
@@ -96,11 +106,12 @@ __device__ __forceinline__ void write_result(const Params& params, const Place& 
   const std::uint32_t lane = read_lane();
   using T = typename Traits::T;
   const SharedAddress queries = queries_of_warp<Traits>();
+  __syncwarp();  // no lane reads queries any more
 #pragma unroll
   for (int row_of_lane = 0; row_of_lane < 2 * Traits::kBlocks; ++row_of_lane) {
     const int b = row_of_lane / 2, half = row_of_lane % 2;
     const std::uint32_t row = lane / 4 + 8 * row_of_lane, query = warp_row<Traits>(place) + row;
-    const Ending ending = end_row<T>(params, place.head, sums.largest[b][half],
+    const Ending ending = end_row<T>(params, place.head, sums.base[b][half],
                                      attention::sum_of_row(sums.denominator[b][half]));
     if (params.lse != nullptr && lane % 4 == 0 && query < params.queries) {
       params.lse[std::uint64_t{blockIdx.x} * params.queries + query] = ending.lse;
@@ -129,7 +140,8 @@ __device__ __forceinline__ void write_result(const Params& params, const Place& 
 }
 
 template <typename Traits>
-__global__ void __launch_bounds__(8 * kWarpSize, 1) mma_kernel(const __grid_constant__ Params params) {
+__global__ void __launch_bounds__(Traits::kMaxWarps* kWarpSize, Traits::kMinCtas)
+    mma_kernel(const __grid_constant__ Params params) {
   const Place place = place_of<Traits>(params);
   wait_for_previous_kernel();
   load_queries<Traits>(params, place, dynamic_shared_memory(), blockDim.x / kWarpSize * Traits::kWarpRows);
@@ -144,7 +156,7 @@ __global__ void __launch_bounds__(8 * kWarpSize, 1) mma_kernel(const __grid_cons
 #pragma unroll
       for (int e = 0; e < 4; ++e) sums.out[b][n][e] = 0.0f;
     }
-    sums.largest[b][0] = sums.largest[b][1] = attention::kMinusInfinity;
+    sums.base[b][0] = sums.base[b][1] = attention::kMinusInfinity;
     sums.denominator[b][0] = sums.denominator[b][1] = 0.0f;
   }
   attend<Traits>(params, visits, from, sums);

@@ -36,8 +36,8 @@ __device__ __forceinline__ void load_queries(const Params& params, const Place& 
 #pragma unroll 1
   for (std::uint32_t row = threadIdx.x / kLanes; row < rows; row += blockDim.x / kLanes) {
     const std::uint32_t query = place.first_row + row;
-    copy_row<Traits>(shared + row * Traits::kRowBytes + piece * 16, head + query * params.q_stride.row, piece, params.dim,
-                     query < params.queries, params.q);
+    copy_row<Traits>(shared + row * Traits::kRowBytes + piece * 16, head + query * params.q_stride.row, piece,
+                     params.dim, query < params.queries, params.q);
   }
 }
 

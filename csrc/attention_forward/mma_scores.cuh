@@ -1,10 +1,9 @@
-// What is done to a warp's scores of one tile between the two products: scale, cap, mask, softmax, dropout.
+// What a warp does to its scores of a tile before the softmax: scale, cap, mask.
 #pragma once
 
 #include <cstdint>
 #include <utility>
 
-#include "attention/dropout.cuh"
 #include "attention_forward/mma_state.cuh"
 #include "infuse/vec.cuh"
 
@@ -83,9 +82,24 @@ __device__ __forceinline__ void load_mask(const Element* row, std::uint32_t key,
   }
 }
 
-// Adds the mask; a bool one hides. Rows beyond the last query get that of one before them.
+// Brings the mask of the warp's rows and a tile into L2. A lane a row; a row's part is at most two lines of 128 bytes.
+template <typename Traits>
+__device__ __forceinline__ void prefetch_mask(const Params& params, const Place& place, std::uint32_t tile) {
+  const std::uint32_t lane = read_lane(), query = warp_row<Traits>(place) + lane, key = tile * kTile;
+  if (lane >= Traits::kWarpRows || query >= params.queries) return;
+  const std::int64_t size = attention::mask_size_bytes(params.mask_kind);
+  const char* row = static_cast<const char*>(params.mask) +
+                    (place.batch * params.mask_stride.batch + place.head * params.mask_stride.head +
+                     query * params.mask_stride.row + key) *
+                        size;
+  asm volatile("prefetch.global.L2 [%0];" ::"l"(row));
+  if (size == 4 && key + kTile / 2 < params.keys) asm volatile("prefetch.global.L2 [%0];" ::"l"(row + 128));
+}
+
+// Multiplies by `scale` and adds the mask; a bool one hides instead. Rows beyond the last query get that of one before
+// them.
 template <typename Traits, typename Element>
-__device__ __forceinline__ void apply_mask(const Params& params, const Place& place, std::uint32_t tile,
+__device__ __forceinline__ void apply_mask(const Params& params, const Place& place, std::uint32_t tile, float scale,
                                            Scores<Traits>& scores) {
   constexpr int kElems = kMaskElems<Element>;
   const std::uint32_t lane = read_lane(), first = tile * kTile + 8 * (lane % 4);
@@ -107,7 +121,7 @@ __device__ __forceinline__ void apply_mask(const Params& params, const Place& pl
         if constexpr (sizeof(Element) == 1) {
           score = values[e] == 0.0f ? score : attention::kMinusInfinity;
         } else {
-          score += attention::in_powers_of_two(values[e]);
+          score = fmaf(score, scale, attention::in_powers_of_two(values[e]));
         }
       }
     }
@@ -139,123 +153,49 @@ __device__ __forceinline__ void hide_beyond(const Params& params, const Place& p
   }
 }
 
+template <typename Traits>
+__device__ __forceinline__ void scale_and_cap(const Params& params, Scores<Traits>& scores) {
+#pragma unroll
+  for (auto& block : scores) {
+#pragma unroll
+    for (auto& quad : block) {
+#pragma unroll
+      for (float& score : quad) score *= params.scale_log2;
+    }
+  }
+  if (params.softcap_log2 == 0.0f) return;
+#pragma unroll
+  for (auto& block : scores) {
+#pragma unroll
+    for (auto& quad : block) {
+#pragma unroll
+      for (float& score : quad) score = params.softcap_log2 * attention::tanh_of_score(score);
+    }
+  }
+}
+
 // Scale and cap where they come first, and whatever hides keys.
 template <typename Traits>
 __device__ __forceinline__ void finish_scores(const Params& params, const Place& place, std::uint32_t tile,
                                               bool is_masked, Scores<Traits>& scores) {
-  if (params.scales_first) {
-#pragma unroll
-    for (auto& block : scores) {
-#pragma unroll
-      for (auto& quad : block) {
-#pragma unroll
-        for (float& score : quad) score *= params.scale_log2;
+  if constexpr (Traits::kFull) {
+    // A mask that is added brings the scale along, without a cap between them.
+    const bool scales_late = is_masked && params.mask_kind != Mask::kBool && params.softcap_log2 == 0.0f;
+    if (params.scales_first && !scales_late) scale_and_cap<Traits>(params, scores);
+    if (is_masked) {
+      const float scale = scales_late ? params.scale_log2 : 1.0f;
+      if (params.mask_kind == Mask::kBool) {
+        apply_mask<Traits, std::uint8_t>(params, place, tile, scale, scores);
+      } else if (params.mask_kind == Mask::kTwoBytes) {
+        apply_mask<Traits, typename Traits::T>(params, place, tile, scale, scores);
+      } else {
+        apply_mask<Traits, float>(params, place, tile, scale, scores);
       }
-    }
-    if (params.softcap_log2 != 0.0f) {
-#pragma unroll
-      for (auto& block : scores) {
-#pragma unroll
-        for (auto& quad : block) {
-#pragma unroll
-          for (float& score : quad) score = params.softcap_log2 * tanhf(score);
-        }
-      }
-    }
-  }
-  if (is_masked) {
-    if (params.mask_kind == Mask::kBool) {
-      apply_mask<Traits, std::uint8_t>(params, place, tile, scores);
-    } else if (params.mask_kind == Mask::kTwoBytes) {
-      apply_mask<Traits, typename Traits::T>(params, place, tile, scores);
-    } else {
-      apply_mask<Traits, float>(params, place, tile, scores);
     }
   }
   const std::uint32_t past = (tile + 1) * kTile;
   if (past > params.keys || (params.is_causal && past > warp_row<Traits>(place) + 1)) {
     hide_beyond<Traits>(params, place, tile, scores);
-  }
-}
-
-// From scores to probabilities relative to the largest score so far; what was found before is brought to the same.
-template <typename Traits>
-__device__ __forceinline__ void rebase(const Params& params, Scores<Traits>& scores, Sums<Traits>& sums,
-                                       Probabilities<Traits>& p) {
-  const float scale = params.scales_first ? 1.0f : params.scale_log2;
-#pragma unroll
-  for (int b = 0; b < Traits::kBlocks; ++b) {
-    float base[2], factor[2];
-#pragma unroll
-    for (int half = 0; half < 2; ++half) {
-      float largest = attention::kMinusInfinity;
-#pragma unroll
-      for (int n = 0; n < kTile / 8; ++n) {
-        largest = fmaxf(largest, fmaxf(scores[b][n][2 * half], scores[b][n][2 * half + 1]));
-      }
-      largest = fmaxf(sums.largest[b][half], attention::largest_of_row(largest) * scale);
-      base[half] = largest == attention::kMinusInfinity ? 0.0f : largest;
-      factor[half] = attention::power_of_two(sums.largest[b][half] - base[half]);
-      sums.largest[b][half] = largest;
-      sums.denominator[b][half] *= factor[half];
-    }
-    if (__any_sync(kFullMask, factor[0] != 1.0f || factor[1] != 1.0f)) {
-#pragma unroll
-      for (int n = 0; n < Traits::kDim / 8; ++n) {
-#pragma unroll
-        for (int e = 0; e < 4; ++e) sums.out[b][n][e] *= factor[e / 2];
-      }
-    }
-#pragma unroll
-    for (int n = 0; n < kTile / 8; ++n) {
-#pragma unroll
-      for (int e = 0; e < 4; ++e) {
-        scores[b][n][e] = attention::power_of_two(fmaf(scores[b][n][e], scale, -base[e / 2]));
-        sums.denominator[b][e / 2] += scores[b][n][e];
-      }
-      p[b][n / 2][n % 2 * 2] = Cast<typename Traits::T>::pack(scores[b][n][0], scores[b][n][1]);
-      p[b][n / 2][n % 2 * 2 + 1] = Cast<typename Traits::T>::pack(scores[b][n][2], scores[b][n][3]);
-    }
-  }
-}
-
-constexpr int kQuads = kTile / 16;  // groups of four neighbouring keys of a row, of a lane
-
-// A bit for each score of the lane, set where dropout keeps it: four bits a quad, the quads of a row side by side.
-template <typename Traits>
-__device__ __forceinline__ std::uint64_t kept_scores(const Params& params, const Place& place, std::uint32_t tile) {
-  static_assert(2 * Traits::kBlocks * kQuads * 4 <= 64);
-  const std::uint32_t lane = read_lane(), threshold = params.dropout.threshold;
-  const attention::RandomSource source = attention::random_source(params.dropout);
-  const std::uint64_t row = (std::uint64_t{place.batch} * params.heads.divisor + place.head) * params.queries +
-                            warp_row<Traits>(place) + lane / 4;
-  std::uint64_t kept = 0;
-#pragma unroll 1  // for the sake of the code's size
-  for (std::uint32_t i = 0; i < 2 * Traits::kBlocks * kQuads; ++i) {
-    const std::uint32_t quad = i % kQuads, key = tile * kTile + quad / 2 * 32 + 8 * (lane % 4) + quad % 2 * 4;
-    const uint4 words = attention::random_words(
-        source, attention::first_quad_of_row(row + i / kQuads * 8, params.keys) + key / 4);
-    const std::uint32_t bits = (words.x >= threshold) | (words.y >= threshold) << 1 | (words.z >= threshold) << 2 |
-                               (words.w >= threshold) << 3;
-    kept |= std::uint64_t{bits} << 4 * i;
-  }
-  return kept;
-}
-
-// Sets the probabilities that are not kept to zero.
-template <typename Traits>
-__device__ __forceinline__ void drop_out(std::uint64_t kept, Probabilities<Traits>& p) {
-#pragma unroll
-  for (int b = 0; b < Traits::kBlocks; ++b) {
-#pragma unroll
-    for (int n = 0; n < kTile / 8; ++n) {
-#pragma unroll
-      for (int half = 0; half < 2; ++half) {
-        const int bit = ((2 * b + half) * kQuads + n / 2) * 4 + n % 2 * 2;
-        const std::uint32_t both = static_cast<std::uint32_t>(kept >> bit) & 3;
-        p[b][n / 2][n % 2 * 2 + half] &= (both & 1) * 0xffffu | (both >> 1) * 0xffff0000u;
-      }
-    }
   }
 }
 

@@ -10,10 +10,14 @@
 
 namespace infuse::attention_forward {
 
-template <typename T_, int kDim_>
+// kFull_: with masks, dropout and softcap. Without, the kernel needs fewer registers.
+template <typename T_, int kDim_, bool kFull_>
 struct Traits {
   using T = T_;
   static constexpr int kDim = kDim_;  // head_dim of q, k and v is at most this
+  static constexpr bool kFull = kFull_;
+  // Heads of up to 64: few registers for a third CTA of four warps on an SM.
+  static constexpr int kMaxWarps = max_warps(kDim, kFull), kMinCtas = kMaxWarps == 4 ? 3 : 1;
   static constexpr int kWarpRows = warp_rows(kDim);
   static constexpr int kBlocks = kWarpRows / 16;  // tensor-core tiles of rows, of a warp
   static constexpr int kRowBytes = row_bytes(kDim);
@@ -26,27 +30,22 @@ struct Traits {
 template <typename Traits>
 using Scores = float[Traits::kBlocks][kTile / 8][4];
 
-// The same rounded, two to a word, as the tensor cores take them: p[b][n / 2][n % 2 * 2 + half] has the two of
-// scores[b][n].
-template <typename Traits>
-using Probabilities = std::uint32_t[Traits::kBlocks][kTile / 16][4];
-
 // Where a key of a tile lies in shared memory so that the tensor cores give each lane those keys: bits 4, 3 and 2, 1 of
 // its number are exchanged, in either direction.
 __host__ __device__ constexpr std::uint32_t exchanged(std::uint32_t key) {
   return (key & ~30u) | (key & 24u) >> 2 | (key & 6u) << 2;
 }
 
-// A warp's rows, found so far: `out` without its denominator, the largest score in powers of two, and the denominator
-// over the keys of this lane.
+// A warp's rows, found so far: `out` without its denominator, and the denominator over the keys of this lane, both
+// relative to 2^base; minus infinity as long as nothing was seen.
 template <typename Traits>
 struct Sums {
   float out[Traits::kBlocks][Traits::kDim / 8][4];
-  float largest[Traits::kBlocks][2], denominator[Traits::kBlocks][2];
+  float base[Traits::kBlocks][2], denominator[Traits::kBlocks][2];
 };
 
-// The number of the thread, read anew at each call: what is derived from it would otherwise be computed once, before the
-// tiles, and kept in registers that the sums need.
+// The number of the thread, read anew at each call: what is derived from it would otherwise be computed once, before
+// the tiles, and kept in registers that the sums need. Likewise place_of.
 __device__ __forceinline__ std::uint32_t read_thread() {
   std::uint32_t thread;
   asm volatile("mov.u32 %0, %%tid.x;" : "=r"(thread));

@@ -49,7 +49,7 @@ struct Visits {
   // The first tile to visit behind `last`, the last that was found.
   __device__ __forceinline__ Visit find(const Params& params, const Place& place, Visit last) {
     std::uint32_t from = last.tile_behind();
-    if (params.map.data == nullptr) {
+    if (!Traits::kFull || params.map.data == nullptr) {
       return from < end ? Visit{from << 3 | (params.mask_kind != Mask::kNone ? 7u : 5u)} : Visit{0};
     }
     for (bool look = !last.exists() || from % kWarpSize == 0; from < end; look = true) {
@@ -87,13 +87,13 @@ struct Visits {
   // Leaves the share of one split. Returns the tile from which to look on.
   __device__ __forceinline__ std::uint32_t take_share(const Params& params, const Place& place, std::uint32_t split) {
     std::uint32_t total = end;
-    if (params.map.data != nullptr) {
+    if (Traits::kFull && params.map.data != nullptr) {
       total = 0;
       for (std::uint32_t window = 0; window * kWarpSize < end; ++window) total += count(params, place, window);
     }
     std::uint32_t begin = static_cast<std::uint32_t>(std::uint64_t{total} * split / params.splits);
     std::uint32_t past = static_cast<std::uint32_t>(std::uint64_t{total} * (split + 1) / params.splits);
-    if (params.map.data != nullptr) {
+    if (Traits::kFull && params.map.data != nullptr) {
       begin = tile_after(params, place, begin);
       past = tile_after(params, place, past);
     }

@@ -69,6 +69,9 @@ constexpr int padded_dim(int dim) {
 // Of a warp: two tensor-core tiles, as long as the sums of both fit into registers.
 constexpr int warp_rows(int dim) { return dim <= 128 ? 32 : 16; }
 
+// Of a CTA. A kernel for four has registers for three CTAs on an SM, one for eight for one.
+constexpr int max_warps(int dim, bool full) { return dim <= 64 && !full ? 4 : 8; }
+
 // An odd number of 16-byte pieces, so that the eight rows of a matrix lie in different banks.
 constexpr int row_bytes(int dim) { return 2 * dim + 16; }
 
@@ -77,9 +80,15 @@ constexpr int mma_shared_bytes(int dim, const Config& config) {
   return (config.warps * warp_rows(dim) + 2 * config.stages * kTile) * row_bytes(dim);
 }
 
-constexpr int ctas_of_sm(int shared_bytes, int warps, const Device& device) {
-  const int by_memory = (device.shared_bytes + kReservedBytes) / (shared_bytes + kReservedBytes);
-  const int by_registers = 8 / warps;
+// Whether the kernel with masks, dropout and softcap is needed, which has registers for eight warps on an SM.
+constexpr bool is_full(const Problem& problem, int dim, const Config& config) {
+  return problem.has_mask || problem.has_dropout || problem.has_softcap || config.warps > max_warps(dim, false);
+}
+
+// CTAs of a configuration on an SM at once.
+constexpr int ctas_of_sm(const Problem& problem, int dim, const Config& config, const Device& device) {
+  const int by_memory = (device.shared_bytes + kReservedBytes) / (mma_shared_bytes(dim, config) + kReservedBytes);
+  const int by_registers = (max_warps(dim, is_full(problem, dim, config)) == 4 ? 12 : 8) / config.warps;
   return by_memory < by_registers ? by_memory : by_registers;
 }
 
@@ -94,8 +103,7 @@ constexpr int choose_mma(const Problem& problem, int dim, const Device& device) 
   int best = 1, most_warps = 0;
   for (const int config : {0, 2, 1, 3}) {
     if (!fits(config, dim, device)) continue;
-    const int warps =
-        kConfigs[config].warps * ctas_of_sm(mma_shared_bytes(dim, kConfigs[config]), kConfigs[config].warps, device);
+    const int warps = kConfigs[config].warps * ctas_of_sm(problem, dim, kConfigs[config], device);
     if (warps > most_warps) {
       best = config;
       most_warps = warps;
@@ -105,9 +113,10 @@ constexpr int choose_mma(const Problem& problem, int dim, const Device& device) 
 }
 
 // As many splits as fill the device once, while each has a few tiles.
-constexpr int choose_splits(const Problem& problem, const Plan& plan, int warps, const Device& device) {
+constexpr int choose_splits(const Problem& problem, const Plan& plan, const Device& device) {
   const std::int64_t ctas = problem.batch * problem.heads * plan.row_blocks;
-  const std::int64_t slots = static_cast<std::int64_t>(device.num_sms) * ctas_of_sm(plan.shared_bytes, warps, device);
+  const std::int64_t slots =
+      static_cast<std::int64_t>(device.num_sms) * ctas_of_sm(problem, plan.dim, kConfigs[plan.config], device);
   const std::int64_t most = ceil_div(problem.keys, kTile) / kMinTilesOfSplit;
   std::int64_t splits = slots / ctas;
   splits = splits < most ? splits : most;
@@ -166,7 +175,7 @@ constexpr Plan make_plan(const Problem& problem, int config, int splits, const D
   plan.rows = chosen.warps * warp_rows(plan.dim);
   plan.row_blocks = static_cast<int>(ceil_div(problem.queries, plan.rows));
   plan.shared_bytes = mma_shared_bytes(plan.dim, chosen);
-  plan.splits = splits > 0 ? splits : choose_splits(problem, plan, chosen.warps, device);
+  plan.splits = splits > 0 ? splits : choose_splits(problem, plan, device);
   return plan;
 }
 

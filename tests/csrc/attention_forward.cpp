@@ -18,7 +18,7 @@ constexpr Device kDevices[] = {
 
 void require(bool holds, const char* what, const Problem& p, const Plan& plan) {
   if (holds) return;
-  std::printf("%s: batch %lld, heads %lld, queries %lld, keys %lld, dims %d, %d: configuration %d, splits %d, %d bytes\n",
+  std::printf("%s: batch %lld, heads %lld, queries %lld, keys %lld, dim %d %d: configuration %d, splits %d, %d bytes\n",
               what, static_cast<long long>(p.batch), static_cast<long long>(p.heads), static_cast<long long>(p.queries),
               static_cast<long long>(p.keys), p.dim, p.dim_v, plan.config, plan.splits, plan.shared_bytes);
   std::exit(1);
@@ -56,7 +56,7 @@ void check(const Problem& problem, int config, const Device& device) {
   require((std::int64_t{plan.row_blocks} - 1) * plan.rows < problem.queries, "a block without rows", problem, plan);
   require(plan.splits >= 1 && plan.splits <= kMaxSplits, "splits", problem, plan);
   const std::int64_t ctas = problem.batch * problem.heads * plan.row_blocks;
-  require(plan.splits == 1 || ctas * plan.splits <= 2 * device.num_sms * 4, "more than the device holds", problem, plan);
+  require(plan.splits == 1 || ctas * plan.splits <= 8 * device.num_sms, "more than the device holds", problem, plan);
   require(plan.splits == 1 || plan.splits * kMinTilesOfSplit * kTile <= problem.keys + kTile, "splits without keys",
           problem, plan);
   require(row_bytes(plan.dim) / 16 % 2 == 1, "rows in the same banks", problem, plan);
@@ -70,7 +70,7 @@ int main() {
       for (const int dim_v : {64, 128, 256}) {
         for (const std::int64_t queries : {1, 17, 64, 100, 128, 1000, 16384}) {
           for (const std::int64_t keys : {0, 1, 100, 4096, 1 << 20}) {
-            for (const std::int64_t batch : {1, 300}) {
+            for (const std::int64_t batch : {1, 2, 300}) {
               for (int config = kHeuristic; config < kNumConfigs; ++config) {
                 Problem problem{};
                 problem.batch = batch;
@@ -81,6 +81,7 @@ int main() {
                 problem.dim = dim;
                 problem.dim_v = dim_v;
                 problem.is_causal = queries == keys;
+                problem.has_mask = batch == 2;
                 check(problem, config, device);
               }
             }

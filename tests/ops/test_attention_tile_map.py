@@ -76,7 +76,7 @@ def test_shapes_while_tracing() -> None:
 @pytest.mark.gpu
 @pytest.mark.usefixtures("kernels")
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("size", [*SIZES, (4096, 4096), (1000, 5003)])
+@pytest.mark.parametrize("size", [*SIZES, (700, 1500)])
 def test_kernels_say_what_the_reference_says(size: tuple[int, int], dtype: torch.dtype) -> None:
     torch.manual_seed(0)
     assert library.missing(torch.device("cuda")) == ""
