@@ -14,8 +14,9 @@ constexpr int kMaxSplits = 64;
 constexpr int kMinTilesOfSplit = 4;
 constexpr int kReservedBytes = 1024;  // of shared memory, for each CTA
 
-// wgmma: made for 9.0a alone; wide: with larger tiles of keys. warps: of a CTA; with wgmma those that multiply. stages: tiles of K and V in shared memory; with one, a tile of V is
-// loaded while that of K is multiplied, and the other way round.
+// wgmma: made for 9.0a alone; wide: with larger tiles of keys. warps: of a CTA; with wgmma those that multiply. stages:
+// tiles of K and V in shared memory; with one, a tile of V is loaded while that of K is multiplied, and the other way
+// round.
 struct Config {
   const char* name;
   bool wgmma;
