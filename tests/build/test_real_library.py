@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 
 from infuse import build
+from tests.build.sass import overwritten_operands, parse
 
 
 @pytest.fixture(scope="session")
@@ -96,17 +97,29 @@ def find_cuobjdump() -> str | None:
     return shutil.which("cuobjdump", path=os.pathsep.join([*map(str, folders), os.environ.get("PATH", "")]))
 
 
-def test_machine_code_has_wide_loads_and_no_local_memory(real_library: Path) -> None:
+@pytest.fixture(scope="session")
+def listings(real_library: Path) -> list[str]:
+    """The machine code of each kernel, its name first."""
     cuobjdump = find_cuobjdump()
     if cuobjdump is None:
         pytest.skip("needs cuobjdump")
     environment = {**os.environ, "PATH": os.pathsep.join([str(Path(cuobjdump).parent), os.environ.get("PATH", "")])}
     command = [cuobjdump, "--dump-sass", str(real_library)]
     listing = subprocess.run(command, capture_output=True, text=True, check=True, env=environment).stdout
-    kernels = re.split(r"Function : ", listing)[1:]
-    assert len(kernels) > 50
-    for kernel in kernels:
+    return re.split(r"Function : ", listing)[1:]
+
+
+def test_machine_code_has_wide_loads_and_no_local_memory(listings: list[str]) -> None:
+    assert len(listings) > 50
+    for kernel in listings:
         name = kernel.split(None, 1)[0]
         assert not re.search(r"\b(LDL|STL)\b", kernel), f"{name} uses local memory"
         if "register_kernel" in name:
             assert "LDG.E" in kernel and re.search(r"LDG\.E\.(NA\.)?128", kernel), f"{name} has no 16-byte loads"
+
+
+def test_operands_stay_in_their_registers_until_the_products_are_done(listings: list[str]) -> None:
+    kernels = [kernel for kernel in listings if "HGMMA" in kernel]
+    assert kernels
+    for kernel in kernels:
+        assert not list(overwritten_operands(parse(kernel))), kernel.split(None, 1)[0]
