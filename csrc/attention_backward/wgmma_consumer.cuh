@@ -208,6 +208,17 @@ struct Consumer {
     }
   }
 
+  // What the step at this place is. Only the lane reads it that gives the place back by `release`.
+  __device__ __forceinline__ Step read_step(int stage) const {
+    Step step{};
+    if (lane == 0) step = load_step(shared + Sizes::kSteps + Sizes::kStepBytes * stage);
+    step.row = __shfl_sync(0xffffffffu, step.row, 0);
+    step.query = __shfl_sync(0xffffffffu, step.query, 0);
+    step.head = __shfl_sync(0xffffffffu, step.head, 0);
+    step.flags = __shfl_sync(0xffffffffu, step.flags, 0);
+    return step;
+  }
+
   // After the other lanes of the warp have read as well.
   __device__ __forceinline__ void release(SharedAddress barrier) const {
     __syncwarp();
@@ -261,7 +272,7 @@ struct Consumer {
     float scores[Sizes::kQueries / 2];
     wait(barriers.keys(), 0);
     wait(barriers.q_full(0), 0);
-    Step step = load_step(shared + Sizes::kSteps);
+    Step step = read_step(0);
     next.advance();
     fence_products();
     multiply_transposed(scores, shared + Sizes::kK, shared + Sizes::kQ);
@@ -299,7 +310,7 @@ struct Consumer {
       store_scores(ds, tile);
       if constexpr (!kEarlyDv) add_dv();
       wait(barriers.q_full(next.stage), next.parity);
-      const Step next_step = load_step(shared + Sizes::kSteps + Sizes::kStepBytes * next.stage);
+      const Step next_step = read_step(next.stage);
       fence_products();
       multiply_transposed(scores, shared + Sizes::kK, shared + Sizes::kQ + next.stage * Sizes::kQueryBytes);
       wait_at_named(kAllBarrier, 128 * Sizes::kGroups);
