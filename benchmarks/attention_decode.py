@@ -118,6 +118,7 @@ def cases(device: Device, quick: bool) -> Iterator[Case]:
         shapes = [Shape(1, 1, keys, keys) for keys in (1024, 4096, 32768)]
         shapes += [
             Shape(1, 1, 32768, 1024),
+            Shape(4, 1, 4096, 4096),
             Shape(16, 1, 4096, 4096),
             Shape(64, 1, 4096, 4096),
             Shape(64, 1, 4096, 2048),

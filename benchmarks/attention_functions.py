@@ -70,6 +70,15 @@ def hand_written(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
     return torch.matmul(weights, v)
 
 
+def hand_written_causal(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """As nanoGPT's: a triangle of the scores is filled with minus infinity."""
+    groups, length = q.shape[1] // k.shape[1], q.shape[2]
+    k, v = k.repeat_interleave(groups, 1), v.repeat_interleave(groups, 1)
+    scores = (q @ k.transpose(-2, -1)) * q.shape[-1] ** -0.5
+    seen = torch.tril(torch.ones(length, length, dtype=torch.bool, device=q.device))
+    return F.softmax(scores.masked_fill(~seen, float("-inf")), -1) @ v
+
+
 def flash_attention_3(is_causal: bool) -> Impl:
     """Of the package fa3-fwd or of a flash_attn_interface that the user has built; [B, T, H, D]."""
 
@@ -89,18 +98,23 @@ def flash_attention_3(is_causal: bool) -> Impl:
     return Impl("flash-attention-3", prepare)
 
 
-def forward_kernel(name: str = "infuse-kernel", config: int = -1, *, is_causal: bool = False) -> Impl:
-    """The raw kernel, with the map of the mask's tiles, and no compiler around it."""
+def forward_kernel(name: str = "infuse-kernel", *, is_causal: bool = False, map_given: bool = False) -> Impl:
+    """The raw kernel and no compiler around it. map_given: the map of the mask's tiles is made before, once a mask."""
 
     def prepare() -> Function:
         require_kernels()
         kernels = optional("infuse.ops.attention_kernels")
+        maps: dict[int, Tensor] = {}
 
         def run(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:
             out = torch.empty_like(q.transpose(1, 2)).transpose(1, 2)
-            found = None if mask is None else kernels.tile_map(mask, q.shape[2], k.shape[2])
+            found = None
+            if mask is not None:
+                found = maps.get(mask.data_ptr()) if map_given else None
+                found = kernels.tile_map(mask, q.shape[2], k.shape[2]) if found is None else found
+                maps[mask.data_ptr()] = found
             scale = q.shape[-1] ** -0.5
-            return kernels.forward(q, k, v, mask, found, None, out, scale=scale, is_causal=is_causal, config=config)  # type: ignore[no-any-return]
+            return kernels.forward(q, k, v, mask, found, None, out, scale=scale, is_causal=is_causal)  # type: ignore[no-any-return]
 
         return run
 

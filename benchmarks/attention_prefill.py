@@ -21,6 +21,7 @@ from attention_functions import (
     flash_attention_3,
     forward_kernel,
     hand_written,
+    hand_written_causal,
     sdpa,
     sdpa_causal,
     with_backend,
@@ -169,14 +170,18 @@ def masked_cases(shape: Shape, dtype: torch.dtype, on_gpu: bool) -> Iterator[Cas
     """A causal mask in the forms that models have it in."""
     pairs = shape.queries * (shape.queries + 1) // 2
     masked = competitors(sdpa, on_gpu)
-    # What the flag costs in the same run: the mask should cost at most 1.2 times as much.
-    flag = [forward_kernel("infuse-kernel-causal-flag", is_causal=True)] if on_gpu else []
-    flagged = [_without_mask(impl) for impl in flag]
-    yield case("causal bool mask", shape, dtype, partial(causal_mask, shape), [*masked, *flagged], pairs=pairs)
+    if on_gpu:  # what the flag costs in the same run, and the layers behind the first that share the mask
+        flag = forward_kernel("infuse-kernel-causal-flag", is_causal=True)
+        masked += [_without_mask(flag), forward_kernel("infuse-kernel-map-given", map_given=True)]
+    yield case("causal bool mask", shape, dtype, partial(causal_mask, shape), masked, pairs=pairs)
     additive = partial(additive_mask, shape, dtype)
     yield case("causal additive mask", shape, dtype, additive, competitors(sdpa, on_gpu), pairs=pairs)
     by_hand = [eager(hand_written), *compiled_pairs(hand_written, *MODES)]
     yield case("written out, additive mask", shape, dtype, additive, by_hand, pairs=pairs, author=hand_written)
+    reference = partial(written_out, is_causal=True)
+    by_hand = [eager(hand_written_causal), *compiled_pairs(hand_written_causal, *MODES)]
+    named = "written out, causal"
+    yield case(named, shape, dtype, None, by_hand, pairs=pairs, author=hand_written_causal, reference=reference)
     slopes = partial(slopes_mask, shape, dtype)
     yield case("ALiBi", shape, dtype, slopes, competitors(sdpa, on_gpu), pairs=pairs)
     capped = [eager(softcapped), *compiled_pairs(softcapped, *MODES)]
@@ -201,13 +206,12 @@ def cases(device: Device, quick: bool) -> Iterator[Case]:
         yield causal_case(small, dtype, on_gpu)
         yield from masked_cases(small, dtype, on_gpu)
         return
-    for shape in (
-        Shape(1, 4096, 4096),
-        Shape(1, 16384, 16384),
-        Shape(4, 4096, 4096),
-        Shape(1, 4096, 4096, head_dim=64),
-    ):
-        yield causal_case(shape, dtype, on_gpu)
+    for length in (4096, 16384):
+        yield causal_case(Shape(1, length, length), dtype, on_gpu)
+    for batch, length, head_dim in ((4, 4096, 128), (8, 1024, 128), (1, 1024, 128), (4, 4096, 64), (4, 4096, 256)):
+        yield causal_case(Shape(batch, length, length, head_dim=head_dim), dtype, on_gpu)
+    yield full_case(Shape(4, 4096, 4096), dtype, on_gpu)
+    yield full_case(Shape(32, 512, 512, heads=16, kv_heads=16, head_dim=64), dtype, on_gpu)
     yield from masked_cases(Shape(1, 4096, 4096), dtype, on_gpu)
     long = Shape(1, 16384, 16384)
     window = partial(window_mask, long, 1024)

@@ -1,7 +1,8 @@
 """Launches of every CUDA kernel on small tensors, for compute-sanitizer to watch (test_sanitizer.py).
 
-`python -m tests.csrc.kernel_drivers FAMILY` runs one family. Only the kernels under test run on the GPU: inputs are
-made on the CPU and results are left as they were allocated, so that initcheck knows every byte that a kernel may read.
+`python -m tests.csrc.kernel_drivers FAMILY [--skip-memory-barriers]` runs one family. Only the kernels under test run
+on the GPU: inputs are made on the CPU and results are left as they were allocated, so that initcheck knows every byte
+that a kernel may read.
 
 To add a family, or a new operator of one: a function under `@driver` that takes the device and yields the launches,
 each a call without arguments (`partial(operator, ...)`). test_sanitizer.py runs all functions of this file; without a
@@ -40,9 +41,17 @@ def driver(function: Driver) -> Driver:
     return function
 
 
-def configs(family: str) -> range:
+# How the names of configurations begin whose warps hand tiles over at barriers in shared memory.
+_WITH_MEMORY_BARRIERS = ("wgmma", "warp")
+_skip_memory_barriers = False
+
+
+def configs(family: str) -> list[int]:
     """-1, where the launcher chooses, and every configuration."""
-    return range(-1, len(library.configurations(family)))
+    names = library.configurations(family)
+    if _skip_memory_barriers:
+        return [number for number, name in enumerate(names) if not name.startswith(_WITH_MEMORY_BARRIERS)]
+    return list(range(-1, len(names)))
 
 
 def random(*shape: int, dtype: torch.dtype, device: torch.device, offset: int = 0) -> Tensor:
@@ -60,8 +69,10 @@ def _vector(dim: int, *, dtype: torch.dtype | None, device: torch.device, offset
     return None if dtype is None else random(dim, dtype=dtype, device=device, offset=offset)
 
 
-def run(family: str, device: torch.device) -> int:
+def run(family: str, device: torch.device, skip_memory_barriers: bool = False) -> int:
     """How many launches there were."""
+    global _skip_memory_barriers
+    _skip_memory_barriers = skip_memory_barriers
     launches = 0
     for launch in DRIVERS[family](device):
         launch()
@@ -313,7 +324,7 @@ def attention_decode(device: torch.device) -> Iterator[Launch]:
         k, v = (random(2, 2, keys, size, dtype=dtype, device=device) for size in (dim, dim_v))
         every = ((config, 0) for config in configs(attention_kernels.DECODE))
         masks = itertools.cycle([*_attention_masks(queries, keys, dtype, device), None])
-        for (config, splits), mask in zip((*every, (0, 5), (1, 2), (3, 3)), itertools.islice(masks, turn, None)):
+        for (config, splits), mask in zip((*every, (0, 5), (1, 2)), itertools.islice(masks, turn, None)):
             out = torch.empty(2, queries, 8, dim_v, dtype=dtype, device=device).transpose(1, 2)
             given = (q, k, v, mask, 0.1, False, 0.0, None, True, config, splits, out)
             yield partial(_if_it_can, OPS.attention_decode_out, *given)
@@ -389,6 +400,6 @@ if __name__ == "__main__":
     absent = library.missing(torch.device("cuda"))
     if absent:
         raise SystemExit(absent)
-    count = run(sys.argv[1], torch.device("cuda"))
+    count = run(sys.argv[1], torch.device("cuda"), "--skip-memory-barriers" in sys.argv)
     torch.cuda.synchronize()
     print(f"{count} launches")

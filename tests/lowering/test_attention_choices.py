@@ -129,22 +129,28 @@ def test_the_policy_knows_what_the_kernels_cannot_do(cpu_kernel: list[Any], monk
         assert form(*args(q, k, v), training=True) == form(*args(q, k, v), kernels="never") == "inline"
 
 
+CACHE = (1, 8, 2048, 128)
+
+
 @pytest.mark.parametrize(
-    ("q", "k", "capability", "expected"),
+    ("q", "k", "mask", "expected"),
     [
-        ((1, 32, 2, 128), (1, 8, 2048, 128), (9, 0), True),
-        ((1, 32, 1, 128), (1, 8, 2048, 128), (9, 0), False),
-        ((64, 3, 49, 128), (64, 1, 2048, 128), (9, 0), False),
-        ((1, 32, 2, 128), (1, 32, 2048, 128), (9, 0), False),
-        ((1, 32, 2, 128), (1, 8, 128, 128), (9, 0), False),
-        ((1, 32, 2, 64), (1, 8, 2048, 64), (9, 0), False),
-        ((1, 32, 2, 128), (1, 8, 2048, 128), (8, 6), False),
+        ((1, 32, 2, 128), CACHE, None, True),
+        ((1, 32, 1, 128), CACHE, torch.bool, True),
+        ((1, 32, 1, 128), CACHE, None, False),
+        ((16, 32, 1, 128), (16, 8, 2048, 128), torch.bool, False),
+        ((64, 3, 49, 128), (64, 1, 2048, 128), None, False),
+        ((1, 32, 2, 128), (1, 32, 2048, 128), None, False),
+        ((1, 32, 2, 128), (1, 8, 128, 128), None, False),
+        ((1, 32, 2, 64), (1, 8, 2048, 64), None, False),
     ],
 )
-def test_without_a_measurement_the_kernel_runs_where_torch_reads_more(
-    q: tuple[int, ...], k: tuple[int, ...], capability: tuple[int, int], expected: bool
+def test_without_a_measurement_few_rows_run_in_the_kernel_where_torch_reads_more(
+    q: tuple[int, ...], k: tuple[int, ...], mask: torch.dtype | None, expected: bool
 ) -> None:
-    assert heuristics.decodes_well(q, k, capability) is expected
+    site = heuristics.Site(q, k, mask, False, False)
+    assert heuristics.decodes_well(site, (9, 0)) is expected
+    assert not heuristics.decodes_well(site, (8, 6))
 
 
 def test_kernels_are_timed_beside_torchs_own_behind_a_mask_that_hides_nothing(
