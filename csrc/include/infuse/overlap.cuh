@@ -20,7 +20,7 @@ __device__ __forceinline__ void let_next_kernel_start() {
 }
 
 // Brings `bytes`, a multiple of 16, into the L2. Reads nothing, so it may come before wait_for_previous_kernel.
-__device__ __forceinline__ void prefetch_to_l2(const void* address, unsigned bytes) {
+__device__ __forceinline__ void prefetch_to_l2([[maybe_unused]] const void* address, [[maybe_unused]] unsigned bytes) {
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
   asm volatile("cp.async.bulk.prefetch.L2.global [%0], %1;" ::"l"(address), "r"(bytes) : "memory");
 #endif
