@@ -7,6 +7,7 @@ import re
 import shutil
 import subprocess
 import sys
+from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -58,6 +59,20 @@ def faults(ran: subprocess.CompletedProcess[str]) -> int:
     return int(summary[1])
 
 
+def digest(output: str) -> str:
+    """The tool's different reports, each with how often it came, without threads, addresses and host frames."""
+    reports: Counter[str] = Counter()
+    report: list[str] = []
+    for line in [*output.splitlines(), "========= end"]:
+        text = re.sub(r"\((\d+,)+\d+\)|(?<!\+)0x[0-9a-f]+", "", line.removeprefix("========="))
+        if re.match(" {5,}", text):
+            report += [text.strip()] if re.search(r"\bThread\b.* at |^ +at ", text) else []
+        elif text.strip():
+            reports["\n    ".join(report)] += bool(report)
+            report = [text.strip()] if line.startswith("=========") else []
+    return "\n".join(f"{count} x {text}" for text, count in reports.most_common(12) if count)
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("family", DRIVERS)
 @pytest.mark.parametrize("tool", TOOLS)
@@ -66,7 +81,7 @@ def test_kernels_have_no_fault(tool: str, family: str) -> None:
     if reason:
         pytest.skip(f"needs the compiled kernels: {reason}")
     ran = sanitize(tool, sys.executable, "-m", "tests.csrc.kernel_drivers", family, *DRIVER_OPTIONS.get(tool, ()))
-    assert faults(ran) == 0 and ran.returncode == 0, ran.stdout[-5000:] + ran.stderr[-3000:]
+    assert faults(ran) == 0 and ran.returncode == 0, f"{digest(ran.stdout)}\n{ran.stdout[-500:]}{ran.stderr[-1000:]}"
     launches = re.search(r"^(\d+) launches$", ran.stdout, re.MULTILINE)
     assert launches is not None and int(launches[1]) > 0, "the driver launched nothing"
 
@@ -82,6 +97,21 @@ def test_a_planted_fault_is_found(tool: str, tmp_path: Path) -> None:
     subprocess.run([str(nvcc), "-arch=native", source, "-o", program], check=True, timeout=100)
     ran = sanitize(tool, program, tool)
     assert faults(ran) > 0 and ran.returncode != 0, ran.stdout
+
+
+def test_a_digest_tells_reports_apart() -> None:
+    hazard = (
+        "========= Error: Race reported between {} access at a_kernel(Params)+0x90 and b\n"
+        "=========     Write Thread ({},0,0) at a_kernel(Params)+0x90\n"
+        "=========     Current Value : 0\n"
+        "=========         Host Frame: main at x\n"
+        "=========\n"
+    )
+    output = hazard.format("Write", 3) + hazard.format("Read", 4) + hazard.format("Write", 5) + "7 launches\n"
+    assert digest(output).splitlines()[:2] == [
+        "2 x Error: Race reported between Write access at a_kernel(Params)+0x90 and b",
+        "    Write Thread  at a_kernel(Params)+0x90",
+    ]
 
 
 @pytest.mark.parametrize("family", DRIVERS)
