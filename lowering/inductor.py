@@ -225,9 +225,9 @@ def measure(
             make_fx_graph=functools.partial(_formula_graph, bind(formula, args)[0]),
             description=label,
         )
-    if layout.device.type == "cuda":
-        for choice in choices.values():
-            choice.benchmark = _graph_benchmark(choice)
+    for choice in choices.values():
+        timed = _graph_benchmark(choice) if layout.device.type == "cuda" else choice.benchmark
+        choice.benchmark = _never_where_refused(timed)
     values = {index: _all_true for index, tensor in enumerate(tensors) if tensor.get_dtype() == torch.bool}
     timings = get_algorithm_selector_cache().do_autotuning(
         name, tensors, layout, values, create_inputs_key(tensors), list(choices.values()), dict
@@ -240,6 +240,20 @@ def _all_true(node: Node) -> torch.Tensor:
     """A mask that hides nothing: Inductor's own stand-in is False throughout, which a kernel need not look behind."""
     mask: torch.Tensor = get_algorithm_selector_cache().benchmark_example_value(node)
     return mask.fill_(True)
+
+
+def _never_where_refused(benchmark: Callable[..., float]) -> Callable[..., float]:
+    """A choice's `benchmark`, infinite where the kernel says that its configuration does not take such arguments."""
+
+    def timed(*args: torch.Tensor, out: torch.Tensor) -> float:
+        try:
+            return benchmark(*args, out=out)
+        except RuntimeError as error:
+            if "configuration" not in str(error):
+                raise
+            return math.inf
+
+    return timed
 
 
 _CALLS_A_GRAPH = 10

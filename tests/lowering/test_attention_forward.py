@@ -98,6 +98,21 @@ def test_max_autotune_counts_the_map_among_the_kernels_cost(maps: list[Tensor]) 
     assert all(made.all() for made in maps[:3])
 
 
+def test_a_configuration_that_does_not_take_the_shape_is_no_candidate(
+    implement_on_cpu: Callable[[str, Callable[..., Any]], None], caplog: pytest.LogCaptureFixture
+) -> None:
+    def run(*args: Any) -> None:
+        if args[12] == 1:
+            raise RuntimeError("attention_forward_out: configuration narrow, got another head_dim, expected one it has")
+        forward_on_cpu(*args)
+
+    implement_on_cpu("attention_forward_out", run)
+    compiled_code(attend, *inputs(), None, mode="max-autotune-no-cudagraphs")
+    (decision,) = decisions.decisions()
+    assert set(decision.timings_ms) == {"sdpa", "forward_-1", "forward_0"}
+    assert not [record for record in caplog.records if "autotuning" in record.getMessage()]
+
+
 @torch._inductor.config.patch(cpp_wrapper=True)
 def test_generated_cpp_has_the_formula(maps: list[Tensor]) -> None:
     """Which cannot call the kernels."""
