@@ -27,13 +27,9 @@ void launch_mma(const Plan& plan, const Params& params, int device, cudaStream_t
       run(Traits<T, kDim, 128, 4, 2, kDim == 96 ? 4 : 2>{});
     });
   }
-  if (config.query_warps == 4) {
-    return dispatch_int<128, 192, 256>(kOp, "head_dim of the kernel", plan.dim,
-                                       [&](auto dim) { run(Traits<T, decltype(dim)::value, 64, 2, 4, 2>{}); });
-  }
   dispatch_int<64, 128, 192, 256>(kOp, "head_dim of the kernel", plan.dim, [&](auto dim) {
     constexpr int kDim = decltype(dim)::value;
-    run(Traits<T, kDim, 64, kDim == 64 ? 2 : 4, 2, 2>{});
+    run(Traits<T, kDim, 64, 2, kDim == 64 ? 2 : 4, 2>{});
   });
 }
 

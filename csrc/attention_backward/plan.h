@@ -13,18 +13,17 @@ constexpr int kQueryPadding = 128;  // the workspace's rows of a head are a mult
 constexpr int kMaxSplits = 64;
 constexpr int kReservedBytes = 1024;  // of shared memory, for each CTA
 
-// wgmma: made for 9.0a alone. keys: of a CTA. query_warps: that share keys, see Traits.
+// wgmma: made for 9.0a alone. keys: of a CTA.
 struct Config {
   const char* name;
   bool wgmma;
-  int keys, query_warps;
+  int keys;
 };
 
 constexpr Config kConfigs[] = {
-    {"mma_k128", false, 128, 2},   // 0
-    {"mma_k64", false, 64, 2},     // 1: for large heads, or less shared memory, or small heads, of which two CTAs fit
-    {"wgmma_k128", true, 128, 0},  // 2: for the devices and arguments without wgmma_obstacle
-    {"mma_k64_q4", false, 64, 4},  // 3
+    {"mma_k128", false, 128},   // 0
+    {"mma_k64", false, 64},     // 1: for large heads, or less shared memory, or small heads, of which two CTAs fit
+    {"wgmma_k128", true, 128},  // 2: for the devices and arguments without wgmma_obstacle
 };
 constexpr int kNumConfigs = sizeof(kConfigs) / sizeof(kConfigs[0]);
 constexpr int kHeuristic = -1;
@@ -62,8 +61,7 @@ constexpr int larger(int a, int b) { return a > b ? a : b; }
 constexpr int kernel_dim(const Config& config, int dim) {
   if (config.wgmma) return dim <= 64 ? 64 : dim <= 128 ? 128 : 0;
   if (config.keys == 128) return dim <= 64 ? 64 : dim <= 96 ? 96 : dim <= 128 ? 128 : 0;
-  if (dim <= 64 && config.query_warps == 2) return 64;
-  return dim <= 128 ? 128 : dim <= 192 ? 192 : 256;
+  return dim <= 64 ? 64 : dim <= 128 ? 128 : dim <= 192 ? 192 : 256;
 }
 
 // An odd number of 16-byte pieces, so that the eight rows of a matrix lie in different banks.
