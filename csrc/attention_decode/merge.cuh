@@ -152,10 +152,7 @@ __device__ __forceinline__ Partial merge_groups(const Params& params, const Plac
   const std::uint32_t step = params.row_warps * kWarpRows * kSumsBytes<Traits::kDim>;
   return merge_parts<kWarps>(
       place.groups,
-      [&](std::uint32_t group) {
-        const float4 scalars = load_four(row + group * step + Traits::kDim * 4);
-        return make_float2(scalars.x, scalars.y);
-      },
+      [&](std::uint32_t group) { return load_two(row + group * step + Traits::kDim * 4); },
       [&](std::uint32_t group) { return load_four(row + group * step + column * 4); });
 }
 

@@ -17,7 +17,7 @@ _FEWEST_KEYS = 2048
 _MOST_CACHES = 32  # batch times K/V heads, for one query
 _DECODED_HEAD_DIM = 128
 _HEAD_DIMS = (64, 128)
-_FEWEST_ROWS = 1024  # of queries, and of keys
+_LEAST = ((1024, 1024), (512, 16384))  # queries and keys
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,7 +53,9 @@ def _has_many_rows(site: Site, capability: tuple[int, int]) -> bool:
     (*_, queries, head_dim), keys = site.q, site.k[2]
     if capability != H200 or head_dim not in _HEAD_DIMS:
         return False
-    return isinstance(queries, int) and isinstance(keys, int) and min(queries, keys) >= _FEWEST_ROWS
+    if not isinstance(queries, int) or not isinstance(keys, int):
+        return False
+    return any(queries >= fewest_queries and keys >= fewest_keys for fewest_queries, fewest_keys in _LEAST)
 
 
 def _mask_is_no_bias(site: Site) -> bool:

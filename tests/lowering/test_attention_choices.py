@@ -200,6 +200,7 @@ LONG, HEADS = (1, 32, 4096, 128), (1, 8, 4096, 128)
         (LONG, HEADS, {"has_dropout": True}, True, False),
         (LONG, HEADS, {"has_dropout": True, "only_formula": True}, True, True),
         ((1, 32, 512, 128), (1, 8, 512, 128), {}, False, False),
+        ((1, 32, 512, 128), (1, 8, 16384, 128), {"mask": torch.bool}, True, True),
         ((1, 32, 4096, 80), (1, 8, 4096, 80), {}, False, False),
     ],
 )
