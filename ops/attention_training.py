@@ -7,7 +7,7 @@ mask, None without one; nan_for_masked_rows: what a row gives that sees no key, 
 inside, as [B, S, H, D] in memory. CUDA only.
 
 attention_cudnn_backward: torch's operator for cuDNN, which gives wrong gradients where dout and out lie in memory
-differently (seen with torch 2.11 and 2.13), so dout is brought to out's layout first.
+differently (seen with torch 2.11), so dout is brought to out's layout first.
 """
 
 from __future__ import annotations
