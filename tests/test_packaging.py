@@ -151,7 +151,7 @@ def test_metadata(built: Built) -> None:
     assert built.metadata["Requires-Python"] == ">=3.10"
     required = {line for line in built.metadata.get_all("Requires-Dist", []) if "extra ==" not in line}
     assert required == {"torch>=2.11", "numpy", "ninja", "filelock"}
-    assert set(built.metadata.get_all("Provides-Extra", [])) == {"models", "demo", "test", "dev"}
+    assert set(built.metadata.get_all("Provides-Extra", [])) == {"models", "demo", "flash-attention-3", "test", "dev"}
 
 
 def test_entry_points(built: Built) -> None:
