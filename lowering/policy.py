@@ -71,8 +71,8 @@ def _place_attention(
             return Placement("default", "kernel for few query rows")
         if chosen.startswith("forward") and attention_kernels.can_forward in runs:
             return Placement("default", "kernel")
-    if reason := _only_formula(args):
-        return Placement("inline", f"decomposition (no kernel for {reason})")
+    if reason := _unknown_to_sdpa(args):
+        return Placement("inline", f"decomposition (SDPA has no {reason})")
     if q.device.type != "cuda":
         return Placement("inline", f"scaled_dot_product_attention (no kernel for {q.device.type})")
     if not max_autotune:
@@ -92,8 +92,8 @@ def _place_trained_attention(args: Sequence[object], settings: Settings, max_aut
         return Placement("default", "kernels, forwards and backwards")
     if runs and max_autotune and not _drops(args):
         return Placement("default", "kernel or SDPA backend, measured for each pass")
-    if reason := _only_formula(args):
-        return Placement("inline", f"decomposition (no kernel for {reason})")
+    if reason := _unknown_to_sdpa(args):
+        return Placement("inline", f"decomposition (SDPA has no {reason})")
     if q.device.type != "cuda":
         return Placement("inline", f"scaled_dot_product_attention (no kernel for {q.device.type})")
     return Placement("inline", "scaled_dot_product_attention")
@@ -124,14 +124,12 @@ def _describe(args: Sequence[object]) -> attention_heuristics.Site:
     return attention_heuristics.Site(q.shape, k.shape, dtype, bool(is_causal), formula, dropout_p != 0.0)
 
 
-def _only_formula(args: Sequence[object]) -> str:
-    """What no kernel of attention takes among a site's arguments; "" if there is nothing."""
-    given = dict(zip(("softcap", "sinks", "masked_rows", "dropout_p"), args[6:]))
+def _unknown_to_sdpa(args: Sequence[object]) -> str:
+    """What of a site torch's SDPA does not compute; "" if there is nothing."""
+    given = dict(zip(("softcap", "sinks"), args[6:]))
     if isinstance(given.get("softcap"), torch.SymFloat) or given.get("softcap"):
-        return "a softcap"
-    if given.get("sinks") is not None:
-        return "sinks"
-    return "dropout" if isinstance(given.get("dropout_p"), torch.SymFloat) or given.get("dropout_p") else ""
+        return "softcap"
+    return "sinks" if given.get("sinks") is not None else ""
 
 
 def _place_norm(kind: str, x: Tensor, args: Sequence[object], settings: Settings, max_autotune: bool) -> Placement:
