@@ -20,7 +20,12 @@ def implement_on_cpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[str,
     monkeypatch.setattr(library, "missing", lambda device: "")
     monkeypatch.setattr(library, "configurations", lambda op: ("wide", "narrow"))
     decisions.clear()
-    yield lambda name, function: implementation.impl(name, function, "CPU")
+
+    def implement(name: str, function: Callable[..., Any]) -> None:
+        implementation.impl(name, function, "CPU")
+        getattr(torch.ops.infuse, name).default._dispatch_cache.clear()  # an earlier test's, which is not told
+
+    yield implement
     implementation._destroy()
     torch._dynamo.reset()
 
