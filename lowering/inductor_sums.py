@@ -17,7 +17,7 @@ from torch._inductor.ops_handler import DefaultHandler
 from torch._inductor.utils import sympy_index_symbol
 from torch._inductor.virtualized import V
 
-from infuse.lowering import inductor
+from infuse.lowering import graph_neighbours, inductor
 
 Node = Any  # an Inductor IR node
 Expression = Any  # of sympy
@@ -54,7 +54,7 @@ def terms(tensor: Node, node: torch.fx.Node, limit: int, dtype: torch.dtype) -> 
     Inductor adds in fp32 without rounding in between, which is what a kernel that takes the terms must do.
     """
     (argument,) = (arg for arg in node.args[:1] if isinstance(arg, torch.fx.Node))
-    if config.emulate_precision_casts or len(inductor.readers(argument)) != 1:
+    if config.emulate_precision_casts or len(graph_neighbours.readers(argument)) != 1:
         return [tensor]
     if not inductor.is_generated(tensor):
         found = _addends_of_products(tensor, argument) if tensor.get_dtype() == dtype else []
@@ -77,7 +77,7 @@ def _addends_of_products(tensor: Node, node: torch.fx.Node) -> list[Node]:
     """
     storage = tensor.data if isinstance(tensor, ir.TensorBox) else tensor
     product = storage.data if isinstance(storage, ir.StorageBox) else None
-    plain = node.target is torch.ops.aten.addmm.default and not node.kwargs and len(inductor.readers(node)) == 1
+    plain = node.target is torch.ops.aten.addmm.default and not node.kwargs and len(graph_neighbours.readers(node)) == 1
     if not plain or not isinstance(product, ir.ExternKernelOut):
         return [tensor]
     assert isinstance(node.args[0], torch.fx.Node)
@@ -133,12 +133,12 @@ def _is_read_once(value: object) -> bool:
     """Whether a value, and what it is a view or a sum of, is made by operators of the graph for one reader each."""
     if not isinstance(value, torch.fx.Node) or value.op != "call_function" or value.target is operator.getitem:
         return False
-    if inductor.is_view(value.target):
+    if graph_neighbours.is_view(value.target):
         return len(value.users) == 1 and _is_read_once(value.args[0])
     if value.target in (torch.ops.aten.add.Tensor, torch.ops.aten.addmm.default):
         added = value.args[:1] if value.target is torch.ops.aten.addmm.default else value.args
-        return len(inductor.readers(value)) == 1 and all(map(_is_read_once, added))
-    return len(inductor.readers(value)) == 1
+        return len(graph_neighbours.readers(value)) == 1 and all(map(_is_read_once, added))
+    return len(graph_neighbours.readers(value)) == 1
 
 
 def sum_behind(node: torch.fx.Node) -> tuple[torch.fx.Node, Node] | None:

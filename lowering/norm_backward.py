@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from infuse import build
-from infuse.lowering import inductor, inductor_sums, profit
+from infuse.lowering import graph_neighbours, inductor, inductor_sums, profit
 from infuse.lowering.decisions import Decision, record
 from infuse.lowering.heuristics import norm_backward as heuristics
 from infuse.ops import add_layer_norm, add_rms_norm, gated_rms_norm, layer_norm, library, norm_backward, rms_norm
@@ -147,7 +147,7 @@ def decline(arguments: Arguments) -> str:
         return reason
     if not isinstance(arguments.weight_offset, (int, float)) or not isinstance(arguments.minimum or 0.0, (int, float)):
         return "a number is symbolic"
-    if inductor.results_taken(inductor.current_node()) < arguments.num_gradients:
+    if graph_neighbours.results_taken(inductor.current_node()) < arguments.num_gradients:
         return "not every gradient is needed"
     return ""
 
@@ -232,7 +232,7 @@ def _choose(folded: Folded) -> tuple[str, str, Any, Any]:
     more = (arguments.dsum,) if is_add and folded.total is None else ()
     read = (dy, *more, arguments.x, *(() if arguments.gate is None else (arguments.gate,)))
     results = 1 if arguments.gate is None else 2
-    around = inductor.neighbours(read, node, results, folded.total)
+    around = graph_neighbours.neighbours(read, node, results, folded.total)
     if inductor.max_autotune():
         timings, how = _measure(folded), "measured"
     else:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from infuse import build
-from infuse.lowering import inductor, profit
+from infuse.lowering import graph_neighbours, inductor, profit
 from infuse.lowering.decisions import Decision, record
 from infuse.lowering.heuristics import norm as heuristics
 from infuse.ops import library, norm_kernels
@@ -123,7 +123,7 @@ def lower(norm: Norm, given: Sequence[Any]) -> Any:
         return take(FORMULA, reason)
     if inductor.settings_in_effect().kernels == "always":
         return take("kernel_-1", "kernels are always taken")
-    around = inductor.neighbours(args[: norm.rows], inductor.current_node(), norm.results)
+    around = graph_neighbours.neighbours(args[: norm.rows], inductor.current_node(), norm.results)
     if inductor.max_autotune():
         timings, how = _measure(norm, args, problem), "measured"
     else:

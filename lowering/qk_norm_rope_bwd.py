@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from infuse import build
-from infuse.lowering import inductor, profit
+from infuse.lowering import graph_neighbours, inductor, profit
 from infuse.lowering.decisions import Decision, record
 from infuse.lowering.heuristics import rope as heuristics
 from infuse.lowering.rope import FORMULA, decline
@@ -76,7 +76,7 @@ def lower(target: Any, formula: Callable[..., Any], pairs: int, *args: Any) -> A
     if inductor.settings_in_effect().kernels == "always":
         return take(KERNEL, "kernels are always taken")
     # Of the results only the first dx: the sums for dweight are small.
-    lost = inductor.neighbours(own, inductor.current_node(), 1).passes
+    lost = graph_neighbours.neighbours(own, inductor.current_node(), 1).passes
     if not inductor.max_autotune():
         return take(KERNEL if lost == 0 and heuristics.runs_well(problem) else FORMULA, "heuristic")
     given = tuple(tensor is not None for tensor in tensors)

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from infuse import build
-from infuse.lowering import inductor, profit
+from infuse.lowering import graph_neighbours, inductor, profit
 from infuse.lowering.decisions import Decision, record
 from infuse.lowering.heuristics import rope as heuristics
 from infuse.ops import library, rope_kernels
@@ -90,7 +90,7 @@ def choose(
         return take(FORMULA, declined)
     if inductor.settings_in_effect().kernels == "always":
         return take("kernel_-1", "kernels are always taken")
-    lost = inductor.neighbours([x], inductor.current_node()).passes
+    lost = graph_neighbours.neighbours([x], inductor.current_node()).passes
     if not inductor.max_autotune():
         if lost == 0 and heuristics.runs_well(problem):
             return take("kernel_-1", "heuristic")

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from infuse import build
-from infuse.lowering import inductor, profit
+from infuse.lowering import graph_neighbours, inductor, profit
 from infuse.lowering.decisions import Decision, record
 from infuse.lowering.heuristics import rope as heuristics
 from infuse.lowering.rope import FORMULA, decline
@@ -75,7 +75,7 @@ def lower(*args: Any) -> Any:
         return take(FORMULA, declined)
     if inductor.settings_in_effect().kernels == "always":
         return take("kernel_-1", "kernels are always taken")
-    lost = inductor.neighbours([x, other], inductor.current_node(), 2).passes
+    lost = graph_neighbours.neighbours([x, other], inductor.current_node(), 2).passes
     if not inductor.max_autotune():
         if lost == 0 and heuristics.pair_runs_well(problem):
             return take("kernel_-1", "heuristic")

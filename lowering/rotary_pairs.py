@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch.fx import Graph, Node
 
-from infuse.lowering import inductor
+from infuse.lowering import graph_neighbours, inductor
 from infuse.ops import qk_norm_rope_bwd, rope_pair  # noqa: F401  registers the operators
 from infuse.report import SITE_KEY
 
@@ -87,7 +87,7 @@ def _same(value: object) -> object:
     """Equal for nodes that are the same view of the same node."""
     if isinstance(value, (list, tuple)):
         return tuple(_same(item) for item in value)
-    if isinstance(value, Node) and inductor.is_view(value.target) and not value.kwargs:
+    if isinstance(value, Node) and graph_neighbours.is_view(value.target) and not value.kwargs:
         return value.target, _same(value.args)
     return value
 

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from infuse.lowering import inductor, policy, profit
+from infuse.lowering import graph_neighbours, inductor, policy, profit
 from infuse.lowering.decisions import Decision, record
 from infuse.report import Placement
 from infuse.settings import Settings
@@ -137,7 +137,7 @@ def _lower(operator: UserOperator, args: tuple[Any, ...]) -> Any:
     if inductor.max_autotune() and kernel.device == "cuda":
         formulas = {FORMULA: operator.formula}
         timings = inductor.measure(f"infuse_{operator.kind}", {KERNEL: candidate}, formulas, args, layout)
-        lost = inductor.neighbours(tensors[:1], inductor.current_node()).passes
+        lost = graph_neighbours.neighbours(tensors[:1], inductor.current_node()).passes
         label, costs = profit.choose(timings, FORMULA, len(tensors) + 1, lost)
         decide(label, f"measured; fusing with the neighbours saves {lost} passes", timings, costs)
         if label == KERNEL:

@@ -14,7 +14,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 import infuse
 from infuse import backend
-from infuse.lowering import decisions, inductor, profit
+from infuse.lowering import decisions, graph_neighbours, inductor, profit
 from infuse.lowering import rms_norm as lowering
 from infuse.lowering.heuristics import norm as heuristics
 from infuse.lowering.policy import place
@@ -149,14 +149,14 @@ def test_neighbours_are_counted(
     cpu_kernel: list[int], monkeypatch: pytest.MonkeyPatch, function: Any, passes: int
 ) -> None:
     seen: list[int] = []
-    original = inductor.neighbours
+    original = graph_neighbours.neighbours
 
-    def spy(*args: Any) -> inductor.Neighbours:
+    def spy(*args: Any) -> graph_neighbours.Neighbours:
         found = original(*args)
         seen.append(found.passes)
         return found
 
-    monkeypatch.setattr(inductor, "neighbours", spy)
+    monkeypatch.setattr(graph_neighbours, "neighbours", spy)
     monkeypatch.setattr(inductor, "measure", lambda *args: {})
     args = torch.randn(32, 64), torch.randn(64), torch.randn(64, 8)
     out, _ = compiled_code(function, *args, mode="max-autotune-no-cudagraphs")
