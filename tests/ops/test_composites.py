@@ -12,7 +12,9 @@ from torch import Tensor
 from torch.library import opcheck
 from torch.utils import _pytree as pytree
 
-from infuse.ops import norm_linear as _norm_linear  # noqa: F401  importing an operator's module registers it
+from infuse.ops import linear_add as _linear_add  # noqa: F401  importing an operator's module registers it
+from infuse.ops import norm_linear as _norm_linear  # noqa: F401
+from infuse.ops import norm_linear_swiglu as _norm_linear_swiglu  # noqa: F401
 from infuse.ops import packed_linear as _packed_linear  # noqa: F401
 from infuse.ops import qk_norm_rope as _qk_norm_rope  # noqa: F401
 from infuse.ops import swiglu_linear as _swiglu_linear  # noqa: F401
@@ -51,6 +53,30 @@ def packed_args(dtype: torch.dtype) -> tuple[Any, ...]:
     return leaf(2, 3, 8, dtype=dtype), *linears((4, 6, 4), dtype)
 
 
+def linear_add_args(dtype: torch.dtype) -> tuple[Any, ...]:
+    return leaf(2, 3, 8, dtype=dtype), leaf(4, 8, dtype=dtype), leaf(4, dtype=dtype), leaf(2, 3, 4, dtype=dtype)
+
+
+def norm_gate_args(dtype: torch.dtype) -> tuple[Any, ...]:
+    x, _, *_, weight, eps = norm_args(dtype)
+    return x, None, *linears((6, 6), dtype), "gate_up", weight, eps
+
+
+def add_norm_gate_args(dtype: torch.dtype) -> tuple[Any, ...]:
+    x, residual, *_, weight, eps = add_norm_args(dtype)
+    return x, residual, *linears((12,), dtype), "interleaved", weight, eps, 1.0, False, False, "gelu_erf"
+
+
+def norm_gate_formula(
+    x: Tensor, residual: Tensor | None, weights: Any, biases: Any, order: str, weight: Tensor, eps: float, *flags: Any
+) -> Any:
+    if residual is None:
+        gate, up = norm_formula(x, None, weights, biases, weight, eps)
+        return [F.silu(gate) * up]
+    packed, total = norm_formula(x, residual, weights, biases, weight + 1.0, eps)
+    return [F.gelu(packed[..., ::2]) * packed[..., 1::2], total]
+
+
 def gate_args(dtype: torch.dtype) -> tuple[Any, ...]:
     gate, up = (leaf(2, 3, 8, dtype=dtype) for _ in range(2))
     return gate, up, leaf(4, 8, dtype=dtype), leaf(4, dtype=dtype), "gelu_tanh"
@@ -79,12 +105,18 @@ def qk_norm_formula(
 CASES: list[Case] = [
     ("norm_linear", norm_formula, norm_args),
     ("norm_linear", norm_formula, add_norm_args),
+    ("norm_linear_swiglu", norm_gate_formula, norm_gate_args),
+    ("norm_linear_swiglu", norm_gate_formula, add_norm_gate_args),
+    ("linear_add", lambda x, w, b, r: F.linear(x, w, b) + r, linear_add_args),
     ("packed_linear", lambda x, ws, bs: [F.linear(x, w, b) for w, b in zip(ws, bs)], packed_args),
     ("qk_norm_rope", qk_norm_formula, qk_norm_args),
     ("qk_norm_rope", qk_norm_formula, qk_rms_norm_args),
     ("swiglu_linear", lambda g, u, w, b, _: F.linear(F.gelu(g, approximate="tanh") * u, w, b), gate_args),
 ]
-IDS = ["norm", "add and norm", "packed", "LayerNorm and rotation", "RMSNorm and rotation", "gate"]
+IDS = [
+    *("norm", "add and norm", "norm and gate", "add, norm and gate", "linear and add", "packed"),
+    *("LayerNorm and rotation", "RMSNorm and rotation", "gate"),
+]
 
 
 def flat(results: Any) -> list[Tensor]:

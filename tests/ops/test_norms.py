@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 from torch.library import opcheck
+from torch.utils import _pytree as pytree
 
 import infuse
 from infuse.ops import norm_kernels, problems
@@ -126,7 +127,7 @@ def assert_same_layouts(calls: list[tuple[Any, tuple[Any, ...]]]) -> None:
     for packet, args in calls:
         real = packet.default(*args)
         with FakeTensorMode() as mode:
-            fakes = [mode.from_tensor(arg) if isinstance(arg, Tensor) else arg for arg in args]
+            fakes = pytree.tree_map_only(Tensor, mode.from_tensor, args)
             fake = packet.default(*fakes)
         pairs = zip([real], [fake]) if isinstance(real, Tensor) else zip(real, fake)
         for mine, theirs in pairs:
