@@ -27,6 +27,7 @@ MEANS: Mapping[str, Mapping[str, int]] = {
     "rope_cache_write": {"rope": 2},  # the norms that it may take in are not counted
     "norm_linear": {"rms_norm": 1},
     "packed_linear": {},
+    "linear_cross_entropy": {},
     "swiglu_linear": {"swiglu": 1},
 }
 

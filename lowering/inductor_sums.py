@@ -129,6 +129,20 @@ def overwritable(tensors: Sequence[Node], node: torch.fx.Node) -> Node | None:
     return None
 
 
+def is_donated(tensor: Node) -> bool:
+    """Whether a value is an input, whole and contiguous, that the forward saved and that this backward alone sees.
+
+    AOTAutograd tells which inputs are; it raises by itself if such a backward is to run twice (retain_graph).
+    """
+    storage = tensor.data if isinstance(tensor, ir.TensorBox) else None
+    buffer = storage.data if isinstance(storage, ir.StorageBox) else None
+    if not isinstance(buffer, ir.DonatedBuffer):
+        return False
+    expected = ir.FlexibleLayout.contiguous_strides(list(tensor.get_size()))
+    equal = V.graph.sizevars.statically_known_equals
+    return all(equal(stride, other) for stride, other in zip(buffer.get_layout().stride, expected))
+
+
 def _is_read_once(value: object) -> bool:
     """Whether a value, and what it is a view or a sum of, is made by operators of the graph for one reader each."""
     if not isinstance(value, torch.fx.Node) or value.op != "call_function" or value.target is operator.getitem:

@@ -12,7 +12,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from infuse.lowering import inductor, rotary_policy, trained_norms
+from infuse.lowering import head_policy, inductor, rotary_policy, trained_norms
 from infuse.lowering.heuristics import attention as attention_heuristics
 from infuse.lowering.heuristics import norm as norm_heuristics
 from infuse.ops import attention_backward_kernels, attention_kernels, library, norm_kernels
@@ -41,6 +41,8 @@ def place(kind: str, args: Sequence[object], training: bool, *, settings: Settin
         return _inline("kernels are off")
     if kind in PLACED_ELSEWHERE:
         return PLACED_ELSEWHERE[kind](args, training, settings, max_autotune)
+    if kind == head_policy.KIND:
+        return head_policy.place(args, training, settings)
     first = args[0]
     assert isinstance(first, Tensor)
     if kind == "attention":

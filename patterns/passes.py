@@ -24,6 +24,7 @@ from infuse.ops import add_rms_norm as _op_add_rms_norm  # noqa: F401
 from infuse.ops import attention as _op_attention  # noqa: F401
 from infuse.ops import gated_rms_norm as _op_gated_rms_norm  # noqa: F401
 from infuse.ops import layer_norm as _op_layer_norm  # noqa: F401
+from infuse.ops import linear_cross_entropy as _op_linear_cross_entropy  # noqa: F401
 from infuse.ops import norm_linear as _op_norm_linear  # noqa: F401
 from infuse.ops import packed_linear as _op_packed_linear  # noqa: F401
 from infuse.ops import qk_norm_rope as _op_qk_norm_rope  # noqa: F401
@@ -42,6 +43,7 @@ from infuse.patterns import (
     in_place,
     kept_inputs,
     layer_norm,
+    linear_cross_entropy,
     metadata,
     multi_head_attention,
     norm_linear,
@@ -92,6 +94,7 @@ FAMILIES: tuple[Family, ...] = (
     Family(layer_norm.KIND, layer_norm.ANCHORS, layer_norm.match, may_be_root),
     Family(swiglu.KIND, swiglu.ANCHORS, swiglu.match),
     Family(rope.KIND, rope.ANCHORS, rope.match, rope.may_be_rotation),
+    Family(linear_cross_entropy.KIND, linear_cross_entropy.ANCHORS, linear_cross_entropy.match),
     Family(rope.KIND, other_rotations.ANCHORS, other_rotations.match, other_rotations.may_be_rotation),
 )
 

@@ -176,6 +176,11 @@ def _reductions(table: _Table) -> None:
     row("softmax", "input dim! _stacklevel dtype", F.softmax)
     row("log_softmax", "input dim! dtype", torch.log_softmax, methods="log_softmax", aten="log_softmax.int")
     row("log_softmax", "input dim! _stacklevel dtype", F.log_softmax)
+    options = "target weight size_average ignore_index reduce reduction"
+    row("cross_entropy", f"input {options} label_smoothing", F.cross_entropy)
+    row("cross_entropy", "input target weight reduction ignore_index label_smoothing", aten="cross_entropy_loss")
+    row("nll_loss", f"input {options}", F.nll_loss)
+    row("nll_loss", "input target weight reduction ignore_index", aten="nll_loss nll_loss_nd")
     row("matmul", "input other", torch.matmul, operator.matmul, methods="matmul __matmul__", aten="matmul")
     row("bmm", "input other", torch.bmm, torch.mm, methods="bmm mm", aten="bmm mm")
     row("multi_head_attention", _MULTI_HEAD_ATTENTION, F.multi_head_attention_forward)

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 
 PATTERNS = (
     *("attention", "rms_norm", "add_rms_norm", "layer_norm", "add_layer_norm", "gated_rms_norm", "swiglu", "rope"),
+    "linear_cross_entropy",
     # Operators that stand for several of those, taken where a kernel for them pays.
     *("qk_norm_rope", "rope_cache_write", "norm_linear", "packed_linear", "swiglu_linear"),
 )

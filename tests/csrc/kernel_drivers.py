@@ -22,6 +22,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
+import infuse.ops.cross_entropy_kernels
 import infuse.ops.qk_norm_rope_bwd  # noqa: F401, defines its operators
 from infuse.ops import attention_backward_kernels, attention_kernels, library, rope_kernels
 from infuse.ops.attention_tile_map import tile_map_ref
@@ -394,6 +395,26 @@ def _attention_masks(queries: int, keys: int, dtype: torch.dtype, device: torch.
     seen = torch.rand(2, 1, queries, keys + 3) < 0.3
     every = torch.rand(1, heads, queries, keys).log().to(dtype)
     return [seen.to(device)[..., 3:], seen.float().log().to(device)[..., :keys], every.to(device)]
+
+
+# ---- cross_entropy ----
+
+
+@driver
+def cross_entropy(device: torch.device) -> Iterator[Launch]:
+    """Every dtype, with and without the gradient, rows that fit in shared memory and rows that do not."""
+    for dtype, vocab, smoothing in itertools.product((BF16, FP16, FP32), (1, 7, 100, 1003, 130_000), (0.0, 0.1)):
+        rows = 2 if vocab > 100_000 else 5
+        target = torch.arange(rows).clamp(max=vocab - 1)
+        target[0] = -100
+        losses, factor = torch.empty(rows, device=device), torch.ones((), device=device)
+        for gradient, config in itertools.product((False, True), configs("cross_entropy")):
+            logits = random(rows, -(-vocab // 8) * 8, dtype=dtype, device=device)[:, :vocab]
+            flags = (-100, smoothing, gradient, config)
+            yield partial(OPS.cross_entropy_rows, logits, target.to(device), factor, *flags, losses)
+    for dtype, size in itertools.product((BF16, FP16, FP32), (0, 1, 1003, 100_000)):
+        tensor = random(size, dtype=dtype, device=device)
+        yield partial(OPS.scale_unless_one, tensor, torch.full((1,), 0.5).to(device))
 
 
 if __name__ == "__main__":
