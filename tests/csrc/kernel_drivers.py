@@ -24,8 +24,9 @@ from torch import Tensor
 
 import infuse.ops.cross_entropy_kernels
 import infuse.ops.qk_norm_rope_bwd  # noqa: F401, defines its operators
-from infuse.ops import attention_backward_kernels, attention_kernels, library, rope_kernels
+from infuse.ops import attention_backward_kernels, attention_kernels, gated_linear_kernels, library, rope_kernels
 from infuse.ops.attention_tile_map import tile_map_ref
+from infuse.ops.gated_linear_kernels import ACTIVATIONS
 from tests.ops.norm_forms import BF16, FEW, FORMS, FP16, FP32, Form
 
 Launch = Callable[[], object]
@@ -370,6 +371,29 @@ def attention_backward(device: torch.device) -> Iterator[Launch]:
                 results = [torch.empty(tensor.shape, dtype=dtype, device=device) for tensor in (q, k, v)]
                 given = (dout, q, k, v, out, lse, mask, tiles, 0.1, mask is None, 0.0, None, p, seed if p else None)
                 yield partial(_if_it_can, OPS.attention_backward_out, *given, deterministic, config, *results)
+
+
+@driver
+def gated_linear(device: torch.device) -> Iterator[Launch]:
+    """Tiles that end within rows, columns and the inner dimension, both ways that weights lie, groups, biases."""
+    sizes = itertools.cycle([(300, 200, 520), (70, 72, 264), (0, 64, 8)])
+    for dtype, (rows, dim, columns) in zip((BF16, FP16, BF16), sizes):
+        x = padded(rows, dim, dtype, device)
+        packed = random(columns, 2, dim, dtype=dtype, device=device)
+        across = random(2, dim, columns, dtype=dtype, device=device).transpose(1, 2)
+        biases = [random(columns, dtype=dtype, device=device) for _ in range(2)]
+        experts = [random(3, columns, dim, dtype=dtype, device=device) for _ in range(2)]
+        ends = torch.tensor([rows // 2, rows // 2, rows - rows // 8], dtype=torch.int32).to(device)
+        for config, activation in zip(configs(gated_linear_kernels.NAME), itertools.cycle(ACTIVATIONS)):
+            for weights, given, groups in (
+                ((packed[:, 0], packed[:, 1]), biases, None),
+                (across.unbind(), (None, None), None),
+                (experts, (None, None), ends),
+            ):
+                results = [torch.empty(rows, size, dtype=dtype, device=device) for size in (columns, 2 * columns)]
+                arguments = (x, *weights, *given, groups, activation, config)
+                yield partial(_if_it_can, OPS.gated_linear_out, *arguments, results[0], None)
+                yield partial(_if_it_can, OPS.gated_linear_out, *arguments, *results)
 
 
 def _if_it_can(operator: Launch, *args: object) -> object:

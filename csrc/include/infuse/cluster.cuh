@@ -40,6 +40,22 @@ __device__ __forceinline__ SharedAddress shared_of_cta(SharedAddress own, std::u
   return address;
 }
 
+// Number of this CTA in its cluster.
+__device__ __forceinline__ std::uint32_t rank_in_cluster() {
+  std::uint32_t rank = 0;
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
+  asm volatile("mov.u32 %0, %%cluster_ctarank;" : "=r"(rank));
+#endif
+  return rank;
+}
+
+// Arrives at a barrier (infuse/mbarrier.cuh) of a CTA of the cluster; the address is one of shared_of_cta.
+__device__ __forceinline__ void arrive_in_cluster([[maybe_unused]] SharedAddress barrier) {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
+  asm volatile("mbarrier.arrive.shared::cluster.b64 _, [%0];" ::"r"(barrier) : "memory");
+#endif
+}
+
 __device__ __forceinline__ float4 load_from_cluster(SharedAddress address) {
   float4 values = make_float4(0.0f, 0.0f, 0.0f, 0.0f);
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900

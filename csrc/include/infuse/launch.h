@@ -108,4 +108,36 @@ void launch_kernel(const char* op, const char* what, void (*kernel)(Params), con
              concat("launch of ", what));
 }
 
+// Clusters of the launch that run at once on the whole device, as resident_ctas. Not all SMs of a device are in reach of
+// clusters of more than two CTAs.
+template <typename Kernel>
+unsigned resident_clusters(const char* op, Kernel kernel, const Launch& launch, int device) {
+  struct Answer {
+    Kernel kernel = nullptr;
+    int cluster = 0, device = -1;
+    unsigned clusters = 0;
+  };
+  static thread_local Answer last;
+  if (last.kernel != kernel || last.cluster != launch.cluster || last.device != device) {
+    const int threads = static_cast<int>(launch.block.x);
+    int count = static_cast<int>(resident_ctas(op, kernel, threads, launch.shared_bytes, device));
+    if (launch.cluster > 1) {
+      cudaLaunchAttribute attribute{};
+      attribute.id = cudaLaunchAttributeClusterDimension;
+      attribute.val.clusterDim = {static_cast<unsigned>(launch.cluster), 1, 1};
+      cudaLaunchConfig_t config{};
+      config.gridDim = dim3(static_cast<unsigned>(launch.cluster));
+      config.blockDim = launch.block;
+      config.dynamicSmemBytes = static_cast<std::size_t>(launch.shared_bytes);
+      config.attrs = &attribute;
+      config.numAttrs = 1;
+      check_cuda(cudaOccupancyMaxActiveClusters(&count, reinterpret_cast<const void*>(kernel), &config), op,
+                 "resident clusters");
+      check(count > 0, op, "clusters of ", launch.cluster, " CTAs on the device, got 0, expected at least 1");
+    }
+    last = {kernel, launch.cluster, device, static_cast<unsigned>(count)};
+  }
+  return last.clusters;
+}
+
 }  // namespace infuse

@@ -55,4 +55,14 @@ __device__ __forceinline__ void load_matrices_transposed(std::uint32_t (&words)[
                : "memory");
 }
 
+// The other way, sm_90: from the layout of C, two tiles of 8 columns rounded to two bytes, to rows in shared memory.
+__device__ __forceinline__ void store_matrices([[maybe_unused]] SharedAddress row,
+                                               [[maybe_unused]] const std::uint32_t (&words)[4]) {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
+  asm volatile("stmatrix.sync.aligned.m8n8.x4.shared.b16 [%0], {%1, %2, %3, %4};" ::"r"(row), "r"(words[0]),
+               "r"(words[1]), "r"(words[2]), "r"(words[3])
+               : "memory");
+#endif
+}
+
 }  // namespace infuse

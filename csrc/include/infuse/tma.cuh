@@ -34,12 +34,35 @@ __device__ __forceinline__ void load_box(SharedAddress shared, const CUtensorMap
       : "memory");
 }
 
+// The same, into that place of the shared memory of every CTA of the cluster whose bit is set in `ctas`; in each of them
+// the barrier at the place of `barrier` counts the bytes.
+__device__ __forceinline__ void load_box_for_cluster(SharedAddress shared, const CUtensorMap& map,
+                                                     SharedAddress barrier, L2 keep, std::int32_t column,
+                                                     std::int32_t row, std::int32_t head, std::int32_t batch,
+                                                     std::uint16_t ctas) {
+  asm volatile(
+      "cp.async.bulk.tensor.4d.shared::cluster.global.mbarrier::complete_tx::bytes.multicast::cluster.L2::cache_hint "
+      "[%0], [%1, {%3, %4, %5, %6}], [%2], %7, %8;" ::"r"(shared),
+      "l"(&map), "r"(barrier), "r"(column), "r"(row), "r"(head), "r"(batch), "h"(ctas),
+      "l"(static_cast<std::uint64_t>(keep))
+      : "memory");
+}
+
 // The other way. The shared memory may be written again after wait_for_box_reads.
 __device__ __forceinline__ void store_box(const CUtensorMap& map, SharedAddress shared, std::int32_t column,
                                           std::int32_t row, std::int32_t head, std::int32_t batch) {
   asm volatile("cp.async.bulk.tensor.4d.global.shared::cta.bulk_group [%0, {%2, %3, %4, %5}], [%1];" ::"l"(&map),
                "r"(shared), "r"(column), "r"(row), "r"(head), "r"(batch)
                : "memory");
+}
+
+__device__ __forceinline__ void store_box(const CUtensorMap& map, SharedAddress shared, std::int32_t column,
+                                          std::int32_t row, std::int32_t head, std::int32_t batch, L2 keep) {
+  asm volatile(
+      "cp.async.bulk.tensor.4d.global.shared::cta.bulk_group.L2::cache_hint [%0, {%2, %3, %4, %5}], [%1], %6;" ::"l"(
+          &map),
+      "r"(shared), "r"(column), "r"(row), "r"(head), "r"(batch), "l"(static_cast<std::uint64_t>(keep))
+      : "memory");
 }
 
 // The same, added to what is there (float32).

@@ -78,7 +78,8 @@ __device__ __forceinline__ void pin(std::uint32_t (&registers)[kCount]) {
 #define INFUSE_TENS_6 INFUSE_TENS_5 INFUSE_TEXT_10(5) ", "
 #define INFUSE_TENS_8 INFUSE_TENS_6 INFUSE_TEXT_10(6) ", " INFUSE_TEXT_10(7) ", "
 #define INFUSE_TENS_9 INFUSE_TENS_8 INFUSE_TEXT_10(8) ", "
-#define INFUSE_TENS_12 INFUSE_TENS_9 INFUSE_TEXT_10(9) ", " INFUSE_TEXT_10(10) ", " INFUSE_TEXT_10(11) ", "
+#define INFUSE_TENS_11 INFUSE_TENS_9 INFUSE_TEXT_10(9) ", " INFUSE_TEXT_10(10) ", "
+#define INFUSE_TENS_12 INFUSE_TENS_11 INFUSE_TEXT_10(11) ", "
 #define INFUSE_SUM_8(i)                                                                                       \
   "+f"(d[i]), "+f"(d[i + 1]), "+f"(d[i + 2]), "+f"(d[i + 3]), "+f"(d[i + 4]), "+f"(d[i + 5]), "+f"(d[i + 6]), \
       "+f"(d[i + 7])
@@ -91,7 +92,8 @@ __device__ __forceinline__ void pin(std::uint32_t (&registers)[kCount]) {
 #define INFUSE_SUM_80 INFUSE_SUM_72, INFUSE_SUM_8(72)
 #define INFUSE_SUM_88 INFUSE_SUM_80, INFUSE_SUM_8(80)
 #define INFUSE_SUM_96 INFUSE_SUM_88, INFUSE_SUM_8(88)
-#define INFUSE_SUM_128 INFUSE_SUM_96, INFUSE_SUM_8(96), INFUSE_SUM_8(104), INFUSE_SUM_8(112), INFUSE_SUM_8(120)
+#define INFUSE_SUM_112 INFUSE_SUM_96, INFUSE_SUM_8(96), INFUSE_SUM_8(104)
+#define INFUSE_SUM_128 INFUSE_SUM_112, INFUSE_SUM_8(112), INFUSE_SUM_8(120)
 
 // A in shared memory: after the sums come a, b, whether to accumulate, and whether A and B are transposed.
 #define INFUSE_A_SHARED(n, type, text, sums, i0, i1, i2, i3, i4, ...)                                   \
@@ -133,6 +135,8 @@ __device__ __forceinline__ void pin(std::uint32_t (&registers)[kCount]) {
     FORM(176, type, INFUSE_TENS_8 INFUSE_TEXT_8(8), INFUSE_SUM_88, 88, 89, 90, 91, 92, 93, 94);                \
   } else if constexpr (kN == 192) {                                                                            \
     FORM(192, type, INFUSE_TENS_9 INFUSE_TEXT_6(9), INFUSE_SUM_96, 96, 97, 98, 99, 100, 101, 102);             \
+  } else if constexpr (kN == 224) {                                                                            \
+    FORM(224, type, INFUSE_TENS_11 INFUSE_TEXT_2(11), INFUSE_SUM_112, 112, 113, 114, 115, 116, 117, 118);      \
   } else if constexpr (kN == 256) {                                                                            \
     FORM(256, type, INFUSE_TENS_12 INFUSE_TEXT_8(12), INFUSE_SUM_128, 128, 129, 130, 131, 132, 133, 134);      \
   } else {                                                                                                     \
