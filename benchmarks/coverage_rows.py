@@ -28,7 +28,11 @@ MEANS: Mapping[str, Mapping[str, int]] = {
     "norm_linear": {"rms_norm": 1},
     "packed_linear": {},
     "linear_cross_entropy": {},
-    "swiglu_linear": {"swiglu": 1},
+    "linear_swiglu": {"swiglu": 1},
+    "norm_linear_swiglu": {"rms_norm": 1, "swiglu": 1},
+    "linear_add": {},
+    "gated_mlp": {"swiglu": 1},
+    "grouped_linear_swiglu": {"swiglu": 1},
 }
 
 

@@ -21,7 +21,10 @@ from infuse.report import Placement
 from infuse.settings import Settings
 
 # Operators that stand for several others and would be no faster than those: their sites are left to their parts.
-WITHOUT_KERNEL = ("norm_linear", "packed_linear", "swiglu_linear")
+WITHOUT_KERNEL = (
+    *("norm_linear", "packed_linear", "linear_swiglu", "norm_linear_swiglu"),
+    *("linear_add", "gated_mlp", "grouped_linear_swiglu"),
+)
 # What csrc/norm has kernels for, and where among the operator's arguments its numbers begin.
 NORMS = {"rms_norm": 2, "layer_norm": 3, "add_rms_norm": 3, "add_layer_norm": 4, "gated_rms_norm": 3}
 Placer = Callable[[Sequence[object], bool, Settings, bool], Placement]
@@ -32,7 +35,7 @@ PLACED_ELSEWHERE: dict[str, Placer] = {}
 def place(kind: str, args: Sequence[object], training: bool, *, settings: Settings, max_autotune: bool) -> Placement:
     """The form for one site. args: example values (fake tensors, numbers, None) of the operator's arguments."""
     if kind in WITHOUT_KERNEL:
-        return Placement("", "", declined=f"no {kind} kernel")
+        return Placement("", "", declined="no kernel")
     if inductor.writes_cpp():  # which cannot call the kernels
         settings = replace(settings, kernels="never")
     if kind in rotary_policy.KINDS:

@@ -39,6 +39,7 @@ Proposal = Site | Declined
 @dataclass(frozen=True, slots=True)
 class Rule:
     """kind: of the sites that it makes. parts: kinds of sites that it needs to see, its own parts and their like.
+    training: whether it is for graphs that autograd will trace a backward for, alone.
 
     propose: given the graph and the sites as they are, yields sites of `kind`, each with the sites that it replaces as
     its `parts`. It looks at each site once and follows a bounded number of nodes, so that a stage is linear in sites.
@@ -47,6 +48,7 @@ class Rule:
     kind: str
     parts: tuple[str, ...]
     propose: Callable[[CanonicalGraph, Sequence[Site]], Iterator[Proposal]]
+    training: bool = False
 
 
 def needed(rules: Iterable[Rule], kinds: Iterable[str]) -> set[str]:
@@ -65,6 +67,7 @@ def compose(
     rules: Iterable[Rule],
     settings: Settings,
     place: Callable[[Site], Placement | None],
+    training: bool = False,
 ) -> tuple[list[Site], list[str]]:
     """The sites after all rules, and what was declined, as remarks for the report.
 
@@ -72,28 +75,35 @@ def compose(
     """
     current = {id(site): site for site in sites}
     made: dict[Node, Site] = {output: site for site in sites for output in site.outputs}
-    remarks: dict[str, None] = {}
+    inside: dict[Node, Site] = {}  # what composites do, which is nobody else's to do again
+    declined: dict[str, dict[str, None]] = {}  # kinds, by the reason
     for rule in rules:
-        if rule.kind not in settings.patterns:
+        if rule.kind not in settings.patterns or (rule.training and not training):
             continue
         for proposal in _proposals(rule, view, tuple(current.values())):
             if isinstance(proposal, Declined):
-                remarks[f"{proposal.kind}: left to its parts ({proposal.reason})"] = None
+                declined.setdefault(proposal.reason, {})[proposal.kind] = None
                 continue
             is_there = all(id(part) in current for part in proposal.parts)
-            if not is_there or not _is_possible(proposal, made, effects, settings):
+            if not is_there or not _is_possible(proposal, made, inside, effects, settings):
                 continue
             placement = place(proposal)
             if placement is None:
                 continue
             if placement.declined:
-                remarks[f"{proposal.kind}: left to its parts ({placement.declined})"] = None
+                declined.setdefault(placement.declined, {})[proposal.kind] = None
                 continue
             for part in proposal.parts:
                 del current[id(part)]
             current[id(proposal)] = proposal
             made.update(dict.fromkeys(proposal.outputs, proposal))
-    return [*current.values()], [*remarks]
+            inside.update(dict.fromkeys(proposal.interior, proposal))
+    return [*current.values()], [_remark(kinds, reason) for reason, kinds in declined.items()]
+
+
+def _remark(kinds: Iterable[str], reason: str) -> str:
+    names = [*kinds]
+    return f"{', '.join(names)}: left to {'their' if len(names) > 1 else 'its'} parts ({reason})"
 
 
 def _proposals(rule: Rule, view: CanonicalGraph, sites: Sequence[Site]) -> Iterator[Proposal]:
@@ -102,9 +112,12 @@ def _proposals(rule: Rule, view: CanonicalGraph, sites: Sequence[Site]) -> Itera
         yield from rule.propose(view, sites)
 
 
-def _is_possible(proposal: Site, made: dict[Node, Site], effects: Effects, settings: Settings) -> bool:
+def _is_possible(
+    proposal: Site, made: dict[Node, Site], inside: dict[Node, Site], effects: Effects, settings: Settings
+) -> bool:
     """Whether a proposal takes only what is its own, keeps the rounding that was asked for, and may stand there."""
-    makers = [made[output] for output in proposal.outputs if output in made]
+    makers = [made[node] for node in (*proposal.outputs, *proposal.interior) if node in made]
+    makers += [inside[output] for output in proposal.outputs if output in inside]
     if not all(any(maker is part for part in proposal.parts) for maker in makers):
         return False
     if proposal.rounding and settings.numerics == "exact":

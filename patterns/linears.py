@@ -6,6 +6,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 from torch.fx import Node
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from infuse.patterns.canonical import CanonicalGraph
 from infuse.patterns.sites import arguments_of
@@ -32,11 +33,11 @@ class Linear:
 def read_linear(view: CanonicalGraph, node: Node) -> Linear | None:
     """The linear that a node is.
 
-    None for a product with a weight that is computed in the graph (merged adapters, dequantised), and where autocast or
-    a mixture of dtypes puts casts between input and product.
+    None for a product with a weight that is computed in the graph (merged adapters, dequantised) or stands for other
+    tensors (sharded, quantised), and where autocast or a mixture of dtypes puts casts between input and product.
     """
     call = view.call(node, "linear")
-    if call is None:
+    if call is None or _is_wrapped(view, node, call["input"], call["weight"], call["bias"]):
         return None
     trail: list[Node] = []
     source = view.strip(call["input"], trail=trail)
@@ -49,6 +50,22 @@ def read_linear(view: CanonicalGraph, node: Node) -> Linear | None:
     if any(view.dtype(item) != view.dtype(node) for item in (source, *given)):
         return None
     return Linear(node, source, weight, bias, tuple(trail))
+
+
+def why_no_linear(view: CanonicalGraph, node: Node) -> str:
+    """What `read_linear` has against a linear, and what would help."""
+    call = view.call(node, "linear")
+    given = [] if call is None else [call["weight"], *([call["bias"]] if call["bias"] is not None else [])]
+    if any(_is_wrapped(view, item) for item in (node, *given)):
+        return "a weight is a tensor subclass (sharded or quantised), which keeps operators of its own"
+    if not all(isinstance(item, Node) and item.op in _GIVEN for item in given):
+        return "a weight is computed in the graph: merge adapters and dequantise before compiling"
+    return "its input, its weight and its result differ in dtype: cast the input before, leave autocast off"
+
+
+def _is_wrapped(view: CanonicalGraph, *items: object) -> bool:
+    """Whether one is a tensor subclass that stands for other tensors, such as a DTensor."""
+    return any(is_traceable_wrapper_subclass(view.value(item)) for item in items)
 
 
 def linear_readers(view: CanonicalGraph, value: Node) -> tuple[Linear, ...]:

@@ -22,28 +22,36 @@ from torch.fx import Graph, Node
 from infuse.ops import add_layer_norm as _op_add_layer_norm  # noqa: F401  importing an operator's module registers it
 from infuse.ops import add_rms_norm as _op_add_rms_norm  # noqa: F401
 from infuse.ops import attention as _op_attention  # noqa: F401
+from infuse.ops import gated_mlp as _op_gated_mlp  # noqa: F401
 from infuse.ops import gated_rms_norm as _op_gated_rms_norm  # noqa: F401
+from infuse.ops import grouped_linear_swiglu as _op_grouped_linear_swiglu  # noqa: F401
 from infuse.ops import layer_norm as _op_layer_norm  # noqa: F401
+from infuse.ops import linear_add as _op_linear_add  # noqa: F401
 from infuse.ops import linear_cross_entropy as _op_linear_cross_entropy  # noqa: F401
+from infuse.ops import linear_swiglu as _op_linear_swiglu  # noqa: F401
 from infuse.ops import norm_linear as _op_norm_linear  # noqa: F401
+from infuse.ops import norm_linear_swiglu as _op_norm_linear_swiglu  # noqa: F401
 from infuse.ops import packed_linear as _op_packed_linear  # noqa: F401
 from infuse.ops import qk_norm_rope as _op_qk_norm_rope  # noqa: F401
 from infuse.ops import rms_norm as _op_rms_norm  # noqa: F401
 from infuse.ops import rope as _op_rope  # noqa: F401
 from infuse.ops import rope_cache_write as _op_rope_cache_write  # noqa: F401
 from infuse.ops import swiglu as _op_swiglu  # noqa: F401
-from infuse.ops import swiglu_linear as _op_swiglu_linear  # noqa: F401
 from infuse.patterns import (
     add_norm,
     attention,
     attention_scores,
     encoder_layer,
     exponentials,
+    gated_mlp,
     gated_norm,
+    grouped_linear_swiglu,
     in_place,
     kept_inputs,
     layer_norm,
+    linear_add,
     linear_cross_entropy,
+    linear_swiglu,
     metadata,
     multi_head_attention,
     norm_linear,
@@ -54,7 +62,6 @@ from infuse.patterns import (
     rope,
     rope_cache_write,
     swiglu,
-    swiglu_linear,
 )
 from infuse.patterns.canonical import CanonicalGraph
 from infuse.patterns.compose import Rule, compose, needed
@@ -64,7 +71,7 @@ from infuse.patterns.safety import Effects
 from infuse.patterns.sites import Finding, Refusal, Site
 from infuse.patterns.verify import Verdict, verify
 from infuse.report import Placement, SiteRecord, raise_if_strict
-from infuse.settings import Settings
+from infuse.settings import LARGER, Settings
 
 Place = Callable[[str, tuple[object, ...], bool], Placement]
 """(kind, example values of the operator's arguments, training) -> what runs there."""
@@ -111,12 +118,15 @@ def add_family(family: Family) -> None:
 # In the order in which they run: a later rule sees what the earlier ones made.
 RULES: tuple[Rule, ...] = (
     *gated_norm.RULES,
+    gated_mlp.RULE,
+    linear_add.RULE,  # where no kernel does that the sum is the norm's
     *add_norm.RULES,
     qk_norm_rope.RULE,
     rope_cache_write.RULE,
+    *linear_swiglu.RULES,
+    grouped_linear_swiglu.RULE,
     norm_linear.RULE,
     packed_linear.RULE,
-    swiglu_linear.RULE,
 )
 
 
@@ -147,7 +157,7 @@ def rewrite(
     verifier = _verifier(view, effects, training) if settings.verify == "compile" else None
     writer = Writer(view, settings.patterns, place, training, run, verifier)
     sites = _first_of_each([finding for finding in findings if isinstance(finding, Site)])
-    sites, remarks = compose(view, effects, sites, RULES, settings, writer.ask)
+    sites, remarks = compose(view, effects, sites, RULES, settings, writer.ask, training)
     if note is not None:
         for remark in remarks:
             note(remark)
@@ -266,6 +276,7 @@ class Writer:
         self.run = run
         self.verifier = verifier
         self.records: list[SiteRecord] = []
+        self.summed: dict[Node, Site | None] = {}  # results of linear_add, and the norm that has taken each as its sum
 
     def ask(self, site: Site) -> Placement | None:
         """What the lowering says to a site; None if it cannot be asked."""
@@ -292,9 +303,28 @@ class Writer:
             for part in parts:
                 self.write(part)
         elif isinstance(written, Placement):
-            self.records.append(_record(finding, written, identity))
+            parts_of = self.stands_for(finding) if isinstance(finding, Site) else ()
+            self.records.append(_record(finding, written, identity, parts_of))
         else:
             self.records.append(_record(written, None))
+
+    def stands_for(self, site: Site) -> tuple[SiteRecord, ...]:
+        """What a site is where no kernel takes more than its family's operator; () for one that is that already."""
+        if site.kind == linear_add.KIND:
+            self.summed[site.outputs[0]] = None
+        parts = [*_parts(site)]
+        records = tuple(_record(part, Placement("", "")) for part in parts)
+        records = tuple(self._with_sum(part, record) for part, record in zip(parts, records))
+        return () if len(parts) == 1 and records[0].kind == site.kind else records
+
+    def _with_sum(self, site: Site, record: SiteRecord) -> SiteRecord:
+        """The first norm of what a linear and a residual add make would have taken in the add."""
+        joint = add_norm.KINDS.get(site.kind, "")
+        total = self.emitter.view.strip(site.args[0]) if self.emitter is not None and joint in self.kinds else None
+        if not isinstance(total, Node) or self.summed.get(total, site) is not None:
+            return record
+        self.summed[total] = site
+        return replace(record, kind=joint, spelling=f"residual add, {record.spelling}")
 
     def _emit(self, site: Site, identity: str) -> Placement | Refusal:
         assert self.emitter is not None
@@ -316,11 +346,22 @@ class Writer:
             self.emitter.view.graph.lint()
 
 
+def _parts(site: Site) -> Iterator[Site]:
+    """The sites that are one on every device, of which a larger one consists."""
+    if site.kind not in LARGER:
+        yield site
+        return
+    for part in site.parts:
+        yield from _parts(part)
+
+
 def _root(finding: Finding) -> Node:
     return finding.before if isinstance(finding, Site) else finding.node
 
 
-def _record(finding: Finding, placement: Placement | None, identity: str = "") -> SiteRecord:
+def _record(
+    finding: Finding, placement: Placement | None, identity: str = "", parts: tuple[SiteRecord, ...] = ()
+) -> SiteRecord:
     """placement: what runs there; None for what stays as it is."""
     node = finding.outputs[0] if isinstance(finding, Site) else finding.node
     reason, remedy = (finding.reason, finding.remedy) if isinstance(finding, Refusal) else ("", "")
@@ -339,6 +380,7 @@ def _record(finding: Finding, placement: Placement | None, identity: str = "") -
         verified=placement.verified if placement else "",
         missing=placement.missing if placement else "",
         id=identity,
+        parts=parts,
     )
 
 

@@ -1,7 +1,8 @@
 """Lock files: what Infuse does in a model, kept in the repository, so that a test fails when it changes.
 
 One file holds several models, each under a name of its own: JSON with one line a site, so that `git diff` shows which
-site changed. Source lines and kernels are left out: they differ between edits and between machines.
+site changed. Source lines, kernels and what kernels take together are left out: they differ between edits and between
+machines.
 """
 
 from __future__ import annotations
@@ -77,7 +78,7 @@ def compare(report: Report, name: str, path: Path, update: bool) -> None:
 
 def entry(report: Report) -> list[str]:
     """What a lock file keeps of a report: a line each for the number of graphs and for every site."""
-    return [f"graphs: {report.graphs}", *(_line(site) for site in report.sites)]
+    return [f"graphs: {report.graphs}", *(_line(part) for site in report.sites for part in site.base)]
 
 
 def _line(site: SiteRecord) -> str:

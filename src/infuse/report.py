@@ -8,6 +8,8 @@ from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field, fields
 from typing import Any
 
+from infuse.settings import LARGER
+
 # Where the node of an operator holds the id of its site: node.meta["custom"][SITE_KEY].
 SITE_KEY = "infuse_site"
 # Torch's counters carry the lowering's choices to the report under names "<prefix><site id> <choice in words>".
@@ -53,6 +55,13 @@ class SiteRecord:
     verified: str = ""  # what the shadow verification measured
     missing: str = ""  # why a kernel that exists for it cannot be had
     id: str = ""  # its position in its graph: "<run of the pass>.<number>"
+    # What it is without kernels, for one that is larger where they pay: other sites of a residual add, a norm, a gate.
+    parts: tuple[SiteRecord, ...] = ()
+
+    @property
+    def base(self) -> tuple[SiteRecord, ...]:
+        """The sites that it is on every device: its parts, or itself."""
+        return self.parts if self.parts or self.kind in LARGER else (self,)
 
     @property
     def place(self) -> str:
@@ -72,6 +81,9 @@ class SiteRecord:
 class Report:
     """The sites of a model over all its graphs.
 
+    A larger operator (norm and linears, say) counts as what it stands for, so that the counts of a model are those of
+    every device; `larger` says how many there are.
+
     graphs: how many graphs torch.compile made of the model (one more than its graph breaks).
     """
 
@@ -82,7 +94,12 @@ class Report:
     @property
     def rewritten(self) -> dict[str, int]:
         """Number of rewritten sites by kind."""
-        return dict(Counter(site.kind for site in self.sites if site.status == "rewritten"))
+        return dict(Counter(part.kind for site in self.sites if site.status == "rewritten" for part in site.base))
+
+    @property
+    def larger(self) -> dict[str, int]:
+        """Number of operators that stand for several sites, by kind."""
+        return dict(Counter(site.kind for site in self.sites if site.status == "rewritten" and site.kind in LARGER))
 
     @property
     def refused(self) -> dict[str, int]:
@@ -123,9 +140,13 @@ class Report:
 
     def summary(self) -> str:
         """One line: counts by kind."""
-        done = ", ".join(f"{kind} {count}" for kind, count in sorted(self.rewritten.items())) or "nothing"
-        left = ", ".join(f"{kind} {count}" for kind, count in sorted(self.refused.items()))
-        return f"rewritten: {done}" + (f"; refused: {left}" if left else "") + f"; graphs: {self.graphs}"
+        done, larger, left = (
+            ", ".join(f"{kind} {count}" for kind, count in sorted(counts.items()))
+            for counts in (self.rewritten, self.larger, self.refused)
+        )
+        together = f"; taken together in {larger}" if larger else ""
+        refused = f"; refused: {left}" if left else ""
+        return f"rewritten: {done or 'nothing'}{together}{refused}; graphs: {self.graphs}"
 
     def __str__(self) -> str:
         rows = [_row(site) for site in self.sites]
@@ -183,4 +204,6 @@ def _markdown_row(site: SiteRecord) -> tuple[str, ...]:
 
 def _site_from(content: Mapping[str, Any]) -> SiteRecord:
     known = {item.name for item in fields(SiteRecord)}
-    return SiteRecord(**{name: str(value) for name, value in content.items() if name in known})
+    parts = tuple(_site_from(part) for part in content.get("parts", ()))
+    texts = {name: str(value) for name, value in content.items() if name in known - {"parts"}}
+    return SiteRecord(**texts, parts=parts)

@@ -9,16 +9,21 @@ import os
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
+# Operators that stand for several others, taken where a kernel for them pays.
+LARGER = (
+    *("qk_norm_rope", "rope_cache_write", "norm_linear", "packed_linear", "linear_swiglu", "norm_linear_swiglu"),
+    *("linear_add", "gated_mlp", "grouped_linear_swiglu"),
+)
 PATTERNS = (
     *("attention", "rms_norm", "add_rms_norm", "layer_norm", "add_layer_norm", "gated_rms_norm", "swiglu", "rope"),
     "linear_cross_entropy",
-    # Operators that stand for several of those, taken where a kernel for them pays.
-    *("qk_norm_rope", "rope_cache_write", "norm_linear", "packed_linear", "swiglu_linear"),
+    *LARGER,
 )
 _CHOICES: dict[str, tuple[str, ...]] = {
     "numerics": ("exact", "fused"),
     "kernels": ("auto", "always", "never"),
     "verify": ("off", "compile"),
+    "mlp_memory": ("gate_up", "recompute"),
 }
 _TRUE, _FALSE = ("1", "true", "yes", "on"), ("0", "false", "no", "off")
 OPTION_PREFIX = "infuse."
@@ -50,6 +55,8 @@ class Settings:
         one can run, "never" takes the decomposition everywhere.
     verify: "compile" runs each site and its operator on trial values while compiling, and refuses what is less exact
         than the source; "off" relies on the proofs.
+    mlp_memory: what a gated MLP that a kernel trains keeps for its backward beside its input: "gate_up" its gate and up
+        projections, half of what autograd keeps; "recompute" nothing, for two more products.
     """
 
     patterns: tuple[str, ...] = dataclasses.field(default_factory=lambda: patterns())
@@ -57,6 +64,7 @@ class Settings:
     numerics: str = "fused"
     kernels: str = "auto"
     verify: str = "off"
+    mlp_memory: str = "gate_up"
 
     def __post_init__(self) -> None:
         unknown = [name for name in self.patterns if name not in patterns()]

@@ -25,6 +25,8 @@ def assert_rewrites(
 ) -> Report:
     """Asserts that Infuse rewrites exactly these sites of a model; kinds that `expect` does not name must not occur.
 
+    What a device's kernels take together (a norm and the linears behind it) counts as what it is elsewhere.
+
         infuse.testing.assert_rewrites(model, (tokens,), expect={"attention": 32, "swiglu": 32})
 
     refused: the same for the sites that stay as they are; None allows any.

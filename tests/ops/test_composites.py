@@ -17,7 +17,6 @@ from infuse.ops import norm_linear as _norm_linear  # noqa: F401
 from infuse.ops import norm_linear_swiglu as _norm_linear_swiglu  # noqa: F401
 from infuse.ops import packed_linear as _packed_linear  # noqa: F401
 from infuse.ops import qk_norm_rope as _qk_norm_rope  # noqa: F401
-from infuse.ops import swiglu_linear as _swiglu_linear  # noqa: F401
 from tests.tolerances import assert_close_to_fp64
 
 OPS = torch.ops.infuse
@@ -77,11 +76,6 @@ def norm_gate_formula(
     return [F.gelu(packed[..., ::2]) * packed[..., 1::2], total]
 
 
-def gate_args(dtype: torch.dtype) -> tuple[Any, ...]:
-    gate, up = (leaf(2, 3, 8, dtype=dtype) for _ in range(2))
-    return gate, up, leaf(4, 8, dtype=dtype), leaf(4, dtype=dtype), "gelu_tanh"
-
-
 def qk_norm_args(dtype: torch.dtype) -> tuple[Any, ...]:
     tables = [leaf(3, 8, dtype=dtype) for _ in range(2)]
     return (
@@ -111,11 +105,10 @@ CASES: list[Case] = [
     ("packed_linear", lambda x, ws, bs: [F.linear(x, w, b) for w, b in zip(ws, bs)], packed_args),
     ("qk_norm_rope", qk_norm_formula, qk_norm_args),
     ("qk_norm_rope", qk_norm_formula, qk_rms_norm_args),
-    ("swiglu_linear", lambda g, u, w, b, _: F.linear(F.gelu(g, approximate="tanh") * u, w, b), gate_args),
 ]
 IDS = [
     *("norm", "add and norm", "norm and gate", "add, norm and gate", "linear and add", "packed"),
-    *("LayerNorm and rotation", "RMSNorm and rotation", "gate"),
+    *("LayerNorm and rotation", "RMSNorm and rotation"),
 ]
 
 
@@ -177,7 +170,7 @@ def test_linears_that_do_not_fit_are_refused() -> None:
     with pytest.raises(ValueError, match="size of dimension 1: got 6, expected 8"):
         OPS.packed_linear(x, [weight, torch.ones(4, 6)], [None, None])
     with pytest.raises(ValueError, match="bias: size: got 3, expected 4"):
-        OPS.swiglu_linear(x, x, weight, torch.ones(3))
+        OPS.linear_add(x, weight, torch.ones(3), x)
     with pytest.raises(ValueError, match="0 weights"):
         OPS.norm_linear(x, None, [], [], None, 1e-6)
 

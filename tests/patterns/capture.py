@@ -30,7 +30,10 @@ MODES = (
 
 
 # Kinds that the lowering takes only where a kernel for them pays.
-NEED_KERNELS = ("qk_norm_rope", "rope_cache_write", "norm_linear", "packed_linear", "swiglu_linear")
+NEED_KERNELS = (
+    *("qk_norm_rope", "rope_cache_write", "norm_linear", "packed_linear", "linear_swiglu", "norm_linear_swiglu"),
+    *("linear_add", "gated_mlp", "grouped_linear_swiglu"),
+)
 
 
 def default_overload(kind: str, examples: tuple[object, ...], training: bool) -> Placement:
@@ -45,6 +48,19 @@ def inline_overload(kind: str, examples: tuple[object, ...], training: bool) -> 
 def composite_overload(kind: str, examples: tuple[object, ...], training: bool) -> Placement:
     """As if there were a kernel for everything."""
     return Placement("default", "reference")
+
+
+def composites(*kinds: str) -> Callable[..., Placement]:
+    """As if there were kernels for these alone, of those that need some."""
+
+    def place(kind: str, examples: tuple[object, ...], training: bool) -> Placement:
+        return (
+            composite_overload(kind, examples, training)
+            if kind in kinds
+            else default_overload(kind, examples, training)
+        )
+
+    return place
 
 
 def _declined(kind: str) -> Placement | None:

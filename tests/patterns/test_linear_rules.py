@@ -10,11 +10,20 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from infuse import lock
 from infuse.lowering.policy import place as lowering_place
 from infuse.patterns.packed_linear import NOT_CONSTANT
-from infuse.report import Placement
+from infuse.report import Placement, Report
 from infuse.settings import Settings
-from tests.patterns.capture import MODES, Captured, assert_same_results, capture, composite_overload, parameters
+from tests.patterns.capture import (
+    MODES,
+    Captured,
+    assert_same_results,
+    capture,
+    composite_overload,
+    default_overload,
+    parameters,
+)
 
 DIM, HIDDEN = 8, 12
 
@@ -45,11 +54,43 @@ def test_block_of_a_decoder(dtype: torch.dtype, training: bool, dynamic: bool) -
     module = parameters(Block(), dtype)
     x = torch.randn(2, 3, DIM, dtype=dtype, requires_grad=training)
     captured = composed(module, x, training=training, dynamic=dynamic)
-    assert captured.counts == {"norm_linear": 2, "swiglu_linear": 1}
-    assert [record.kind for record in captured.records] == ["norm_linear", "norm_linear", "swiglu_linear"]
+    mlp = ["add_rms_norm", "gated_mlp"] if training else ["norm_linear_swiglu", "linear_add"]
+    assert captured.counts == {"norm_linear": 1, **dict.fromkeys(mlp, 1)}
+    assert [record.kind for record in captured.records] == ["norm_linear", *mlp]
     assert captured.spellings[0].endswith(", 3 linears")
-    assert captured.spellings[1].startswith("residual add, ") and captured.spellings[1].endswith(", 2 linears")
+    gate = "separate linears, silu, act * up"
+    spellings = (
+        ["residual add, rms_norm", f"{gate}; linear"]
+        if training
+        else [f"residual add, rms_norm; {gate}", "linear, residual add"]
+    )
+    assert captured.spellings[1:] == spellings
     assert_same_results(captured, training)
+
+
+@pytest.mark.parametrize("training", [False, True])
+def test_counts_are_the_same_with_and_without_kernels(training: bool) -> None:
+    class TwoBlocks(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.blocks = nn.ModuleList([Block(), Block()])
+
+        def forward(self, x: Tensor) -> Tensor:
+            for block in self.blocks:
+                x = block(x)
+            return x
+
+    reports = []
+    for place in (composite_overload, default_overload):
+        captured = capture(TwoBlocks(), torch.randn(2, 3, DIM), training=training, place=place)
+        reports.append(Report(tuple(captured.records), 1))
+    with_kernels, without = reports
+    assert without.rewritten == {"rms_norm": 1, "add_rms_norm": 3, "swiglu": 2} == with_kernels.rewritten
+    assert lock.entry(with_kernels) == lock.entry(without)
+    larger = {"gated_mlp": 2} if training else {"norm_linear_swiglu": 2, "linear_add": 2}
+    assert (with_kernels.larger, without.larger) == ({"norm_linear": 2, **larger}, {})
+    assert "; taken together in " in with_kernels.summary()
+    assert Report.from_json(with_kernels.to_json()) == with_kernels
 
 
 @pytest.mark.parametrize("training", [False, True])
@@ -62,10 +103,10 @@ def test_lowering_leaves_them_to_their_parts(kernels: str, training: bool) -> No
 
     captured = capture(Block(), torch.randn(2, 3, DIM), training=training, settings=settings, place=place)
     assert {record.kind for record in captured.records} == {"rms_norm", "add_rms_norm", "swiglu"}
+    mlp = ("gated_mlp", "linear_add", "norm_linear_swiglu", "linear_swiglu", "norm_linear")
     assert captured.notes == [
-        "norm_linear: left to its parts (no norm_linear kernel)",
+        f"{', '.join(mlp[not training :])}: left to their parts (no kernel)",
         f"packed_linear: left to its parts ({NOT_CONSTANT})",
-        "swiglu_linear: left to its parts (no swiglu_linear kernel)",
     ]
 
 
@@ -209,50 +250,3 @@ def test_weights_that_may_change_are_never_packed(training: bool) -> None:
     captured = packs(lambda x, linears: [linear(x) for linear in linears], freeze=False, training=training)
     assert captured.counts == {"swiglu": 1}
     assert captured.notes == [f"packed_linear: left to its parts ({NOT_CONSTANT})"]
-
-
-GATE_KEPT: dict[str, Callable[[Tensor, list[nn.Linear]], Any]] = {
-    "two readers": lambda x, ls: ls[0](x) + ls[2](x),
-    "read elsewhere": lambda x, ls: (ls[0](x), x),
-    "a norm in between": lambda x, ls: ls[0](F.layer_norm(x, (DIM,))),
-    "a weight out of the graph": lambda x, ls: F.linear(x, ls[0].weight * 2),
-    "another dtype": lambda x, ls: F.linear(x.bfloat16(), ls[0].weight.bfloat16()),
-}
-
-
-@pytest.mark.parametrize("read", GATE_KEPT.values(), ids=GATE_KEPT)
-def test_gate_that_one_linear_does_not_take_in(read: Callable[[Tensor, list[nn.Linear]], Any]) -> None:
-    captured = packs(read, freeze=False)
-    assert captured.counts["swiglu"] == 1
-    assert "swiglu_linear" not in captured.counts
-    assert_same_results(captured)
-
-
-class ClampedGate(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.w, self.down = nn.Linear(DIM, 2 * HIDDEN), nn.Linear(HIDDEN, DIM)
-
-    def forward(self, x: Tensor) -> Tensor:
-        gate, up = self.w(x).chunk(2, -1)
-        gate, up = gate.clamp(max=0.5), up.clamp(-0.5, 0.5)
-        return self.down((up + 1) * (gate * torch.sigmoid(1.3 * gate))) + self.down(F.glu(self.w(x)))
-
-
-def test_clamped_gate_and_glu_keep_their_arguments() -> None:
-    captured = composed(parameters(ClampedGate(), torch.float32), torch.randn(2, 3, DIM), training=True)
-    assert captured.counts == {"swiglu_linear": 2}
-    assert_same_results(captured, training=True)
-
-
-def test_exact_numerics_keep_what_the_gate_rounds() -> None:
-    class Rounded(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.down = nn.Linear(HIDDEN, DIM)
-
-        def forward(self, gate: Tensor, up: Tensor) -> Tensor:
-            return self.down(gate * torch.sigmoid(gate) * up)
-
-    captured = composed(Rounded(), torch.randn(2, HIDDEN), torch.randn(2, HIDDEN), settings=Settings(numerics="exact"))
-    assert captured.counts == {}
