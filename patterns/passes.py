@@ -312,7 +312,7 @@ class Writer:
         """What a site is where no kernel takes more than its family's operator; () for one that is that already."""
         if site.kind == linear_add.KIND:
             self.summed[site.outputs[0]] = None
-        parts = [*_parts(site)]
+        parts = [part for part in _parts(site) if part is site or part.kind in self.kinds]
         records = tuple(_record(part, Placement("", "")) for part in parts)
         records = tuple(self._with_sum(part, record) for part, record in zip(parts, records))
         return () if len(parts) == 1 and records[0].kind == site.kind else records
