@@ -24,7 +24,14 @@ from torch import Tensor
 
 import infuse.ops.cross_entropy_kernels
 import infuse.ops.qk_norm_rope_bwd  # noqa: F401, defines its operators
-from infuse.ops import attention_backward_kernels, attention_kernels, gated_linear_kernels, library, rope_kernels
+from infuse.ops import (
+    attention_backward_kernels,
+    attention_kernels,
+    gated_backward_kernels,
+    gated_linear_kernels,
+    library,
+    rope_kernels,
+)
 from infuse.ops.attention_tile_map import tile_map_ref
 from infuse.ops.gated_linear_kernels import ACTIVATIONS
 from tests.ops.norm_forms import BF16, FEW, FORMS, FP16, FP32, Form
@@ -439,6 +446,40 @@ def cross_entropy(device: torch.device) -> Iterator[Launch]:
     for dtype, size in itertools.product((BF16, FP16, FP32), (0, 1, 1003, 100_000)):
         tensor = random(size, dtype=dtype, device=device)
         yield partial(OPS.scale_unless_one, tensor, torch.full((1,), 0.5).to(device))
+
+
+# ---- gated_backward ----
+
+
+@driver
+def gated_backward(device: torch.device) -> Iterator[Launch]:
+    """Wide and narrow accesses; with and without the product again."""
+    family = gated_backward_kernels.GATED_BACKWARD
+    for dtype, activation in ((BF16, "silu"), (FP16, "gelu_tanh"), (BF16, "gelu_erf")):
+        make = partial(random, dtype=dtype, device=device)
+        for rows, dim in ((0, 8), (5, 7), (9, 136), (3, 1000)):
+            for config in configs(family):
+                for offset in (0, 1):
+                    dout, gate_up = make(rows, dim, offset=offset), padded(rows, 2 * dim, dtype, device)
+                    written = torch.empty(rows, 2 * dim, dtype=dtype, device=device), torch.empty_like(dout)
+                    yield partial(OPS.gated_backward_out, dout, gate_up, activation, config, *written)
+                    yield partial(OPS.gated_backward_out, dout, gate_up, activation, config, written[0], None)
+
+
+@driver
+def gated_backward_gemms(device: torch.device) -> Iterator[Launch]:
+    """Tiles that are not full along any dimension; packed weights; several tiles for a CTA."""
+    for dtype, activation in ((BF16, "silu"), (FP16, "gelu_tanh")):
+        make = partial(random, dtype=dtype, device=device)
+        for rows, dim, features in ((0, 8, 8), (5, 24, 72), (150, 264, 136), (300, 64, 8000)):
+            gate_up, dgate_up, out = (make(rows, n) for n in (2 * features, 2 * features, features))
+            for config in configs(gated_backward_kernels.GEMMS):
+                dy, packed = padded(rows, dim, dtype, device), make(2 * features, dim)
+                down = OPS.linear_gated_backward_out
+                yield partial(down, dy, make(dim, features), gate_up, activation, config, dgate_up, out)
+                yield partial(down, dy, make(dim, features), gate_up, activation, config, dgate_up, None)
+                weights = packed[0::2], packed[1::2]
+                yield partial(OPS.linear_pair_out, make(rows, 2 * features), *weights, config, make(rows, dim))
 
 
 if __name__ == "__main__":
