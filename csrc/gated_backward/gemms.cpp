@@ -63,9 +63,7 @@ GemmProblem make_problem(const char* op, const Operands& operands, std::int64_t 
     problem.b[i] = operands.b[i].data;
     problem.b_stride[i] = operands.b[i].strides[0];
   }
-  // A cluster's second CTA has nothing to do where there are few rows.
-  const bool has_one_tile = problem.rows <= 128;
-  problem.config = kGemmConfigs[config != kGemmHeuristic ? config : has_one_tile ? kNumGemmConfigs - 1 : 0];
+  problem.config = kGemmConfigs[config == kGemmHeuristic ? 0 : config];
   return problem;
 }
 

@@ -19,9 +19,9 @@ struct GemmConfig {
 };
 
 constexpr GemmConfig kGemmConfigs[] = {
-    {"wgmma_cluster2_band8", 2, 8},  // 0
-    {"wgmma_cluster2_band4", 2, 4},  // 1
-    {"wgmma_cluster1_band16", 1, 16},  // 2
+    {"wgmma_band4", 1, 4},           // 0
+    {"wgmma_band16", 1, 16},         // 1
+    {"wgmma_cluster2_band8", 2, 8},  // 2
 };
 constexpr int kNumGemmConfigs = sizeof(kGemmConfigs) / sizeof(kGemmConfigs[0]);
 constexpr int kGemmHeuristic = -1;

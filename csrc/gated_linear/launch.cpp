@@ -18,13 +18,6 @@ Device describe(int device) {
   return {count_sms(kOp, device), shared_bytes, major == 9 && has_wgmma(device)};
 }
 
-Activation activation_of(const std::string& name) {
-  if (name == "silu") return Activation::kSilu;
-  if (name == "gelu_tanh") return Activation::kGeluTanh;
-  check(name == "gelu_erf", kOp, "activation, got ", name, ", expected silu, gelu_tanh or gelu_erf");
-  return Activation::kGeluErf;
-}
-
 void check_shape(const TensorArg& tensor, std::initializer_list<std::int64_t> expected) {
   bool fits = tensor.num_dims == static_cast<int>(expected.size());
   int i = 0;
@@ -141,7 +134,7 @@ Params make_params(const Arguments& a) {
   params.dim = static_cast<std::uint32_t>(a.x.sizes[1]);
   params.columns = static_cast<std::uint32_t>(a.gate_weight.sizes[last - 1]);
   params.groups = a.ends == nullptr ? 1 : static_cast<std::uint32_t>(a.groups);
-  params.activation = activation_of(a.activation);
+  params.activation = activation_named(kOp, a.activation);
   return params;
 }
 
@@ -167,13 +160,22 @@ Prepared prepare(const Arguments& a) {
   return prepared;
 }
 
+template <DType kDType>
+void launch_as(const Prepared& prepared, cudaStream_t stream) {
+  const Config& config = kConfigs[prepared.config];
+  if (config.is_mma) {
+    launch_mma<kDType>(config, prepared.params, prepared.device, stream);
+  } else {
+    launch_wgmma<kDType>(config, prepared.params, prepared.device, stream);
+  }
+}
+
 void launch(const Prepared& prepared, cudaStream_t stream) {
   if (prepared.empty) return;
-  const Config& config = kConfigs[prepared.config];
   if (prepared.dtype == DType::kBFloat16) {
-    launch_wgmma<DType::kBFloat16>(config, prepared.params, prepared.device, stream);
+    launch_as<DType::kBFloat16>(prepared, stream);
   } else {
-    launch_wgmma<DType::kFloat16>(config, prepared.params, prepared.device, stream);
+    launch_as<DType::kFloat16>(prepared, stream);
   }
 }
 

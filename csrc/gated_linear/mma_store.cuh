@@ -15,15 +15,19 @@ struct MmaRow {
   std::uint32_t gate[4], up[4], out[4];
 };
 
-// Gate and up are rounded as if they were written, act as well, and the product.
+// Where gate and up are kept, they are rounded first and act is as well, as the formula does it on its own; else only
+// the product is rounded.
 template <typename T, Activation kKind>
-__device__ __forceinline__ void combine(const float (&gate)[2], const float (&up)[2], int block, MmaRow& row) {
+__device__ __forceinline__ void combine(const float (&gate)[2], const float (&up)[2], bool keeps, int block,
+                                        MmaRow& row) {
   row.gate[block] = Cast<T>::pack(gate[0], gate[1]);
   row.up[block] = Cast<T>::pack(up[0], up[1]);
-  const std::uint32_t act = Cast<T>::pack(activate<T, kKind>(Cast<T>::low(row.gate[block])),
-                                          activate<T, kKind>(Cast<T>::high(row.gate[block])));
-  row.out[block] = Cast<T>::pack(Cast<T>::low(act) * Cast<T>::low(row.up[block]),
-                                 Cast<T>::high(act) * Cast<T>::high(row.up[block]));
+  float act[2] = {infuse::activate<T, kKind>(keeps ? Cast<T>::low(row.gate[block]) : gate[0]),
+                  infuse::activate<T, kKind>(keeps ? Cast<T>::high(row.gate[block]) : gate[1])};
+  const std::uint32_t rounded = Cast<T>::pack(act[0], act[1]);
+  row.out[block] = Cast<T>::pack(
+      (keeps ? Cast<T>::low(rounded) : act[0]) * (keeps ? Cast<T>::low(row.up[block]) : up[0]),
+      (keeps ? Cast<T>::high(rounded) : act[1]) * (keeps ? Cast<T>::high(row.up[block]) : up[1]));
 }
 
 template <typename T>
@@ -74,7 +78,7 @@ __device__ __forceinline__ void store_tile(const Params& params, const MmaTile& 
                                  sums[m][block][2 * half + 1] + biases[0][block][1]};
           const float up[2] = {sums[m][block + 4][2 * half] + biases[1][block][0],
                                sums[m][block + 4][2 * half + 1] + biases[1][block][1]};
-          combine<T, decltype(kind)::value>(gate, up, block, words);
+          combine<T, decltype(kind)::value>(gate, up, params.gate_up != nullptr, block, words);
         }
         store_words(static_cast<T*>(params.out) + row * params.out_stride + column, words.out, valid);
         if (params.gate_up == nullptr) continue;

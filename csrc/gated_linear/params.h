@@ -3,9 +3,9 @@
 
 #include <cstdint>
 
-namespace infuse::gated_linear {
+#include "infuse/gated_activation.h"
 
-enum class Activation : int { kSilu, kGeluTanh, kGeluErf };
+namespace infuse::gated_linear {
 
 // out = act(x Wg^T + bg) * (x Wu^T + bu), rows in groups if there are `ends`. Strides in elements.
 struct Params {

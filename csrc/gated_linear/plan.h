@@ -8,13 +8,14 @@
 namespace infuse::gated_linear {
 
 // columns: of the result, of a tile of 128 rows. cluster_rows, cluster_columns: tiles of the CTAs that share loads.
-// section: see gemm/order.cuh. lead: see gemm/traits.cuh.
+// section: see gemm/order.cuh. lead: see gemm/traits.cuh. is_mma: by mma.sync, which every device has.
 struct Config {
   const char* name;
   int columns;
   int cluster_rows, cluster_columns;
   int section;
   int lead;
+  bool is_mma = false;
 };
 
 constexpr Config kConfigs[] = {
@@ -25,9 +26,10 @@ constexpr Config kConfigs[] = {
     {"wgmma_128x112_pairs", 112, 2, 1, 8, 2},   // 4
     {"wgmma_128x112_across", 112, 1, 2, 16, 2},  // 5
     {"wgmma_128x112_alone", 112, 1, 1, 16, 2},  // 6
+    {"mma_128x64", 64, 1, 1, 16, 0, true},      // 7
 };
 constexpr int kNumConfigs = sizeof(kConfigs) / sizeof(kConfigs[0]);
-constexpr int kHeuristic = -1;
+constexpr int kHeuristic = -1, kMma = 7;
 
 struct Problem {
   std::int64_t rows, columns, dim, groups;
@@ -42,12 +44,14 @@ struct Device {
 
 // Why a configuration cannot run, or null.
 constexpr const char* obstacle(const Problem& problem, const Config& config, const Device& device) {
+  if (config.is_mma) return nullptr;
   if (!device.has_wgmma) return "a device or a library without 9.0a";
   if (problem.by_columns && config.columns % 64 != 0) return "weights that lie by columns";
   return nullptr;
 }
 
-constexpr int choose(const Problem& problem, const Device&) {
+constexpr int choose(const Problem& problem, const Device& device) {
+  if (!device.has_wgmma) return kMma;
   if (problem.rows <= 128) return problem.by_columns ? 2 : 6;
   return problem.by_columns || problem.rows > 1024 ? 0 : 4;
 }

@@ -23,7 +23,7 @@ Weights = tuple[Tensor, Tensor]
 def configs(by_columns: bool = False) -> list[int]:
     """What the launcher chooses and every configuration that takes such weights."""
     names = library.configurations(gated_linear_kernels.NAME)
-    return [-1, *(i for i, name in enumerate(names) if not by_columns or name.startswith("wgmma_128x128"))]
+    return [-1, *(i for i, name in enumerate(names) if not by_columns or name.startswith(("wgmma_128x128", "mma")))]
 
 
 def make(rows: int, dim: int, columns: int, dtype: torch.dtype = BF16, scale: float = 1.0) -> tuple[Tensor, Weights]:
