@@ -89,6 +89,7 @@ def complete(nodes: Sequence[Node], pure: frozenset[Node], inputs: Sequence[obje
     A graph without any is run from `inputs`. In one that has some, only `pure` nodes are run, and only without autocast
     switches, because what they set cannot be known from the middle of a graph.
     """
+    _complete_constants(nodes)
     calls = [node for node in nodes if node.op in ("call_function", "call_method")]
     missing = [node for node in calls if key(node) is None]
     if not any(node in pure for node in missing) or (mode := fake_mode(nodes)) is None:
@@ -105,6 +106,18 @@ def complete(nodes: Sequence[Node], pure: frozenset[Node], inputs: Sequence[obje
     with undisturbed(mode):
         for node in missing:
             _run(node, mode)
+
+
+def _complete_constants(nodes: Sequence[Node]) -> None:
+    """Fake tensors for the constants of a graph that lost its example values."""
+    constants = [node for node in nodes if node.op == "get_attr" and key(node) is None]
+    if not constants or (mode := fake_mode(nodes)) is None:
+        return
+    for node in constants:
+        with contextlib.suppress(MissingMetadata):
+            found = value(node)
+            if isinstance(found, torch.Tensor) and not isinstance(found, FakeTensor):
+                node.meta[KEYS[0]] = mode.from_tensor(found, static_shapes=True)
 
 
 def _run(node: Node, mode: FakeTensorMode) -> None:

@@ -7,12 +7,16 @@ may be written to between calls, would have to be packed again in every call, or
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx import Node
 
+from infuse.patterns import packed_weights
 from infuse.patterns.canonical import CanonicalGraph
 from infuse.patterns.compose import Declined, Proposal, Rule
 from infuse.patterns.linears import Linear, earliest_place, read_linear
+from infuse.patterns.packed_weights import Packed
 from infuse.patterns.sites import Site
 
 KIND = "packed_linear"
@@ -32,6 +36,9 @@ def propose(view: CanonicalGraph, sites: Sequence[Site]) -> Iterator[Proposal]:
         if not all(linear.is_constant for linear in linears):
             yield Declined(KIND, NOT_CONSTANT)
             continue
+        if reason := packed_weights.obstacle(linears):
+            yield Declined(KIND, reason)
+            continue
         composite = _pack(view, linears)
         if composite is not None:
             yield composite
@@ -45,6 +52,16 @@ def _pack(view: CanonicalGraph, linears: Sequence[Linear]) -> Site | None:
     if before is None:
         return None
     return Site(KIND, outputs, before, args, interior, f"{len(linears)} linears of one input")
+
+
+def with_packed_weights(view: CanonicalGraph, site: Site, mode: FakeTensorMode) -> tuple[Site, Packed | None]:
+    """The site over weights that are packed now; as it is where the graph is only looked at, with weights without
+    memory."""
+    linears = [linear for node in site.outputs if (linear := read_linear(view, node)) is not None]
+    if packed_weights.is_fake(linears):
+        return site, None
+    packed = packed_weights.pack(linears, mode)
+    return replace(site, args=(site.args[0], (packed.weight,), (packed.bias,), packed.sizes)), packed
 
 
 RULE = Rule(KIND, (), propose)

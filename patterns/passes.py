@@ -57,6 +57,7 @@ from infuse.patterns import (
     norm_linear,
     other_rotations,
     packed_linear,
+    packed_weights,
     qk_norm_rope,
     rms_norm,
     rope,
@@ -147,10 +148,11 @@ def rewrite(
     """
     if attention.KIND in settings.patterns and settings.numerics == "fused":
         encoder_layer.take_apart(graph)
+    _hoist_constants(graph)
     in_place.functionalise(graph)
     view = CanonicalGraph(graph, inputs)
     findings = [*find(view, settings.patterns)]
-    if not findings:
+    if not findings and not any(node.op == "get_attr" for node in view.nodes):  # constants may be packed
         return []
     effects = Effects(view, torch.is_grad_enabled() or training)
     findings = [_judge(finding, effects, settings) for finding in findings]
@@ -172,6 +174,14 @@ def rewrite(
     if settings.strict:
         raise_if_strict(writer.records)
     return writer.records
+
+
+def _hoist_constants(graph: Graph) -> None:
+    """Brings the constants of a frozen graph in front of what is computed, where every operator can read them."""
+    first = next((node for node in graph.nodes if node.op != "placeholder"), None)
+    for node in [*graph.nodes]:
+        if node.op == "get_attr" and first is not None and node is not first:
+            first.prepend(node)
 
 
 def _first_of_each(sites: Sequence[Site]) -> list[Site]:
@@ -276,6 +286,7 @@ class Writer:
         self.run = run
         self.verifier = verifier
         self.records: list[SiteRecord] = []
+        self.packed: list[packed_weights.Packed] = []
         self.summed: dict[Node, Site | None] = {}  # results of linear_add, and the norm that has taken each as its sum
 
     def ask(self, site: Site) -> Placement | None:
@@ -337,12 +348,32 @@ class Writer:
             if verdict.failure:
                 return _failed(site, verdict)
             placement = replace(placement, verified=verdict.words)
+        if site.kind == packed_linear.KIND and placement.overload != "inline":
+            return self._emit_packed(site, placement, examples, identity) or placement
         return self.emitter.emit(site, placement, examples, identity) or placement
+
+    def _emit_packed(
+        self, site: Site, placement: Placement, examples: tuple[object, ...], identity: str
+    ) -> Refusal | None:
+        """Packs the weights, which stay what they were if the operator cannot stand there."""
+        assert self.emitter is not None
+        site, packed = packed_linear.with_packed_weights(self.emitter.view, site, self.emitter.mode)
+        if packed is None:
+            return self.emitter.emit(site, placement, examples, identity)
+        found = self.emitter.examples(site)
+        refusal = found if isinstance(found, Refusal) else self.emitter.emit(site, placement, found, identity)
+        if refusal is not None:
+            packed.undo()
+        else:
+            self.packed.append(packed)
+        return refusal
 
     def finish(self) -> None:
         """Erases what became dead."""
         if self.emitter is not None:
             self.emitter.clean()
+            for packed in self.packed:
+                packed.clean()
             self.emitter.view.graph.lint()
 
 

@@ -52,6 +52,10 @@ def packed_args(dtype: torch.dtype) -> tuple[Any, ...]:
     return leaf(2, 3, 8, dtype=dtype), *linears((4, 6, 4), dtype)
 
 
+def packed_already_args(dtype: torch.dtype) -> tuple[Any, ...]:
+    return leaf(2, 3, 8, dtype=dtype), [leaf(14, 8, dtype=dtype)], [leaf(14, dtype=dtype)], [4, 6, 4]
+
+
 def linear_add_args(dtype: torch.dtype) -> tuple[Any, ...]:
     return leaf(2, 3, 8, dtype=dtype), leaf(4, 8, dtype=dtype), leaf(4, dtype=dtype), leaf(2, 3, 4, dtype=dtype)
 
@@ -102,12 +106,13 @@ CASES: list[Case] = [
     ("norm_linear_swiglu", norm_gate_formula, norm_gate_args),
     ("norm_linear_swiglu", norm_gate_formula, add_norm_gate_args),
     ("linear_add", lambda x, w, b, r: F.linear(x, w, b) + r, linear_add_args),
+    ("packed_linear", lambda x, ws, bs, sizes: list(F.linear(x, *ws, *bs).split(sizes, -1)), packed_already_args),
     ("packed_linear", lambda x, ws, bs: [F.linear(x, w, b) for w, b in zip(ws, bs)], packed_args),
     ("qk_norm_rope", qk_norm_formula, qk_norm_args),
     ("qk_norm_rope", qk_norm_formula, qk_rms_norm_args),
 ]
 IDS = [
-    *("norm", "add and norm", "norm and gate", "add, norm and gate", "linear and add", "packed"),
+    *("norm", "add and norm", "norm and gate", "add, norm and gate", "linear and add", "packed already", "packed"),
     *("LayerNorm and rotation", "RMSNorm and rotation"),
 ]
 
@@ -167,6 +172,10 @@ def test_linears_that_do_not_fit_are_refused() -> None:
     x, weight = torch.ones(3, 8), torch.ones(4, 8)
     with pytest.raises(ValueError, match="1 weights and 2 biases"):
         OPS.packed_linear(x, [weight], [None, None])
+    with pytest.raises(ValueError, match="size of dimension 0: got 4, expected 5"):
+        OPS.packed_linear(x, [weight], [None], [2, 3])
+    with pytest.raises(ValueError, match="got 2 weights with sizes"):
+        OPS.packed_linear(x, [weight, weight], [None, None], [4, 4])
     with pytest.raises(ValueError, match="size of dimension 1: got 6, expected 8"):
         OPS.packed_linear(x, [weight, torch.ones(4, 6)], [None, None])
     with pytest.raises(ValueError, match="bias: size: got 3, expected 4"):

@@ -206,8 +206,7 @@ def frozen(module: Constants) -> Callable[[torch.fx.Graph], None]:
             if node.op == "placeholder" and isinstance(node.meta.get("example_value"), nn.Parameter):
                 _, _, name = node.target.partition("linears_modules_")
                 index, _, which = name.partition("_parameters_")
-                value = getattr(module.linears[int(index)], which.rstrip("_")).detach()
-                owner.register_buffer(node.name, value)
+                owner.register_parameter(node.name, getattr(module.linears[int(index)], which.rstrip("_")))
                 with graph.inserting_before(node):
                     constant = graph.get_attr(node.name)
                 constant.meta["example_value"] = node.meta["example_value"].detach()
