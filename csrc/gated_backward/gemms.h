@@ -11,17 +11,16 @@
 
 namespace infuse::gated_backward {
 
-// band: tiles of a cluster along the rows that go through all columns together, so that both operands come from the L2.
+// band: tiles along the rows that go through all columns together, so that both operands come from the L2.
 struct GemmConfig {
   const char* name;
-  int cluster;  // CTAs, one below the other
   int band;
 };
 
 constexpr GemmConfig kGemmConfigs[] = {
-    {"wgmma_band4", 1, 4},           // 0
-    {"wgmma_band16", 1, 16},         // 1
-    {"wgmma_cluster2_band8", 2, 8},  // 2
+    {"wgmma_band4", 4},    // 0
+    {"wgmma_band8", 8},    // 1
+    {"wgmma_band16", 16},  // 2
 };
 constexpr int kNumGemmConfigs = sizeof(kGemmConfigs) / sizeof(kGemmConfigs[0]);
 constexpr int kGemmHeuristic = -1;

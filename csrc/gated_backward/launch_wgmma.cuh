@@ -1,7 +1,6 @@
 // From a problem to a launch of its GEMM. Included by the files that instantiate launch_wgmma.
 #pragma once
 
-#include "dispatch.h"
 #include "gated_backward/gemms.h"
 #include "gated_backward/wgmma_kernel.cuh"
 #include "infuse/launch.h"
@@ -31,7 +30,7 @@ inline WgmmaParams make_params(const GemmProblem& p) {
 
 inline void order_tiles(const GemmConfig& config, WgmmaParams* params) {
   const auto column_tiles = static_cast<std::uint32_t>(ceil_div(params->columns, kTileColumns));
-  params->row_tiles = static_cast<std::uint32_t>(ceil_div(params->rows, kTileRows * config.cluster));
+  params->row_tiles = static_cast<std::uint32_t>(ceil_div(params->rows, kTileRows));
   params->tiles = params->row_tiles * column_tiles;
   const auto most = static_cast<std::uint32_t>(config.band);
   const std::uint32_t band = params->row_tiles < most ? params->row_tiles : most, left = params->row_tiles % band;
@@ -40,29 +39,24 @@ inline void order_tiles(const GemmConfig& config, WgmmaParams* params) {
   params->band_tiles = FastDivisor(band * column_tiles);
 }
 
-template <typename T, int kCluster, bool kGated>
+template <typename T, bool kGated>
 void launch_tiles(const GemmProblem& problem, cudaStream_t stream) {
   WgmmaParams params = make_params(problem);
   order_tiles(problem.config, &params);
-  const auto kernel = wgmma_kernel<T, kCluster, kGated>;
-  const unsigned most = resident_ctas(kGemmOp, kernel, kWgmmaThreads, kSharedBytes, problem.device) / kCluster;
-  const unsigned clusters = params.tiles < most ? params.tiles : most;
-  Launch launch{dim3(clusters * kCluster), dim3(kWgmmaThreads), kSharedBytes, true};
-  launch.cluster = kCluster;
+  const auto kernel = wgmma_kernel<T, kGated>;
+  const unsigned most = resident_ctas(kGemmOp, kernel, kWgmmaThreads, kSharedBytes, problem.device);
+  const Launch launch{dim3(params.tiles < most ? params.tiles : most), dim3(kWgmmaThreads), kSharedBytes, true};
   launch_kernel(kGemmOp, problem.config.name, kernel, launch, params, problem.device, stream);
 }
 
 template <DType kDType>
 void launch_wgmma(const GemmProblem& problem, cudaStream_t stream) {
   using T = Element<kDType>;
-  dispatch_int<1, 2>(kGemmOp, "CTAs of a cluster", problem.config.cluster, [&](auto cluster) {
-    constexpr int kCluster = decltype(cluster)::value;
-    if (problem.dx != nullptr) {
-      launch_tiles<T, kCluster, false>(problem, stream);
-    } else {
-      launch_tiles<T, kCluster, true>(problem, stream);
-    }
-  });
+  if (problem.dx != nullptr) {
+    launch_tiles<T, false>(problem, stream);
+  } else {
+    launch_tiles<T, true>(problem, stream);
+  }
 }
 
 }  // namespace infuse::gated_backward

@@ -8,7 +8,7 @@ bool has_wgmma(int device) {
   static thread_local int last_device = -1;
   static thread_local bool answer = false;
   if (last_device != device) {
-    const auto kernel = wgmma_kernel<Element<DType::kBFloat16>, 2, true>;
+    const auto kernel = wgmma_kernel<Element<DType::kBFloat16>, true>;
     cudaFuncAttributes attributes;
     check_cuda(cudaFuncGetAttributes(&attributes, reinterpret_cast<const void*>(kernel)), kGemmOp,
                "attributes of a kernel");

@@ -1,10 +1,10 @@
 // The GEMMs of a gated MLP's backward on Hopper's tensor cores: a by rows, b with adjacent columns (as a weight [out, in]
 // lies in memory when its gradient flows back).
 //
-// A CTA has tiles of 128 x 256. One warp loads a and b by TMA; a cluster of two CTAs, one below the other, shares b,
-// of which each loads half for both. Two warpgroups multiply 64 rows each, round their sums and leave them in shared
-// memory for three more warps, which finish them while the next tile is multiplied: so what is done with a result, and
-// the memory traffic of that, costs the tensor cores nothing.
+// A CTA has tiles of 128 x 256. One warp loads a and b by TMA. Two warpgroups multiply 64 rows each, round their sums and
+// leave them in shared memory for three more warps, which finish them while the next tile is multiplied: so what is done
+// with a result, and the memory traffic of that, takes no time of the tensor cores. Clusters of two CTAs that share b are
+// 1% slower on an H200.
 #pragma once
 
 #include <cstdint>
@@ -21,24 +21,20 @@ namespace infuse::gated_backward {
 #if defined(__CUDA_ARCH_FEAT_SM90_ALL)
 
 // The tile of this CTA that has a number; neighbouring numbers share rows or columns that are in the L2.
-template <int kCluster>
 __device__ __forceinline__ TilePlace place_of_tile(const WgmmaParams& params, std::uint32_t number) {
   const std::uint32_t band = params.band_tiles.divide(number), within = number - band * params.band_tiles.divisor;
   const std::uint32_t first = band * params.band_rows.divisor;
   const bool is_last = first + params.band_rows.divisor > params.row_tiles;
   const FastDivisor& band_rows = is_last ? params.last_band_rows : params.band_rows;
   const std::uint32_t column = band_rows.divide(within), row = first + within - column * band_rows.divisor;
-  return {(row * kCluster + rank_in_cluster()) * kTileRows, column * kTileColumns};
+  return {row * kTileRows, column * kTileColumns};
 }
 
 // By one thread.
-template <int kCluster>
 __device__ __forceinline__ void load_tiles(const WgmmaParams& params, const WgmmaShared& shared) {
   RingPlace<kStages> place;
-  constexpr int kOwnBlocks = kColumnBlocks / kCluster;
-  const std::uint32_t first_block = rank_in_cluster() * kOwnBlocks;
-  for (std::uint32_t number = blockIdx.x / kCluster; number < params.tiles; number += gridDim.x / kCluster) {
-    const TilePlace tile = place_of_tile<kCluster>(params, number);
+  for (std::uint32_t number = blockIdx.x; number < params.tiles; number += gridDim.x) {
+    const TilePlace tile = place_of_tile(params, number);
     for (int pair = 0; pair < kMaxPairs; ++pair) {
       for (std::uint32_t step = 0; step < params.steps[pair]; ++step) {
         wait(shared.empty(place.stage), place.parity ^ 1);
@@ -48,15 +44,9 @@ __device__ __forceinline__ void load_tiles(const WgmmaParams& params, const Wgmm
         load_box(shared.a(place.stage), params.a[pair], full, L2::kNormal, depth, static_cast<std::int32_t>(tile.row),
                  0, 0);
 #pragma unroll
-        for (int i = 0; i < kOwnBlocks; ++i) {
-          const std::uint32_t block = first_block + i;
-          const SharedAddress to = shared.b(place.stage) + block * kBBlockBytes;
-          const std::int32_t column = static_cast<std::int32_t>(tile.column + block * kSwizzledColumns);
-          if constexpr (kCluster > 1) {
-            load_box_for_cluster(to, params.b[pair], full, L2::kNormal, column, depth, 0, 0, (1 << kCluster) - 1);
-          } else {
-            load_box(to, params.b[pair], full, L2::kNormal, column, depth, 0, 0);
-          }
+        for (int block = 0; block < kColumnBlocks; ++block) {
+          load_box(shared.b(place.stage) + block * kBBlockBytes, params.b[pair], full, L2::kNormal,
+                   static_cast<std::int32_t>(tile.column + block * kSwizzledColumns), depth, 0, 0);
         }
         place.advance();
       }
@@ -65,18 +55,16 @@ __device__ __forceinline__ void load_tiles(const WgmmaParams& params, const Wgmm
 }
 
 // A warpgroup that multiplies 64 rows of each tile.
-template <typename T, int kCluster>
+template <typename T>
 struct Multiplier {
   const WgmmaShared shared;
   const std::uint32_t group;
   RingPlace<kStages> place{};
   float sums[kTileColumns / 2];
 
-  // Every warp tells the loaders of all CTAs that write here.
   __device__ __forceinline__ void release(std::uint32_t stage) const {
     __syncwarp();
-    const std::uint32_t lane = threadIdx.x % 32;
-    if (lane < kCluster) arrive_in_cluster(shared_of_cta(shared.empty(stage), lane));
+    if (threadIdx.x % 32 == 0) arrive(shared.empty(stage));
   }
 
   __device__ __forceinline__ void multiply_stage(bool is_first) {
@@ -124,18 +112,18 @@ struct Multiplier {
   __device__ __forceinline__ void run(const WgmmaParams& params) {
     const std::uint32_t steps = params.steps[0] + params.steps[1];
     std::uint32_t round = 0;
-    for (std::uint32_t number = blockIdx.x / kCluster; number < params.tiles; number += gridDim.x / kCluster, ++round) {
+    for (std::uint32_t number = blockIdx.x; number < params.tiles; number += gridDim.x, ++round) {
       multiply_tile(steps);
       hand_over(round);
     }
   }
 };
 
-template <typename T, int kCluster, bool kGated>
+template <typename T, bool kGated>
 __device__ __forceinline__ void finish_tiles(const WgmmaParams& params, const WgmmaShared& shared) {
   std::uint32_t round = 0;
-  for (std::uint32_t number = blockIdx.x / kCluster; number < params.tiles; number += gridDim.x / kCluster, ++round) {
-    const TilePlace tile = place_of_tile<kCluster>(params, number);
+  for (std::uint32_t number = blockIdx.x; number < params.tiles; number += gridDim.x, ++round) {
+    const TilePlace tile = place_of_tile(params, number);
     if constexpr (kGated) {
       finish_gated<T>(params, shared, tile, round);
     } else {
@@ -144,10 +132,10 @@ __device__ __forceinline__ void finish_tiles(const WgmmaParams& params, const Wg
   }
 }
 
-__device__ __forceinline__ void init_barriers(const WgmmaShared& shared, int cluster) {
+__device__ __forceinline__ void init_barriers(const WgmmaShared& shared) {
   for (int i = 0; i < kStages; ++i) {
     init_barrier(shared.full(i), 1);
-    init_barrier(shared.empty(i), static_cast<std::uint32_t>(cluster * kMultipliers * 4));
+    init_barrier(shared.empty(i), kMultipliers * 4);
   }
   init_barrier(shared.result_full(), kMultipliers * kWarpgroup);
   init_barrier(shared.result_empty(), kFinishers * 32);
@@ -156,31 +144,26 @@ __device__ __forceinline__ void init_barriers(const WgmmaShared& shared, int clu
 
 #endif
 
-template <typename T, int kCluster, bool kGated>
+template <typename T, bool kGated>
 __global__ void __launch_bounds__(threads_of_kernel(), 1) wgmma_kernel(const __grid_constant__ WgmmaParams params) {
 #if defined(__CUDA_ARCH_FEAT_SM90_ALL)
   const WgmmaShared shared{(dynamic_shared_memory() + 1023) & ~1023u};
-  if (threadIdx.x == 0) init_barriers(shared, kCluster);
+  if (threadIdx.x == 0) init_barriers(shared);
   __syncthreads();
-  if (kCluster > 1) sync_cluster();
   const std::uint32_t group = __shfl_sync(0xffffffffu, threadIdx.x / kWarpgroup, 0);
   if (group == 0) {
     give_up_registers<kOtherRegisters>();
     wait_for_previous_kernel();
     if (threadIdx.x >= 32) {
-      finish_tiles<T, kCluster, kGated>(params, shared);
+      finish_tiles<T, kGated>(params, shared);
     } else if (threadIdx.x == 0) {
-      load_tiles<kCluster>(params, shared);
+      load_tiles(params, shared);
       let_next_kernel_start();
     }
   } else {
     take_registers<kMultiplierRegisters>();
-    Multiplier<T, kCluster> multiplier{shared, group - 1};
+    Multiplier<T> multiplier{shared, group - 1};
     multiplier.run(params);
-  }
-  if (kCluster > 1) {  // the other CTA may still write here
-    __syncwarp();
-    sync_cluster();
   }
 #endif
 }

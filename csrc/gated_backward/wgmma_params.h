@@ -27,7 +27,7 @@ struct WgmmaParams {
   GatedOutput gated;
   std::uint32_t steps[kMaxPairs];  // of 64 along each pair's depth; 0: there is no such pair
   std::uint32_t rows, columns;
-  std::uint32_t row_tiles, tiles;  // of a cluster
+  std::uint32_t row_tiles, tiles;
   FastDivisor band_tiles, band_rows, last_band_rows;
 };
 

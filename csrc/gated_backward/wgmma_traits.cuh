@@ -1,7 +1,6 @@
 // Tiles, shared memory and barriers of the GEMMs of a gated MLP's backward.
 #pragma once
 
-#include "infuse/cluster.cuh"
 #include "infuse/mbarrier.cuh"
 #include "infuse/wgmma.cuh"
 

@@ -24,14 +24,24 @@ __device__ __forceinline__ GeluArgument gelu_argument(float g) {
   return {kBeta * fmaf(kKappa * square, g, g), kBeta * fmaf(3.0f * kKappa, square, 1.0f)};
 }
 
-__device__ __forceinline__ float normal_cdf(float g) { return 0.5f * (1.0f + erff(g * 0.7071067811865476f)); }
+// The standard normal distribution, to 1e-7, of which power = exp(-g^2 / 2) is the better part (Abramowitz and Stegun,
+// 7.1.26); erff and the density on its own would be twice the work.
+__device__ __forceinline__ float normal_cdf(float g, float power) {
+  const float t = __fdividef(1.0f, fmaf(0.3275911f * 0.7071067811865476f, fabsf(g), 1.0f));
+  float sum = fmaf(t, 1.061405429f, -1.453152027f);
+  sum = fmaf(t, sum, 1.421413741f);
+  sum = fmaf(t, sum, -0.284496736f);
+  sum = fmaf(t, sum, 0.254829592f);
+  const float tail = 0.5f * t * sum * power;
+  return g < 0.0f ? tail : 1.0f - tail;
+}
 
 // X: the type to which the result is rounded.
 template <typename X, Activation kKind>
 __device__ __forceinline__ float activate(float g) {
   if constexpr (kKind == Activation::kSilu) return g * sigmoid<X>(g);
   if constexpr (kKind == Activation::kGeluTanh) return g * sigmoid<X>(2.0f * gelu_argument(g).y);
-  return g * normal_cdf(g);
+  return g * 0.5f * (1.0f + erff(g * 0.7071067811865476f));
 }
 
 template <typename X, Activation kKind>
@@ -45,8 +55,8 @@ __device__ __forceinline__ ActivationAndSlope activate_with_slope(float g) {
     return {g * s, fmaf(2.0f * g * s * (1.0f - s), argument.slope, s)};
   } else {
     constexpr float kDensity = 0.3989422804014327f;  // 1 / sqrt(2 pi)
-    const float cdf = normal_cdf(g);
-    return {g * cdf, fmaf(g * kDensity, expf(-0.5f * g * g), cdf)};
+    const float power = __expf(-0.5f * g * g), cdf = normal_cdf(g, power);
+    return {g * cdf, fmaf(g * kDensity, power, cdf)};
   }
 }
 
