@@ -76,17 +76,18 @@ def register_differentiable(
 
 
 def differentiate(formula: Function, inputs: Sequence[object], douts: Sequence[Tensor]) -> tuple[Tensor | None, ...]:
-    """The gradient of each input by autograd through the formula, itself differentiable (for create_graph=True).
+    """The gradient of each input by autograd through the formula, itself differentiable where gradients are enabled.
 
     Differentiated with respect to aliases: an input may be an output of the very node whose backward this is, and the
     engine would look for the other inputs behind it, in that node, again and again.
     """
+    create_graph = torch.is_grad_enabled()
     with torch.enable_grad():
         aliases = [value.view_as(value) if _needs_grad(value) else value for value in inputs]
         outputs = formula(*aliases)
     outputs = (outputs,) if isinstance(outputs, Tensor) else outputs
     wanted = [alias for alias in aliases if _needs_grad(alias)]
-    found = iter(torch.autograd.grad(outputs, wanted, douts, create_graph=True, allow_unused=True))
+    found = iter(torch.autograd.grad(outputs, wanted, douts, create_graph=create_graph, allow_unused=True))
     return tuple(next(found) if _needs_grad(alias) else None for alias in aliases)
 
 

@@ -6,13 +6,12 @@ and strides say which columns they hold, however the author took them apart.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 
 from torch.fx import Node
 
 from infuse.patterns.canonical import CanonicalGraph
-from infuse.patterns.linears import Linear, read_linear, why_no_linear
+from infuse.patterns.linears import SUBCLASS, Linear, read_linear, stands_for_others, why_no_linear
 from infuse.patterns.safety import storages
 from infuse.patterns.sites import Site
 from infuse.patterns.sizes import same_shape, same_size
@@ -57,7 +56,7 @@ class GateAndUp:
 
 def read_linears(view: CanonicalGraph, site: Site) -> GateAndUp | str | None:
     """The linears in front of a swiglu site; why they cannot be taken in, or None for something else than linears."""
-    found = read_projections(view, site, lambda node: view.word(node) == "linear")
+    found = read_projections(view, site, "linear")
     if not isinstance(found, Projections):
         return found if found is not None else _obstacle(view, site)
     linears: list[Linear] = []
@@ -74,12 +73,12 @@ def read_linears(view: CanonicalGraph, site: Site) -> GateAndUp | str | None:
     return GateAndUp(tuple(linears), found.order, tuple(dict.fromkeys((*trail, *found.products, *found.between))))
 
 
-def read_projections(view: CanonicalGraph, site: Site, is_product: Callable[[Node], bool]) -> Projections | str | None:
-    """The products whose results a swiglu site reads as its gate and up; a reason where others read them too."""
+def read_projections(view: CanonicalGraph, site: Site, product: str) -> Projections | str | None:
+    """The products (by their word) that a swiglu site reads as its gate and up; a reason where others read them too."""
     gate, up = site.args[:2]
     if not isinstance(gate, Node) or not isinstance(up, Node):
         return None
-    sides = [_behind_views(view, node, is_product) for node in (gate, up)]
+    sides = [_behind_views(view, node, product) for node in (gate, up)]
     (gate_product, gate_trail), (up_product, up_trail) = sides
     if gate_product is None or up_product is None:
         return None
@@ -99,13 +98,11 @@ def read_projections(view: CanonicalGraph, site: Site, is_product: Callable[[Nod
     return found
 
 
-def _behind_views(
-    view: CanonicalGraph, node: Node, is_product: Callable[[Node], bool]
-) -> tuple[Node | None, tuple[Node, ...]]:
+def _behind_views(view: CanonicalGraph, node: Node, product: str) -> tuple[Node | None, tuple[Node, ...]]:
     """(the product that a node is, or is a view of; the views)"""
     trail: list[Node] = []
     for _ in range(_MAX_VIEWS):
-        if is_product(node):
+        if view.word(node) == product:
             return node, tuple(trail)
         inner = view.argument(node, "input")
         if view.call(node, *_VIEWS) is None or not isinstance(inner, Node):
@@ -130,7 +127,7 @@ def _order(view: CanonicalGraph, gate: Node, up: Node, product: Node) -> str | N
 
 def _columns(view: CanonicalGraph, part: Node, product: Node) -> tuple[int, int] | None:
     """(number of the half, distance of columns) of a view of half of a product's columns."""
-    mine, whole = view.tensor(part), view.tensor(product)
+    mine, whole = view.tensor(view.strip(part)), view.tensor(product)
     if mine is None or whole is None or mine.dim() != whole.dim() or not storages(mine) & storages(whole) - {-1}:
         return None
     size, offset = mine.shape[-1], mine.storage_offset() - whole.storage_offset()
@@ -148,9 +145,12 @@ def _columns(view: CanonicalGraph, part: Node, product: Node) -> tuple[int, int]
 
 
 def _obstacle(view: CanonicalGraph, site: Site) -> str | None:
-    """Why gate or up is no linear although it nearly is one: something is added to it, as LoRA does."""
+    """Why gate or up is no linear although it nearly is one: sharded, or something is added to it, as LoRA does."""
     for side in site.args[:2]:
-        operands = view.operands(view.strip(side), "add")
+        node = view.strip(side)
+        if isinstance(node, Node) and any(stands_for_others(view, item) for item in (node, *node.all_input_nodes)):
+            return SUBCLASS
+        operands = view.operands(node, "add")
         if operands is not None and any(view.call(view.strip(item), "linear") is not None for item in operands):
             return "something is added to the gate or up projection (LoRA?): merge it into the weight"
     return None

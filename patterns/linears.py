@@ -12,6 +12,7 @@ from infuse.patterns.canonical import CanonicalGraph
 from infuse.patterns.sites import arguments_of
 
 _GIVEN = ("placeholder", "get_attr")
+SUBCLASS = "a weight is a tensor subclass (sharded or quantised), which keeps operators of its own: give local tensors"
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,7 +38,7 @@ def read_linear(view: CanonicalGraph, node: Node) -> Linear | None:
     tensors (sharded, quantised), and where autocast or a mixture of dtypes puts casts between input and product.
     """
     call = view.call(node, "linear")
-    if call is None or _is_wrapped(view, node, call["input"], call["weight"], call["bias"]):
+    if call is None or stands_for_others(view, node, call["input"], call["weight"], call["bias"]):
         return None
     trail: list[Node] = []
     source = view.strip(call["input"], trail=trail)
@@ -56,14 +57,14 @@ def why_no_linear(view: CanonicalGraph, node: Node) -> str:
     """What `read_linear` has against a linear, and what would help."""
     call = view.call(node, "linear")
     given = [] if call is None else [call["weight"], *([call["bias"]] if call["bias"] is not None else [])]
-    if any(_is_wrapped(view, item) for item in (node, *given)):
-        return "a weight is a tensor subclass (sharded or quantised), which keeps operators of its own"
+    if any(stands_for_others(view, item) for item in (node, *given)):
+        return SUBCLASS
     if not all(isinstance(item, Node) and item.op in _GIVEN for item in given):
         return "a weight is computed in the graph: merge adapters and dequantise before compiling"
     return "its input, its weight and its result differ in dtype: cast the input before, leave autocast off"
 
 
-def _is_wrapped(view: CanonicalGraph, *items: object) -> bool:
+def stands_for_others(view: CanonicalGraph, *items: object) -> bool:
     """Whether one is a tensor subclass that stands for other tensors, such as a DTensor."""
     return any(is_traceable_wrapper_subclass(view.value(item)) for item in items)
 

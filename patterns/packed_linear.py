@@ -25,13 +25,14 @@ NOT_CONSTANT = "the weights are inputs of the graph, which may change: only froz
 
 def propose(view: CanonicalGraph, sites: Sequence[Site]) -> Iterator[Proposal]:
     """packed_linear for each tensor that several linears read."""
+    taken = {node for site in sites for node in site.interior}
     groups: dict[Node, list[Linear]] = {}
     for node in view.nodes:
         linear = read_linear(view, node) if view.word(node) == "linear" else None
         if linear is not None:
             groups.setdefault(linear.input, []).append(linear)
     for linears in groups.values():
-        if len(linears) < 2:
+        if len(linears) < 2 or any(linear.node in taken for linear in linears):
             continue
         if not all(linear.is_constant for linear in linears):
             yield Declined(KIND, NOT_CONSTANT)

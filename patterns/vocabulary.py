@@ -29,6 +29,9 @@ ALIASES = {
     "train": "training",
     "p": "ord",
     "data": "fill_value",
+    "mat_a": "input",
+    "mat_b": "weight",
+    "mat2": "weight",
 }
 
 
@@ -191,6 +194,7 @@ def _reductions(table: _Table) -> None:
     row("max", "input dim! keepdim", torch.max, methods="max", aten="max.dim")
     row("amax", "input dim! keepdim", torch.amax, methods="amax", aten="amax")
     row("linear", "input weight bias", F.linear, aten="linear")
+    row("grouped_mm", "input weight offs bias out_dtype", torch._grouped_mm, F.grouped_mm, aten="_grouped_mm")
     row("rms_norm", "input normalized_shape weight eps", torch.rms_norm, F.rms_norm, aten="rms_norm")
     row("layer_norm", "input normalized_shape weight bias eps", F.layer_norm)
     row("layer_norm", "input normalized_shape weight bias eps cudnn_enabled", torch.layer_norm, aten="layer_norm")

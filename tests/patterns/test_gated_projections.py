@@ -67,6 +67,11 @@ def sliced(m: MLP, x: Tensor) -> Tensor:
     return F.silu(y[..., :HIDDEN]) * y[..., HIDDEN:]
 
 
+def contiguous_halves(m: MLP, x: Tensor) -> Tensor:
+    gate, up = m.packed(x).tensor_split(2, dim=-1)
+    return F.silu(gate.contiguous()) * up.contiguous()
+
+
 def clamped(m: MLP, x: Tensor) -> Tensor:
     y = m.biased(x)
     gate, up = y[..., ::2].clamp(max=0.5), y[..., 1::2].clamp(-0.5, 0.5)
@@ -82,6 +87,7 @@ SPELLINGS: dict[str, tuple[Read, str]] = {
     "split, gate second": (second_half, "up_gate"),
     "narrow, gate second": (narrowed, "up_gate"),
     "slices": (sliced, "gate_up"),
+    "contiguous halves": (contiguous_halves, "gate_up"),
     "unflatten and unbind": (stacked_view, "gate_up"),
     "every second column": (lambda m, x: F.silu(m.packed(x)[..., ::2]) * m.packed(x)[..., 1::2], ""),
     "interleaved, gate second": (interleaved_view, "interleaved_up_first"),
