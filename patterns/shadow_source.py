@@ -63,7 +63,7 @@ class Source:
         result = operator(*(_argument(arg, results) for arg in self.args))
         for step, rest in self.after:
             result = metadata.evaluate(step, [result, *(_argument(arg, results) for arg in rest)], {})
-        return result if isinstance(result, tuple) else (result,)
+        return tuple(result) if isinstance(result, (tuple, list)) else (result,)
 
     def describe(self) -> str:
         """A text that is the same for sources that compute the same from leaves of the same sizes and dtypes."""

@@ -69,6 +69,17 @@ def test_block_of_a_decoder(dtype: torch.dtype, training: bool, dynamic: bool) -
 
 
 @pytest.mark.parametrize("training", [False, True])
+def test_they_stand_the_trial_while_compiling(training: bool) -> None:
+    module, x = parameters(Block(), torch.float32), torch.randn(2, 3, DIM, requires_grad=training)
+    captured = composed(module, x, training=training, settings=Settings(verify="compile"))
+    assert [record.kind for record in captured.records] == [
+        "norm_linear",
+        *(("add_rms_norm", "gated_mlp") if training else ("norm_linear_swiglu", "linear_add")),
+    ]
+    assert all(record.verified.startswith("verified: error") for record in captured.records)
+
+
+@pytest.mark.parametrize("training", [False, True])
 def test_counts_are_the_same_with_and_without_kernels(training: bool) -> None:
     class TwoBlocks(nn.Module):
         def __init__(self) -> None:
