@@ -29,6 +29,8 @@ def place(args: Sequence[object], training: bool, settings: Settings) -> Placeme
     if training and x.dtype == torch.float16:
         # A loss is scaled against underflow, which only the backward knows.
         return Placement("inline", "decomposition (float16 gradients need the loss's scale)")
+    if training and settings.numerics == "exact":
+        return Placement("inline", "decomposition (chunks round the weight's gradient more than once)")
     if settings.kernels != "always" and (reason := _declines(x, weight)):
         return Placement("inline", f"decomposition ({reason})")
     return Placement("default", "kernel, in chunks of rows" + (", with the gradients" if training else ""))

@@ -27,9 +27,9 @@ def cannot_run(x: Tensor, weight: Tensor, bias: Tensor | None) -> str:
 
 
 def chunk_rows(rows: int, dim: int, need_dweight: bool) -> int:
-    """Rows of a chunk: equal shares, which are not too small."""
+    """Rows of a chunk: equal shares, which are not much too small."""
     least = CHUNK_ROWS if need_dweight and dim > _SHORT_DIM else SHORT_CHUNK_ROWS
-    share = -(-rows // max(1, rows // least))
+    share = -(-rows // max(1, (rows + least // 8) // least))
     return min(rows, -(-share // _ROW_MULTIPLE) * _ROW_MULTIPLE)
 
 

@@ -4,8 +4,8 @@
 //     z   <- scale (exp(z - lse) - (1 - s) [v = t] - s / vocab)
 //
 // A row whose target is ignored has the loss 0 and the gradient 0; one whose target is not in the vocabulary NaN. All
-// in fp32, rounded once. A CTA takes one row. It reads it twice, the second time from shared memory as far as that
-// holds it, and the rest from L2, where it was a moment ago.
+// in fp32, rounded once. A CTA, or a cluster of some, takes one row. It reads it twice, the second time from shared
+// memory as far as that holds it, and the rest from L2, where it was a moment ago.
 #pragma once
 
 #include <cstdint>
@@ -15,6 +15,7 @@
 #include "cross_entropy/plan.h"
 #include "cross_entropy/single.cuh"
 #include "infuse/async_copy.cuh"
+#include "infuse/cluster.cuh"
 #include "infuse/memory.cuh"
 #include "infuse/overlap.cuh"
 
@@ -22,25 +23,30 @@ namespace infuse::cross_entropy {
 
 constexpr int kUnroll = 4;  // vectors that a thread loads at once
 
+// The part of a row that a CTA has: whole vectors, and in the last part the elements behind those.
 template <DType kDType>
-struct RowOf {
+struct PartOfRow {
   using T = Element<kDType>;
   static constexpr int kElems = kVectorBytes / static_cast<int>(sizeof(T));
   using Vector = Vec<T, kElems>;
   static constexpr std::uint32_t kMinusInfinity =
       kDType == DType::kBFloat16 ? 0xff80ff80u : kDType == DType::kFloat16 ? 0xfc00fc00u : 0xff800000u;
 
-  T* row;
-  std::uint32_t num_vecs, num_elems;
+  std::uint32_t first;  // element of the row
+  std::uint32_t num_elems, num_vecs;
   std::uint32_t cached_vecs;
+  T* row;  // from `first` on
   SharedAddress cache;
 
-  __device__ __forceinline__ RowOf(const Params& params, std::uint32_t index)
-      : row(static_cast<T*>(params.logits) + index * params.row_stride),
-        num_vecs(params.vocab / kElems),
-        num_elems(params.vocab),
-        cached_vecs(params.cached_vecs),
-        cache(dynamic_shared_memory()) {}
+  __device__ __forceinline__ PartOfRow(const Params& params, std::uint32_t index, std::uint32_t part) {
+    const std::uint32_t share = (params.vocab / kElems + params.parts - 1) / params.parts * kElems;
+    first = part * share;
+    num_elems = part + 1 == params.parts ? params.vocab - first : share;
+    num_vecs = num_elems / kElems;
+    cached_vecs = params.cached_vecs;
+    row = static_cast<T*>(params.logits) + index * params.row_stride + first;
+    cache = dynamic_shared_memory();
+  }
 
   // The vector, or -inf beyond the row.
   __device__ __forceinline__ Vector load(std::uint32_t vec) const {
@@ -88,6 +94,22 @@ __device__ __forceinline__ void merge_threads(LogSumExp& lse, float& total) {
   total = group_sum(is_warp ? totals[lane] : 0.0f, kWarpSize);
 }
 
+// The same over the CTAs of a cluster, in the order of their ranks.
+__device__ __forceinline__ void merge_parts(LogSumExp& lse, float& total, std::uint32_t parts) {
+  __shared__ __align__(16) float4 own;
+  if (threadIdx.x == 0) own = make_float4(lse.most, lse.sum, total, 0.0f);
+  sync_cluster();
+  const auto address = static_cast<SharedAddress>(__cvta_generic_to_shared(&own));
+  lse = LogSumExp{};
+  total = 0.0f;
+  for (std::uint32_t rank = 0; rank < parts; ++rank) {
+    const float4 part = load_from_cluster(shared_of_cta(address, rank));
+    lse.merge(part.x, part.y);
+    total += part.z;
+  }
+  sync_cluster();  // no CTA ends while another reads from it
+}
+
 // What is put in place of a row whose gradient is the same everywhere.
 template <typename Row>
 __device__ __forceinline__ void fill(const Row& row, float value) {
@@ -132,9 +154,9 @@ __device__ __forceinline__ void read_row(const Row& row, bool keeps, bool sums, 
   }
 }
 
-// factor 2^(z log2(e) - base) - offset in place of each z.
+// factor exp(z - base) - offset in place of each z.
 template <typename Row>
-__device__ __forceinline__ void write_gradient(const Row& row, float base, float factor, float offset) {
+__device__ __forceinline__ void write_gradient(const Row& row, const LogSumExp& lse, float factor, float offset) {
   using T = typename Row::T;
   for (std::uint32_t first = threadIdx.x; first < row.num_vecs; first += kUnroll * blockDim.x) {
     typename Row::Vector loaded[kUnroll];
@@ -146,30 +168,33 @@ __device__ __forceinline__ void write_gradient(const Row& row, float base, float
       unpack(loaded[i], values);
 #pragma unroll
       for (int j = 0; j < Row::kElems; ++j) {
-        values[j] = fmaf(exp2_approx(fmaf(values[j], kLog2e, -base)), factor, -offset);
+        values[j] = fmaf(lse.exp(values[j]), factor, -offset);
       }
       row.write(first + i * blockDim.x, pack<T>(values));
     }
   }
   if (row.has_single()) {
-    row.single() = narrow<T>(fmaf(exp2_approx(fmaf(widen(row.single()), kLog2e, -base)), factor, -offset));
+    row.single() = narrow<T>(fmaf(lse.exp(widen(row.single())), factor, -offset));
   }
 }
 
 template <DType kDType>
 __global__ __launch_bounds__(kMaxThreads, 1) void rows_kernel(const __grid_constant__ Params params) {
-  using Row = RowOf<kDType>;
-  const Row row(params, blockIdx.x);
+  using Row = PartOfRow<kDType>;
+  const std::uint32_t index = blockIdx.x / params.parts, part = blockIdx.x % params.parts;
+  const bool writes_loss = part == 0 && threadIdx.x == 0;
+  const Row row(params, index, part);
   wait_for_previous_kernel();
-  const std::int64_t target = params.target[blockIdx.x];
+  const std::int64_t target = params.target[index];
   const bool ignored = target == params.ignore_index;
   if (ignored || target < 0 || target >= params.vocab) {
     const float value = ignored ? 0.0f : NAN;
-    if (threadIdx.x == 0) params.loss[blockIdx.x] = value;
+    if (writes_loss) params.loss[index] = value;
     if (params.gradient) fill(row, value);
     return;
   }
-  const float z = widen(row.row[target]);
+  const auto place = static_cast<std::uint32_t>(target) - row.first;  // in this part if below num_elems
+  const float z = widen(row.row[static_cast<std::int32_t>(place)]);
   const float smoothing = params.label_smoothing;
   const float scale = params.scale == nullptr ? 1.0f : *params.scale;
 
@@ -177,24 +202,26 @@ __global__ __launch_bounds__(kMaxThreads, 1) void rows_kernel(const __grid_const
   float total = 0.0f;
   read_row(row, params.gradient, smoothing != 0.0f, lse, total);
   merge_threads(lse, total);
+  if (params.parts > 1) merge_parts(lse, total, params.parts);
 
-  const float log_sum = __log2f(lse.sum);
-  if (threadIdx.x == 0) {
-    const auto behind = [&](float x) { return kLn2 * (log_sum - fmaf(x, kLog2e, -lse.base)); };  // lse - x
-    float loss = behind(z);
+  if (writes_loss) {
+    const float log_sum = kLn2 * __log2f(lse.sum);
+    float loss = log_sum + (lse.base - z);
     if (smoothing != 0.0f) {
-      loss = (1.0f - smoothing) * loss + smoothing * behind(total / static_cast<float>(params.vocab));
+      const float mean = total / static_cast<float>(params.vocab);
+      loss = (1.0f - smoothing) * loss + smoothing * (log_sum + (lse.base - mean));
     }
-    params.loss[blockIdx.x] = loss;
+    params.loss[index] = loss;
   }
-  if (!params.gradient) return;
-  const float factor = __fdividef(scale, lse.sum);
-  const float offset = scale * smoothing / static_cast<float>(params.vocab);
-  write_gradient(row, lse.base, factor, offset);
-  __syncthreads();
-  if (threadIdx.x == 0) {
-    const float p = exp2_approx(fmaf(z, kLog2e, -lse.base)) / lse.sum;
-    row.row[target] = narrow<typename Row::T>(fmaf(scale, p - (1.0f - smoothing), -offset));
+  if (params.gradient) {
+    const float factor = __fdividef(scale, lse.sum);
+    const float offset = scale * smoothing / static_cast<float>(params.vocab);
+    write_gradient(row, lse, factor, offset);
+    __syncthreads();
+    if (threadIdx.x == 0 && place < row.num_elems) {
+      const float p = lse.exp(z) / lse.sum;
+      row.row[place] = narrow<typename Row::T>(fmaf(scale, p - (1.0f - smoothing), -offset));
+    }
   }
 }
 

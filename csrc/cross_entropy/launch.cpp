@@ -38,15 +38,6 @@ void check_arguments(const Arguments& arguments) {
         arguments.label_smoothing, ", expected 0 to 1");
 }
 
-Device describe(int device) {
-  Device found{};
-  check_cuda(cudaDeviceGetAttribute(&found.shared_bytes_per_sm, cudaDevAttrMaxSharedMemoryPerMultiprocessor, device),
-             kOp, "shared memory of an SM");
-  check_cuda(cudaDeviceGetAttribute(&found.shared_bytes_per_cta, cudaDevAttrMaxSharedMemoryPerBlockOptin, device), kOp,
-             "shared memory of a CTA");
-  return found;
-}
-
 }  // namespace
 
 void launch(const Arguments& arguments, cudaStream_t stream) {
@@ -64,11 +55,9 @@ void launch(const Arguments& arguments, cudaStream_t stream) {
   params.vocab = static_cast<std::uint32_t>(logits.sizes[1]);
   params.label_smoothing = static_cast<float>(arguments.label_smoothing);
   params.gradient = arguments.gradient;
-  const Problem problem{logits.sizes[1], size_bytes(logits.dtype), arguments.gradient};
-  const Plan plan = make_plan(problem, static_cast<int>(arguments.config), describe(logits.device));
-  params.cached_vecs = static_cast<std::uint32_t>(plan.cached_vecs);
+  const auto config = static_cast<int>(arguments.config);
   dispatch_dtype(kOp, "logits", logits.dtype, [&](auto dtype) {
-    launch_rows<decltype(dtype)::value>(plan, params, logits.device, stream);
+    launch_rows<decltype(dtype)::value>(config, params, logits.device, stream);
   });
 }
 

@@ -44,7 +44,7 @@ void launch_scale(const TensorArg& tensor, const TensorArg& scale, cudaStream_t 
 
 // The kernels for a dtype.
 template <DType kDType>
-void launch_rows(const Plan& plan, const Params& params, int device, cudaStream_t stream);
+void launch_rows(int config, Params params, int device, cudaStream_t stream);
 template <DType kDType>
 void launch_scale_of(void* data, const float* scale, std::uint64_t size, int device, cudaStream_t stream);
 

@@ -16,27 +16,28 @@ __device__ __forceinline__ float exp2_approx(float x) {
   return result;
 }
 
-// sum = sum of 2^(x log2(e) - base) over what was added, base = most log2(e) with the largest x that was added. All
-// terms have exactly the same base, so its rounding cancels. -inf adds nothing; NaN and +inf make the sum NaN.
+// sum = sum of exp(x - base) over what was added; base is the largest x that was added. -inf adds nothing; NaN and +inf
+// make the sum NaN.
 struct LogSumExp {
-  float most = -INFINITY, base = 0.0f, sum = 0.0f;
+  float most = -INFINITY;
+  float base = 0.0f;  // most, but finite while nothing finite was added
+  float sum = 0.0f;
 
   // The largest of values that are to be added next.
   __device__ __forceinline__ void expect(float largest) {
     if (largest > most) {
-      const float new_base = largest * kLog2e;
-      sum *= exp2_approx(fmaf(most, kLog2e, -new_base));
-      most = largest;
-      base = new_base;
+      sum *= exp2_approx((most - largest) * kLog2e);
+      most = base = largest;
     }
   }
 
-  __device__ __forceinline__ void add(float x) { sum += exp2_approx(fmaf(x, kLog2e, -base)); }
+  __device__ __forceinline__ float exp(float x) const { return exp2_approx((x - base) * kLog2e); }
+  __device__ __forceinline__ void add(float x) { sum += exp(x); }
 
   // Takes in the sum of other values.
   __device__ __forceinline__ void merge(float other_most, float other_sum) {
     expect(other_most);
-    sum += other_sum * (other_most == -INFINITY ? 1.0f : exp2_approx(fmaf(other_most, kLog2e, -base)));
+    sum += other_most == -INFINITY ? other_sum : other_sum * exp(other_most);
   }
 
   __device__ __forceinline__ void merge_lanes() {

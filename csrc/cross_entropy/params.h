@@ -14,7 +14,8 @@ struct Params {
   std::int64_t ignore_index;
   std::uint32_t rows;
   std::uint32_t vocab;
-  std::uint32_t cached_vecs;  // of each row, from its start, in shared memory between the two passes
+  std::uint32_t parts;        // CTAs of a cluster, which share a row
+  std::uint32_t cached_vecs;  // of each part, from its start, in shared memory between the two passes
   float label_smoothing;
   bool gradient;
 };

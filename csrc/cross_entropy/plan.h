@@ -8,17 +8,20 @@
 
 namespace infuse::cross_entropy {
 
-// One CTA takes one row. What of the row fits in its share of the shared memory is read once, the rest comes again from
-// L2 for the second pass.
+// A cluster of CTAs takes one row. What of its part fits in a CTA's share of the shared memory is read once, the rest
+// comes again from L2 for the second pass.
 struct Config {
   const char* name;
   int threads;
   int ctas_per_sm;
+  int cluster;
 };
 
 constexpr Config kConfigs[] = {
-    {"threads1024x1", 1024, 1},  // 0
-    {"threads512x2", 512, 2},    // 1
+    {"threads1024x1", 1024, 1, 1},           // 0
+    {"threads512x2", 512, 2, 1},             // 1
+    {"threads512x2_clusters2", 512, 2, 2},   // 2
+    {"threads1024x1_clusters2", 1024, 1, 2},  // 3
 };
 constexpr int kNumConfigs = sizeof(kConfigs) / sizeof(kConfigs[0]);
 constexpr int kHeuristic = -1;
@@ -33,11 +36,13 @@ struct Problem {
 struct Device {
   int shared_bytes_per_sm;
   int shared_bytes_per_cta;  // most that a CTA can have
+  bool has_clusters;
 };
 
 struct Plan {
   int config;  // index into kConfigs
   int threads;
+  int parts;  // of a row
   int cached_vecs;
   int shared_bytes;
 };
@@ -45,17 +50,19 @@ struct Plan {
 // Shared memory of a CTA that is not the cache: 1 KiB of the system, the reductions' arrays and some room.
 constexpr int kReservedBytes = 2048;
 
-// `config` is kHeuristic or an index into kConfigs.
+// `config` is kHeuristic or an index into kConfigs; without clusters those that need them stand for the first.
 constexpr Plan make_plan(const Problem& problem, int config, const Device& device) {
   Plan plan{};
   plan.config = config != kHeuristic ? config : problem.gradient ? 0 : 1;
+  if (!device.has_clusters && kConfigs[plan.config].cluster > 1) plan.config = 0;
   const Config& chosen = kConfigs[plan.config];
   plan.threads = chosen.threads;
+  plan.parts = chosen.cluster;
   if (!problem.gradient) return plan;
-  const std::int64_t row_vecs = problem.vocab * problem.size_bytes / kVectorBytes;
+  const std::int64_t part_vecs = ceil_div(problem.vocab * problem.size_bytes / kVectorBytes, plan.parts);
   const int share = smaller(device.shared_bytes_per_sm / chosen.ctas_per_sm, device.shared_bytes_per_cta);
   const int room = (share - kReservedBytes) / kVectorBytes;
-  plan.cached_vecs = room < row_vecs ? room : static_cast<int>(row_vecs);
+  plan.cached_vecs = room < part_vecs ? room : static_cast<int>(part_vecs);
   plan.shared_bytes = plan.cached_vecs * kVectorBytes;
   return plan;
 }

@@ -6,11 +6,30 @@
 
 namespace infuse::cross_entropy {
 
+namespace {
+
+Device describe(int device, bool has_clusters) {
+  Device found{};
+  check_cuda(cudaDeviceGetAttribute(&found.shared_bytes_per_sm, cudaDevAttrMaxSharedMemoryPerMultiprocessor, device),
+             kOp, "shared memory of an SM");
+  check_cuda(cudaDeviceGetAttribute(&found.shared_bytes_per_cta, cudaDevAttrMaxSharedMemoryPerBlockOptin, device), kOp,
+             "shared memory of a CTA");
+  found.has_clusters = has_clusters;
+  return found;
+}
+
+}  // namespace
+
 template <DType kDType>
-void launch_rows(const Plan& plan, const Params& params, int device, cudaStream_t stream) {
+void launch_rows(int config, Params params, int device, cudaStream_t stream) {
   const auto kernel = rows_kernel<kDType>;
+  const Problem problem{params.vocab, size_bytes(kDType), params.gradient};
+  const Plan plan = make_plan(problem, config, describe(device, is_compiled_for_9_0(kOp, kernel, device)));
+  params.parts = static_cast<std::uint32_t>(plan.parts);
+  params.cached_vecs = static_cast<std::uint32_t>(plan.cached_vecs);
   if (plan.shared_bytes > kSharedBytesForAll) allow_shared_memory(kOp, kernel, device);
-  const Launch launch{dim3(params.rows), dim3(static_cast<unsigned>(plan.threads)), plan.shared_bytes, true};
+  const dim3 grid(params.rows * params.parts), block(static_cast<unsigned>(plan.threads));
+  const Launch launch{grid, block, plan.shared_bytes, true, plan.parts};
   launch_kernel(kOp, kConfigs[plan.config].name, kernel, launch, params, device, stream);
 }
 
@@ -25,9 +44,9 @@ void launch_scale_of(void* data, const float* scale, std::uint64_t size, int dev
                 device, stream);
 }
 
-template void launch_rows<DType::kBFloat16>(const Plan&, const Params&, int, cudaStream_t);
-template void launch_rows<DType::kFloat16>(const Plan&, const Params&, int, cudaStream_t);
-template void launch_rows<DType::kFloat32>(const Plan&, const Params&, int, cudaStream_t);
+template void launch_rows<DType::kBFloat16>(int, Params, int, cudaStream_t);
+template void launch_rows<DType::kFloat16>(int, Params, int, cudaStream_t);
+template void launch_rows<DType::kFloat32>(int, Params, int, cudaStream_t);
 template void launch_scale_of<DType::kBFloat16>(void*, const float*, std::uint64_t, int, cudaStream_t);
 template void launch_scale_of<DType::kFloat16>(void*, const float*, std::uint64_t, int, cudaStream_t);
 template void launch_scale_of<DType::kFloat32>(void*, const float*, std::uint64_t, int, cudaStream_t);

@@ -15,6 +15,7 @@ from infuse.ops.add_rms_norm import add_rms_norm
 from infuse.ops.attention import attention
 from infuse.ops.gated_rms_norm import gated_rms_norm
 from infuse.ops.layer_norm import layer_norm
+from infuse.ops.linear_cross_entropy import linear_cross_entropy
 from infuse.ops.rms_norm import rms_norm
 from infuse.ops.rope import rope
 from infuse.ops.swiglu import swiglu
@@ -46,6 +47,7 @@ __all__ = [
     "gated_rms_norm",
     "last_report",
     "layer_norm",
+    "linear_cross_entropy",
     "ops",
     "options",
     "override",

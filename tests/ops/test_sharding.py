@@ -41,6 +41,25 @@ def _check_rope(ops: Any, spread: Any) -> None:
             _check("rope gradient", part.grad, grad)
 
 
+def _check_head(ops: Any, spread: Any, distribute: Any) -> None:
+    """The loss of a language model's head: rows may be sharded for a sum, the weight is whole."""
+    from torch.distributed.tensor import Partial, Replicate, Shard
+
+    x, weight = torch.randn(4, 6, 8, requires_grad=True), torch.randn(11, 8, requires_grad=True)
+    target = torch.randint(0, 11, (4, 6))
+    for reduction in ("sum", "mean"):
+        expected = ops.linear_cross_entropy(x, weight, None, target, -100, reduction)
+        grads = torch.autograd.grad(expected * 3, (x, weight))
+        for dim in (0, 1):
+            parts = [spread(x, Shard(dim)), spread(weight, Replicate())]
+            loss = ops.linear_cross_entropy(*parts, None, distribute(target, Shard(dim)), -100, reduction)
+            assert loss.placements == ((Partial() if reduction == "sum" else Replicate()),), loss.placements
+            (loss * 3).backward()
+            _check("linear_cross_entropy", loss, expected)
+            for part, grad in zip(parts, grads):
+                _check("linear_cross_entropy gradient", part.grad, grad)
+
+
 def _worker(rank: int, folder: str) -> None:
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.tensor import Replicate, Shard, distribute_tensor
@@ -78,6 +97,7 @@ def _worker(rank: int, folder: str) -> None:
         for part, grad in zip(parts, grads):
             _check("add_rms_norm gradient", part.grad, grad)
     _check_layer_norm(ops, spread, x, residual, weight)
+    _check_head(ops, spread, lambda tensor, place: distribute_tensor(tensor, mesh, [place]))
     _check_gated_rms_norm(ops, spread, x, residual, weight)
     with torch.no_grad():
         _check("no weight", ops.rms_norm(spread(x, Shard(0)), None, 1e-5), ops.rms_norm(x, None, 1e-5))

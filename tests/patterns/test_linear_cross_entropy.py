@@ -206,3 +206,33 @@ def test_write_between_linear_and_loss_is_refused() -> None:
 
     captured: Captured = capture(Head(write), *inputs(torch.float32, False))
     assert captured.counts == {} and "writes in place" in captured.refusals[0]
+
+
+def labelled(ids: Tensor, labels: Tensor) -> Callable[[], Tensor]:
+    """Hugging Face's Llama, its embedding tied to the head, and the loss that it takes of labels."""
+    transformers = pytest.importorskip("transformers")
+    sizes = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1, "num_attention_heads": 2}
+    model = transformers.LlamaForCausalLM(
+        transformers.LlamaConfig(vocab_size=VOCAB, num_key_value_heads=1, tie_word_embeddings=True, **sizes)
+    )
+    return lambda: model(input_ids=ids, labels=labels, use_cache=False).loss  # type: ignore[no-any-return]
+
+
+def test_loss_of_a_hugging_face_model() -> None:
+    ids = torch.randint(0, VOCAB, (2, 6))
+    captured = capture(labelled(ids, ids.clone().index_fill(1, torch.tensor([0, 1]), -100)), training=True)
+    assert captured.counts["linear_cross_entropy"] == 1 and captured.refusals == []
+    assert_same_results(captured, training=True)
+
+
+def test_loss_of_a_torchtune_model() -> None:
+    llama = pytest.importorskip("torchtune.models.llama3_1").llama3_1
+    sizes = {"num_heads": 2, "num_kv_heads": 1, "embed_dim": 16, "max_seq_len": 8, "intermediate_dim": 24}
+    model = llama(vocab_size=VOCAB, num_layers=1, **sizes)
+
+    def loss(ids: Tensor) -> Tensor:
+        return entropy(model(ids)[:, :-1].contiguous(), ids[:, 1:])
+
+    captured = capture(loss, torch.randint(0, VOCAB, (2, 6)), training=True)
+    assert captured.counts["linear_cross_entropy"] == 1 and captured.refusals == []
+    assert_same_results(captured, training=True)
