@@ -41,6 +41,7 @@ def run(
     ignore_index: int,
     is_mean: bool,
     label_smoothing: float,
+    softcap: float,
     need_dx: bool,
     need_dweight: bool,
     need_dbias: bool,
@@ -69,7 +70,7 @@ def run(
         else:
             torch.addmm(bias, x[chunk], weight.t(), out=logits)
         torch.ops.infuse.cross_entropy_rows(
-            logits, target[chunk], scale, ignore_index, label_smoothing, gradient, -1, losses[chunk]
+            logits, target[chunk], scale, ignore_index, label_smoothing, softcap, gradient, -1, losses[chunk]
         )
         if need_dx:
             torch.mm(logits, weight, out=dx[chunk])

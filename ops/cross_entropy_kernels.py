@@ -24,6 +24,6 @@ ALIGNMENT_BYTES = 16
 
 define(
     "cross_entropy_rows(Tensor(a!) logits, Tensor target, Tensor? scale, int ignore_index, float label_smoothing, "
-    "bool gradient, int config, Tensor(b!) loss) -> ()"
+    "float softcap, bool gradient, int config, Tensor(b!) loss) -> ()"
 )
 define("scale_unless_one(Tensor(a!) tensor, Tensor scale) -> ()")

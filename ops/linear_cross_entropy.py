@@ -1,6 +1,7 @@
 """The loss of a language model's head: a linear and the cross entropy over the vocabulary, without all logits at once.
 
     z    = x @ weight^T + bias                                  rounded to x's dtype, then widened if `float_logits`
+    z    = softcap tanh(z / softcap)                            if softcap is not 0, as in Gemma 2
     nll  = (1 - s) (lse(z) - z_t) + s (lse(z) - mean(z))        s = label_smoothing, t = the row's target
     loss = sum of nll over the rows whose target is not ignore_index, for "mean" divided by their number
 
@@ -12,7 +13,8 @@ their losses and, in the logits' own place, their gradient, and two more product
 gradients are those of the forward, which the backward multiplies by that of the loss: nothing is computed twice, and
 only one chunk of logits exists at a time. The weight's gradient is added up over the chunks in its own dtype.
 (Chunks of rows with gradients in the forward: Hsu et al. 2024, arXiv:2410.10989; logits that are never in memory, at
-the price of a fourth product: Wijmans et al. 2024, arXiv:2411.09009.) Everything after the rounding of z is in float32.
+the price of a fourth product: Wijmans et al. 2024, arXiv:2411.09009.) Everything after the first rounding of z is in
+float32.
 
 Elsewhere the formula runs. A target that is neither in the vocabulary nor ignore_index is an error of torch's there;
 the kernel gives NaN instead, in the loss and in all gradients that the row has a part in, and goes on.
@@ -32,11 +34,11 @@ from infuse.ops.registration import Placements, differentiate, register, registe
 REDUCTIONS = ("mean", "sum")
 ARGUMENTS = (
     "Tensor x, Tensor weight, Tensor? bias, Tensor target, int ignore_index=-100, str reduction='mean', "
-    "float label_smoothing=0.0, bool float_logits=False"
+    "float label_smoothing=0.0, bool float_logits=False, float softcap=0.0"
 )
 _FWD_ARGUMENTS = (
     "Tensor x, Tensor weight, Tensor? bias, Tensor target, int ignore_index, str reduction, float label_smoothing, "
-    "bool float_logits, bool need_dx, bool need_dweight, bool need_dbias"
+    "bool float_logits, float softcap, bool need_dx, bool need_dweight, bool need_dbias"
 )
 _HALF = (torch.float16, torch.bfloat16)
 
@@ -70,10 +72,11 @@ def linear_cross_entropy_ref(
     reduction: str = "mean",
     label_smoothing: float = 0.0,
     float_logits: bool = False,
+    softcap: float = 0.0,
 ) -> Tensor:
     """The formula in plain torch, with all logits."""
     _check("linear_cross_entropy", x, weight, bias, target, reduction)
-    logits = F.linear(x, weight, bias).reshape(-1, weight.shape[0])
+    logits = _capped(F.linear(x, weight, bias).reshape(-1, weight.shape[0]), softcap)
     if float_logits and logits.dtype in _HALF:
         logits = logits.float()
     return F.cross_entropy(
@@ -83,6 +86,10 @@ def linear_cross_entropy_ref(
         reduction=reduction,
         label_smoothing=label_smoothing,
     )
+
+
+def _capped(logits: Tensor, softcap: float) -> Tensor:
+    return logits if softcap == 0.0 else torch.tanh(logits / softcap) * softcap
 
 
 def _loss_dtype(x: Tensor, float_logits: bool) -> torch.dtype:
@@ -98,8 +105,9 @@ def _implementation(
     reduction: str = "mean",
     label_smoothing: float = 0.0,
     float_logits: bool = False,
+    softcap: float = 0.0,
 ) -> Tensor:
-    flags = (ignore_index, reduction, label_smoothing, float_logits)
+    flags = (ignore_index, reduction, label_smoothing, float_logits, softcap)
     if chunked_cross_entropy.cannot_run(x, weight, bias):
         return linear_cross_entropy_ref(x, weight, bias, target, *flags)
     return linear_cross_entropy_fwd_chunked(x, weight, bias, target, *flags, False, False, False)[0]
@@ -114,12 +122,13 @@ def linear_cross_entropy_fwd_chunked(
     reduction: str,
     label_smoothing: float,
     float_logits: bool,
+    softcap: float,
     *needs: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     _check("linear_cross_entropy_fwd", x, weight, bias, target, reduction)
     rows = x.reshape(-1, x.shape[-1])
     loss, dx, dweight, dbias = chunked_cross_entropy.run(
-        rows, weight, bias, target.reshape(-1), ignore_index, reduction == "mean", label_smoothing, *needs
+        rows, weight, bias, target.reshape(-1), ignore_index, reduction == "mean", label_smoothing, softcap, *needs
     )
     return loss.to(_loss_dtype(x, float_logits)), dx.view(x.shape) if needs[0] else dx, dweight, dbias
 
@@ -133,19 +142,23 @@ def linear_cross_entropy_fwd_ref(
     reduction: str,
     label_smoothing: float,
     float_logits: bool,
+    softcap: float,
     *needs: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """The loss and the gradients that are needed, the others empty; those of the logits are rounded to x's dtype."""
-    loss = linear_cross_entropy_ref(x, weight, bias, target, ignore_index, reduction, label_smoothing, float_logits)
+    flags = (ignore_index, reduction, label_smoothing, float_logits, softcap)
+    loss = linear_cross_entropy_ref(x, weight, bias, target, *flags)
     empty, vocab = x.new_empty(0), weight.shape[0]
     if not any(needs):
         return loss, empty, empty.clone(), empty.clone()
     target = target.reshape(-1, 1)
     kept = target != ignore_index
     logits = F.linear(x, weight, bias).reshape(-1, vocab)
-    slope = torch.softmax(logits.float() if x.dtype in _HALF else logits, -1) - label_smoothing / vocab
+    wide = _capped(logits.float() if x.dtype in _HALF else logits, softcap)
+    slope = torch.softmax(wide, -1) - label_smoothing / vocab
     share = torch.full_like(target, label_smoothing - 1.0, dtype=slope.dtype)
     slope = slope.scatter_add(1, torch.where(kept, target, 0), share) * kept
+    slope = slope if softcap == 0.0 else slope * (1.0 - (wide / softcap) ** 2)
     slope = (slope / kept.sum() if reduction == "mean" else slope).to(x.dtype)
     dx = (slope @ weight).view(x.shape) if needs[0] else empty
     dweight = slope.t() @ x.reshape(-1, x.shape[-1]) if needs[1] else empty.clone()
@@ -169,6 +182,7 @@ def linear_cross_entropy_fake(
     reduction: str = "mean",
     label_smoothing: float = 0.0,
     float_logits: bool = False,
+    softcap: float = 0.0,
 ) -> Tensor:
     _check("linear_cross_entropy", x, weight, bias, target, reduction)
     return x.new_empty((), dtype=_loss_dtype(x, float_logits))
@@ -251,7 +265,7 @@ def _fwd_sharding(
     x: Any, weight: Any, bias: Any, target: Any, ignore_index: int, reduction: str, *rest: Any
 ) -> Placements:
     return [
-        ([*loss, inputs[0] if rest[2] else inputs[1], *loss, *loss], inputs)
+        ([*loss, inputs[0] if rest[-3] else inputs[1], *loss, *loss], inputs)
         for loss, inputs in _sharding(x, weight, bias, target, ignore_index, reduction, *rest)
     ]
 
@@ -306,13 +320,16 @@ def linear_cross_entropy(
     reduction: str = "mean",
     label_smoothing: float = 0.0,
     float_logits: bool = False,
+    softcap: float = 0.0,
 ) -> Tensor:
     """cross_entropy(linear(x, weight, bias), target) for x [..., D], weight [V, D] and int64 targets, one a row of x.
 
-    float_logits: widen the logits to float32 before the loss, which then is float32. Raises TypeError for dtypes that
+    float_logits: widen the logits to float32 before the loss, which then is float32. softcap: of the logits, if not 0.
+
+    Raises TypeError for dtypes that
     are no floats or differ and a target that is not int64, ValueError for shapes that do not fit and a reduction other
     than "mean" and "sum".
     """
     _check("linear_cross_entropy", x, weight, bias, target, reduction)
-    flags = (ignore_index, reduction, label_smoothing, float_logits)
+    flags = (ignore_index, reduction, label_smoothing, float_logits, softcap)
     return torch.ops.infuse.linear_cross_entropy(x, weight, bias, target, *flags)  # type: ignore[no-any-return]

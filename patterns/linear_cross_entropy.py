@@ -15,6 +15,7 @@ from dataclasses import dataclass, field
 
 import torch
 from torch.fx import Node
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from infuse.patterns.canonical import CanonicalGraph
 from infuse.patterns.linears import read_linear
@@ -43,6 +44,7 @@ class _Path:
     slices: list[Node] = field(default_factory=list)
     words: list[str] = field(default_factory=list)
     to_float: bool = False
+    softcap: float = 0.0
 
 
 def match(view: CanonicalGraph, anchor: Node) -> Finding | None:
@@ -94,6 +96,7 @@ def _site(view: CanonicalGraph, anchor: Node, linear: Node, logits: Node, before
     found = read_linear(view, linear)
     if found is None:
         raise _Unlike(*_why_no_linear(view, linear))
+    _require_plain(view, found.input, found.weight)
     _require_one_head(view, linear, found.weight)
     target = _target(view, anchor, logits)
     x: object = found.input
@@ -104,8 +107,10 @@ def _site(view: CanonicalGraph, anchor: Node, linear: Node, logits: Node, before
     widened = wide or view.dtype(before[0] if before else logits) == torch.float32
     words = ["linear" if found.bias is None else "linear with bias", *reversed(path.words), spelling]
     rounding = "" if widened or dtype not in _HALF else "probabilities are rounded before the loss is taken of them"
+    if path.softcap and view.dtype(linear) in _HALF:
+        rounding = "the soft cap's steps are rounded"
     interior = tuple(dict.fromkeys((*found.trail, linear, *reversed(path.trail), *before, anchor)))
-    args = (x, found.weight, found.bias, target, *options, bool(widened and dtype in _HALF))
+    args = (x, found.weight, found.bias, target, *options, bool(widened and dtype in _HALF), path.softcap)
     return Site(KIND, (anchor,), anchor, args, interior, ", ".join(words), rounding)
 
 
@@ -118,6 +123,12 @@ def _path(view: CanonicalGraph, linear: Node, logits: Node) -> _Path:
     while node is not linear:
         call = view.call(node)
         assert call is not None, node
+        if (cap := _softcap(view, node)) is not None and not path.softcap:
+            path.softcap, capped = cap
+            path.trail += capped
+            path.words.append("soft cap")
+            node = view.call(capped[-1])["input"]  # type: ignore[index]
+            continue
         source = call["input"]
         if call.name == "permute" and node is _first_but_aliases(view, logits):
             rank = len(view.shape(node))
@@ -150,6 +161,26 @@ def _path(view: CanonicalGraph, linear: Node, logits: Node) -> _Path:
     return path
 
 
+def _softcap(view: CanonicalGraph, node: Node) -> tuple[float, list[Node]] | None:
+    """(c, nodes) of c tanh(z / c), the last of which reads z."""
+    product = view.operands(node, "mul")
+    cap, inner = (None, None) if product is None else product if _is_number(product[0]) else product[::-1]
+    trail = [node]
+    squashed = view.call(view.strip(inner, trail=trail), "tanh")
+    if squashed is None or not _is_number(cap) or not cap:
+        return None
+    trail.append(view.strip(inner))
+    scaled = view.strip(squashed["input"], trail=trail)
+    quotient, factors = view.operands(scaled, "div"), view.operands(scaled, "mul")
+    by_cap = quotient is not None and _is_number(quotient[1]) and quotient[1] == cap
+    by_inverse = factors is not None and _is_number(factors[1]) and factors[1] == 1.0 / cap
+    return (float(cap), [*trail, scaled]) if by_cap or by_inverse else None
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool)
+
+
 def _first_but_aliases(view: CanonicalGraph, logits: Node) -> object:
     node: object = logits
     while (call := view.call(node, "alias", "cast")) is not None:
@@ -159,8 +190,8 @@ def _first_but_aliases(view: CanonicalGraph, logits: Node) -> object:
 
 def _other_step(name: str) -> tuple[str, str]:
     if name in ("tanh", "mul", "div", "add", "where", "masked_fill"):
-        reason = f"the logits are changed ({name}) between the linear and the loss, as by a soft cap or a temperature"
-        return reason, "take the loss of the linear's own result; there is no kernel for changed logits"
+        reason = f"the logits are changed ({name}) between the linear and the loss, as by a temperature"
+        return reason, "take the loss of the linear's own result, or of a soft cap written cap * tanh(logits / cap)"
     if name == "detach":
         return "the logits are detached", "take the loss under no_grad instead"
     return (
@@ -226,6 +257,17 @@ def _require_own(view: CanonicalGraph, nodes: list[Node], anchor: Node) -> None:
             f"the logits are read elsewhere too ({', '.join(others[:3])})",
             "return the loss alone, and compute what else the logits are for in a forward of its own",
         )
+
+
+def _require_plain(view: CanonicalGraph, *nodes: Node) -> None:
+    """Raises _Unlike for tensors of other classes: a DTensor sharded by the vocabulary would be gathered."""
+    for node in nodes:
+        if is_traceable_wrapper_subclass(view.tensor(node)):
+            kind = type(view.tensor(node)).__name__
+            raise _Unlike(
+                f"its input or weight is a {kind}",
+                "keep the head out of the tensor-parallel plan, or leave the loss to loss_parallel",
+            )
 
 
 def _require_one_head(view: CanonicalGraph, linear: Node, weight: Node) -> None:

@@ -3,9 +3,11 @@
 //     loss = (1 - s) (lse - z_t) + s (lse - mean(z))             s: label smoothing, lse = log(sum(exp(z)))
 //     z   <- scale (exp(z - lse) - (1 - s) [v = t] - s / vocab)
 //
+// With a soft cap c, z stands for c tanh(z / c), whose slope the gradient is multiplied by, 1 - tanh(z / c)^2.
 // A row whose target is ignored has the loss 0 and the gradient 0; one whose target is not in the vocabulary NaN. All
-// in fp32, rounded once. A CTA, or a cluster of some, takes one row. It reads it twice, the second time from shared
-// memory as far as that holds it, and the rest from L2, where it was a moment ago.
+// in fp32, rounded once. A CTA, or a cluster of some, takes one row. What of it fits in shared memory is copied there, all
+// at once and in the background, for both passes; the rest is read twice, the second time from L2, where it was a moment
+// ago.
 #pragma once
 
 #include <cstdint>
@@ -21,7 +23,9 @@
 
 namespace infuse::cross_entropy {
 
-constexpr int kUnroll = 4;  // vectors that a thread loads at once
+constexpr int kUnroll = 4;      // vectors that a thread loads at once
+constexpr int kCopyGroups = 4;  // of the copies to shared memory, each awaited by itself
+static_assert(kMaxCachedVecs % kCopyGroups == 0);
 
 // The part of a row that a CTA has: whole vectors, and in the last part the elements behind those.
 template <DType kDType>
@@ -34,16 +38,17 @@ struct PartOfRow {
 
   std::uint32_t first;  // element of the row
   std::uint32_t num_elems, num_vecs;
-  std::uint32_t cached_vecs;
-  T* row;  // from `first` on
+  std::uint32_t cached_vecs;  // in shared memory, each for the thread that reads it
+  T* row;                     // from `first` on
   SharedAddress cache;
 
   __device__ __forceinline__ PartOfRow(const Params& params, std::uint32_t index, std::uint32_t part) {
-    const std::uint32_t share = (params.vocab / kElems + params.parts - 1) / params.parts * kElems;
-    first = part * share;
-    num_elems = part + 1 == params.parts ? params.vocab - first : share;
+    const std::uint32_t vecs = params.vocab / kElems, share = (vecs + params.parts - 1) / params.parts;
+    const std::uint32_t begin = min(part * share, vecs), end = min(begin + share, vecs);
+    first = begin * kElems;
+    num_elems = (part + 1 == params.parts ? params.vocab : end * kElems) - first;
     num_vecs = num_elems / kElems;
-    cached_vecs = params.cached_vecs;
+    cached_vecs = min(params.cached_vecs, num_vecs);
     row = static_cast<T*>(params.logits) + index * params.row_stride + first;
     cache = dynamic_shared_memory();
   }
@@ -57,13 +62,18 @@ struct PartOfRow {
     return loaded;
   }
 
-  __device__ __forceinline__ Vector load_again(std::uint32_t vec) const {
-    if (vec < cached_vecs) return load_shared<T, kElems>(cache + vec * kVectorBytes);
-    return load(vec);
+  // Starts the copies of this thread's vectors to shared memory.
+  __device__ __forceinline__ void start_copies() const {
+#pragma unroll
+    for (int i = 0; i < kMaxCachedVecs; ++i) {
+      const std::uint32_t vec = threadIdx.x + i * blockDim.x;
+      copy_async<kVectorBytes>(cache + vec * kVectorBytes, row + std::uint64_t{vec} * kElems, vec < cached_vecs);
+      if ((i + 1) % (kMaxCachedVecs / kCopyGroups) == 0) end_copy_group();
+    }
   }
 
-  __device__ __forceinline__ void keep(std::uint32_t vec, const Vector& loaded) const {
-    if (vec < cached_vecs) store_shared(cache + vec * kVectorBytes, loaded);
+  __device__ __forceinline__ Vector load_copy(std::uint32_t vec) const {
+    return load_shared<T, kElems>(cache + vec * kVectorBytes);
   }
 
   __device__ __forceinline__ void write(std::uint32_t vec, const Vector& written) const {
@@ -122,63 +132,154 @@ __device__ __forceinline__ void fill(const Row& row, float value) {
   if (row.has_single()) row.single() = narrow<T>(value);
 }
 
+// The vectors that are not in shared memory: what comes first of them, loaded ahead of time.
 template <typename Row>
-__device__ __forceinline__ void read_row(const Row& row, bool keeps, bool sums, LogSumExp& lse, float& total) {
+struct Rest {
+  static constexpr int kAhead = 2;
+  const Row& row;
+  std::uint32_t next;
+  typename Row::Vector ahead[kAhead];
+
+  __device__ __forceinline__ explicit Rest(const Row& row_) : row(row_), next(row_.cached_vecs + threadIdx.x) { load(); }
+
+  __device__ __forceinline__ void load() {
+#pragma unroll
+    for (int i = 0; i < kAhead; ++i) ahead[i] = row.load(next + i * blockDim.x);
+  }
+
+  // Calls function(vec, vector) for each.
+  template <typename Function>
+  __device__ __forceinline__ void visit(Function&& function) {
+    while (next < row.num_vecs) {
+#pragma unroll
+      for (int i = 0; i < kAhead; ++i) function(next + i * blockDim.x, ahead[i]);
+      next += kAhead * blockDim.x;
+      if (next < row.num_vecs) load();
+    }
+  }
+};
+
+// c tanh(z / c), or z itself.
+template <bool kCaps>
+struct Cap {
+  float cap = 0.0f, inverse = 0.0f;
+
+  __device__ __forceinline__ explicit Cap(const Params& params) {
+    if constexpr (kCaps) {
+      cap = params.softcap;
+      inverse = 1.0f / cap;
+    }
+  }
+
+  __device__ __forceinline__ float operator()(float z) const {
+    if constexpr (!kCaps) return z;
+    return cap - cap * __fdividef(2.0f, 1.0f + exp2_approx(z * inverse * (2.0f * kLog2e)));
+  }
+
+  // Of its result.
+  __device__ __forceinline__ float slope(float capped) const {
+    if constexpr (!kCaps) return 1.0f;
+    const float tanh = capped * inverse;
+    return 1.0f - tanh * tanh;
+  }
+};
+
+// What one pass over the logits finds out.
+template <typename Row, bool kCaps>
+struct Sums {
+  LogSumExp lse;
+  float total = 0.0f;
+  Cap<kCaps> cap;
+  bool needs_total;
+
+  __device__ __forceinline__ Sums(const Cap<kCaps>& cap_, bool needs_total_) : cap(cap_), needs_total(needs_total_) {}
+
+  __device__ __forceinline__ void operator()(std::uint32_t vec, const typename Row::Vector& loaded, const Row& row) {
+    float values[Row::kElems];
+    unpack(loaded, values);
+#pragma unroll
+    for (int j = 0; j < Row::kElems; ++j) {
+      // Beyond the row stays -inf.
+      if (kCaps && vec < row.num_vecs) values[j] = cap(values[j]);
+    }
+    float largest = values[0];
+#pragma unroll
+    for (int j = 1; j < Row::kElems; ++j) largest = fmaxf(largest, values[j]);
+    lse.expect(largest);
+#pragma unroll
+    for (int j = 0; j < Row::kElems; ++j) lse.add(values[j]);
+    if (needs_total && vec < row.num_vecs) {
+#pragma unroll
+      for (int j = 0; j < Row::kElems; ++j) total += values[j];
+    }
+  }
+
+  __device__ __forceinline__ void add_single(float single) {
+    const float value = cap(single);
+    lse.expect(value);
+    lse.add(value);
+    total += value;
+  }
+};
+
+// The sums over a part of which nothing is kept.
+template <typename Row, bool kCaps>
+__device__ __forceinline__ void read_once(const Row& row, Sums<Row, kCaps>& sums) {
   for (std::uint32_t first = threadIdx.x; first < row.num_vecs; first += kUnroll * blockDim.x) {
     typename Row::Vector loaded[kUnroll];
 #pragma unroll
     for (int i = 0; i < kUnroll; ++i) loaded[i] = row.load(first + i * blockDim.x);
 #pragma unroll
-    for (int i = 0; i < kUnroll; ++i) {
-      const std::uint32_t vec = first + i * blockDim.x;
-      float values[Row::kElems];
-      unpack(loaded[i], values);
-      float largest = values[0];
+    for (int i = 0; i < kUnroll; ++i) sums(first + i * blockDim.x, loaded[i], row);
+  }
+}
+
+// The sums over a part that is copied to shared memory as far as it fits there.
+template <typename Row, bool kCaps>
+__device__ __forceinline__ void read_and_keep(const Row& row, Sums<Row, kCaps>& sums) {
+  row.start_copies();
+  Rest<Row> rest(row);
+  const auto read_group = [&](auto group) {
+    wait_for_copies<kCopyGroups - 1 - decltype(group)::value>();
+    constexpr int kVecs = kMaxCachedVecs / kCopyGroups;
 #pragma unroll
-      for (int j = 1; j < Row::kElems; ++j) largest = fmaxf(largest, values[j]);
-      lse.expect(largest);
-#pragma unroll
-      for (int j = 0; j < Row::kElems; ++j) lse.add(values[j]);
-      if (sums && vec < row.num_vecs) {
-#pragma unroll
-        for (int j = 0; j < Row::kElems; ++j) total += values[j];
-      }
-      if (keeps) row.keep(vec, loaded[i]);
+    for (int i = decltype(group)::value * kVecs; i < (decltype(group)::value + 1) * kVecs; ++i) {
+      const std::uint32_t vec = threadIdx.x + i * blockDim.x;
+      if (vec < row.cached_vecs) sums(vec, row.load_copy(vec), row);
     }
-  }
-  if (row.has_single()) {
-    const float value = widen(row.single());
-    lse.expect(value);
-    lse.add(value);
-    total += value;
-  }
+  };
+  static_assert(kCopyGroups == 4);
+  read_group(std::integral_constant<int, 0>{});
+  read_group(std::integral_constant<int, 1>{});
+  read_group(std::integral_constant<int, 2>{});
+  read_group(std::integral_constant<int, 3>{});
+  rest.visit([&](std::uint32_t vec, const typename Row::Vector& loaded) { sums(vec, loaded, row); });
 }
 
 // factor exp(z - base) - offset in place of each z.
-template <typename Row>
-__device__ __forceinline__ void write_gradient(const Row& row, const LogSumExp& lse, float factor, float offset) {
+template <typename Row, bool kCaps>
+__device__ __forceinline__ void write_gradient(const Row& row, const Cap<kCaps>& cap, const LogSumExp& lse,
+                                               float factor, float offset) {
   using T = typename Row::T;
-  for (std::uint32_t first = threadIdx.x; first < row.num_vecs; first += kUnroll * blockDim.x) {
-    typename Row::Vector loaded[kUnroll];
+  const auto slope = [&](float z) {
+    const float capped = cap(z), gradient = fmaf(lse.exp(capped), factor, -offset);
+    return kCaps ? gradient * cap.slope(capped) : gradient;
+  };
+  const auto write = [&](std::uint32_t vec, const typename Row::Vector& loaded) {
+    float values[Row::kElems];
+    unpack(loaded, values);
 #pragma unroll
-    for (int i = 0; i < kUnroll; ++i) loaded[i] = row.load_again(first + i * blockDim.x);
-#pragma unroll
-    for (int i = 0; i < kUnroll; ++i) {
-      float values[Row::kElems];
-      unpack(loaded[i], values);
-#pragma unroll
-      for (int j = 0; j < Row::kElems; ++j) {
-        values[j] = fmaf(lse.exp(values[j]), factor, -offset);
-      }
-      row.write(first + i * blockDim.x, pack<T>(values));
-    }
-  }
-  if (row.has_single()) {
-    row.single() = narrow<T>(fmaf(lse.exp(widen(row.single())), factor, -offset));
-  }
+    for (int j = 0; j < Row::kElems; ++j) values[j] = slope(values[j]);
+    row.write(vec, pack<T>(values));
+  };
+  Rest<Row> rest(row);
+#pragma unroll 4
+  for (std::uint32_t vec = threadIdx.x; vec < row.cached_vecs; vec += blockDim.x) write(vec, row.load_copy(vec));
+  rest.visit(write);
+  if (row.has_single()) row.single() = narrow<T>(slope(widen(row.single())));
 }
 
-template <DType kDType>
+template <DType kDType, bool kCaps>
 __global__ __launch_bounds__(kMaxThreads, 1) void rows_kernel(const __grid_constant__ Params params) {
   using Row = PartOfRow<kDType>;
   const std::uint32_t index = blockIdx.x / params.parts, part = blockIdx.x % params.parts;
@@ -194,13 +295,20 @@ __global__ __launch_bounds__(kMaxThreads, 1) void rows_kernel(const __grid_const
     return;
   }
   const auto place = static_cast<std::uint32_t>(target) - row.first;  // in this part if below num_elems
-  const float z = widen(row.row[static_cast<std::int32_t>(place)]);
+  const Cap<kCaps> cap(params);
+  const float z = cap(widen(row.row[static_cast<std::int32_t>(place)]));
   const float smoothing = params.label_smoothing;
   const float scale = params.scale == nullptr ? 1.0f : *params.scale;
 
-  LogSumExp lse;
-  float total = 0.0f;
-  read_row(row, params.gradient, smoothing != 0.0f, lse, total);
+  Sums<Row, kCaps> sums(cap, smoothing != 0.0f);
+  if (params.gradient) {
+    read_and_keep(row, sums);
+  } else {
+    read_once(row, sums);
+  }
+  if (row.has_single()) sums.add_single(widen(row.single()));
+  LogSumExp& lse = sums.lse;
+  float& total = sums.total;
   merge_threads(lse, total);
   if (params.parts > 1) merge_parts(lse, total, params.parts);
 
@@ -216,11 +324,11 @@ __global__ __launch_bounds__(kMaxThreads, 1) void rows_kernel(const __grid_const
   if (params.gradient) {
     const float factor = __fdividef(scale, lse.sum);
     const float offset = scale * smoothing / static_cast<float>(params.vocab);
-    write_gradient(row, lse, factor, offset);
+    write_gradient(row, cap, lse, factor, offset);
     __syncthreads();
     if (threadIdx.x == 0 && place < row.num_elems) {
       const float p = lse.exp(z) / lse.sum;
-      row.row[place] = narrow<typename Row::T>(fmaf(scale, p - (1.0f - smoothing), -offset));
+      row.row[place] = narrow<typename Row::T>(fmaf(scale, p - (1.0f - smoothing), -offset) * cap.slope(z));
     }
   }
 }

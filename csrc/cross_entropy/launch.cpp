@@ -36,6 +36,7 @@ void check_arguments(const Arguments& arguments) {
   check_vector(kOp, *arguments.loss, logits, rows);
   check(arguments.label_smoothing >= 0.0 && arguments.label_smoothing <= 1.0, kOp, "label_smoothing, got ",
         arguments.label_smoothing, ", expected 0 to 1");
+  check(arguments.softcap >= 0.0, kOp, "softcap, got ", arguments.softcap, ", expected 0 or more");
 }
 
 }  // namespace
@@ -53,6 +54,7 @@ void launch(const Arguments& arguments, cudaStream_t stream) {
   params.ignore_index = arguments.ignore_index;
   params.rows = static_cast<std::uint32_t>(logits.sizes[0]);
   params.vocab = static_cast<std::uint32_t>(logits.sizes[1]);
+  params.softcap = static_cast<float>(arguments.softcap);
   params.label_smoothing = static_cast<float>(arguments.label_smoothing);
   params.gradient = arguments.gradient;
   const auto config = static_cast<int>(arguments.config);

@@ -29,6 +29,7 @@ struct Arguments {
   const TensorArg* loss;
   std::int64_t ignore_index;
   double label_smoothing;
+  double softcap;  // 0: none
   bool gradient;
   std::int64_t config;  // kHeuristic or an index into kConfigs
 };

@@ -17,6 +17,7 @@ struct Params {
   std::uint32_t parts;        // CTAs of a cluster, which share a row
   std::uint32_t cached_vecs;  // of each part, from its start, in shared memory between the two passes
   float label_smoothing;
+  float softcap;  // 0: none
   bool gradient;
 };
 

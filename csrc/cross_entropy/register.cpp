@@ -11,7 +11,8 @@ using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 
 void cross_entropy_rows(Tensor logits, const Tensor& target, const std::optional<Tensor>& scale, int64_t ignore_index,
-                        double label_smoothing, bool gradient, int64_t config, Tensor loss) {
+                        double label_smoothing, double softcap, bool gradient, int64_t config,
+                        Tensor loss) {
   const auto logits_arg = infuse::written_tensor_arg(logits, kOp, "logits");
   const auto scale_arg = infuse::tensor_arg(scale, kOp, "scale");
   const auto loss_arg = infuse::written_tensor_arg(loss, kOp, "loss");
@@ -22,7 +23,7 @@ void cross_entropy_rows(Tensor logits, const Tensor& target, const std::optional
       target.dim() == 1 ? target.size(0) : -1, static_cast<int>(target.get_device_index()), is_vector};
   const torch::stable::accelerator::DeviceGuard guard(logits_arg.device);
   infuse::cross_entropy::launch({&logits_arg, target_arg, infuse::pointer_to(scale_arg), &loss_arg, ignore_index,
-                                 label_smoothing, gradient, config},
+                                 label_smoothing, softcap, gradient, config},
                                 infuse::current_stream(logits_arg.device, kOp));
 }
 

@@ -22,7 +22,7 @@ Device describe(int device, bool has_clusters) {
 
 template <DType kDType>
 void launch_rows(int config, Params params, int device, cudaStream_t stream) {
-  const auto kernel = rows_kernel<kDType>;
+  const auto kernel = params.softcap == 0.0f ? rows_kernel<kDType, false> : rows_kernel<kDType, true>;
   const Problem problem{params.vocab, size_bytes(kDType), params.gradient};
   const Plan plan = make_plan(problem, config, describe(device, is_compiled_for_9_0(kOp, kernel, device)));
   params.parts = static_cast<std::uint32_t>(plan.parts);

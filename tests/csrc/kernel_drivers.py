@@ -441,7 +441,7 @@ def cross_entropy(device: torch.device) -> Iterator[Launch]:
         losses, factor = torch.empty(rows, device=device), torch.ones((), device=device)
         for gradient, config in itertools.product((False, True), configs("cross_entropy")):
             logits = random(rows, -(-vocab // 8) * 8, dtype=dtype, device=device)[:, :vocab]
-            flags = (-100, smoothing, gradient, config)
+            flags = (-100, smoothing, 30.0 * smoothing, gradient, config)
             yield partial(OPS.cross_entropy_rows, logits, target.to(device), factor, *flags, losses)
     for dtype, size in itertools.product((BF16, FP16, FP32), (0, 1, 1003, 100_000)):
         tensor = random(size, dtype=dtype, device=device)

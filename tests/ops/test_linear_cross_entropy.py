@@ -28,8 +28,9 @@ def inputs(dtype: torch.dtype, bias: bool = True) -> tuple[Tensor, Tensor, Tenso
 
 
 def eager(x: Tensor, weight: Tensor, bias: Tensor | None, target: Tensor, *flags: Any) -> Tensor:
-    ignore_index, reduction, label_smoothing, float_logits = flags
+    ignore_index, reduction, label_smoothing, float_logits, softcap = (*flags, 0.0)[:5]
     logits = F.linear(x, weight, bias).flatten(0, 1)
+    logits = softcap * torch.tanh(logits / softcap) if softcap else logits
     return F.cross_entropy(
         logits.float() if float_logits and x.dtype == torch.bfloat16 else logits,
         target.flatten(),
@@ -39,7 +40,7 @@ def eager(x: Tensor, weight: Tensor, bias: Tensor | None, target: Tensor, *flags
     )
 
 
-FLAGS = [(-100, "mean", 0.0, False), (-100, "sum", 0.1, True), (3, "mean", 0.1, True), (3, "sum", 0.0, False)]
+FLAGS = [(-100, "mean", 0.0, False), (-100, "sum", 0.1, True), (3, "mean", 0.1, True, 2.0), (3, "sum", 0.0, False, 3.0)]
 
 
 @pytest.mark.parametrize("flags", FLAGS)
@@ -75,14 +76,14 @@ def test_operators_are_registered_properly(bias: bool) -> None:
     opcheck(OPS.linear_cross_entropy.default, (*args, -100, "sum", 0.1, False))
     needs = (True, True, bias)
     detached = [None if arg is None else arg.detach() for arg in args]
-    opcheck(OPS.linear_cross_entropy_fwd.default, (*detached, -100, "mean", 0.0, True, *needs))
-    opcheck(OPS.linear_cross_entropy_fwd.default, (*detached, -100, "mean", 0.0, False, True, False, False))
+    opcheck(OPS.linear_cross_entropy_fwd.default, (*detached, -100, "mean", 0.0, True, 2.0, *needs))
+    opcheck(OPS.linear_cross_entropy_fwd.default, (*detached, -100, "mean", 0.0, False, 0.0, True, False, False))
 
 
 def test_only_wanted_gradients_are_computed() -> None:
     x, weight, bias, target = inputs(torch.float32)
     _, dx, dweight, dbias = OPS.linear_cross_entropy_fwd(
-        x.detach(), weight.detach(), None, target, -100, "mean", 0.0, False, False, True, False
+        x.detach(), weight.detach(), None, target, -100, "mean", 0.0, False, 0.0, False, True, False
     )
     assert (dx.numel(), dweight.shape, dbias.numel()) == (0, weight.shape, 0)
     loss = op.linear_cross_entropy(x.detach(), weight.detach(), target, bias)

@@ -34,16 +34,27 @@ def logits_and_target(rows: int, vocab: int, dtype: torch.dtype, scale: float = 
     return logits, target
 
 
-def run(logits: Tensor, target: Tensor, scale: float | None, smoothing: float, gradient: bool, config: int) -> Tensor:
+def run(
+    logits: Tensor,
+    target: Tensor,
+    scale: float | None,
+    smoothing: float,
+    gradient: bool,
+    config: int,
+    softcap: float = 0.0,
+) -> Tensor:
     losses = torch.full(target.shape, float("nan"), device="cuda")
     factor = None if scale is None else torch.tensor(scale, device="cuda")
-    OPS.cross_entropy_rows(logits, target, factor, -100, smoothing, gradient, config, losses)
+    OPS.cross_entropy_rows(logits, target, factor, -100, smoothing, softcap, gradient, config, losses)
     return losses
 
 
-def exact(logits: Tensor, target: Tensor, scale: float, smoothing: float) -> tuple[Tensor, Tensor]:
+def exact(
+    logits: Tensor, target: Tensor, scale: float, smoothing: float, softcap: float = 0.0
+) -> tuple[Tensor, Tensor]:
     wide = logits.double().requires_grad_()
-    losses = F.cross_entropy(wide, target, reduction="none", label_smoothing=smoothing)
+    capped = torch.tanh(wide / softcap) * softcap if softcap else wide
+    losses = F.cross_entropy(capped, target, reduction="none", label_smoothing=smoothing)
     return losses.detach(), torch.autograd.grad(losses.sum() * scale, wide)[0]
 
 
@@ -51,17 +62,17 @@ def exact(logits: Tensor, target: Tensor, scale: float, smoothing: float) -> tup
 @pytest.mark.parametrize("dtype", [BF16, FP16, FP32])
 def test_rows(vocab: int, dtype: torch.dtype) -> None:
     rows = 5 if vocab > 100_000 else 37
-    for smoothing, scale in ((0.0, None), (0.1, 0.25)):
+    for smoothing, scale, softcap in ((0.0, None, 0.0), (0.1, 0.25, 0.0), (0.1, 2.0, 5.0)):
         logits, target = logits_and_target(rows, vocab, dtype)
-        losses, gradient = exact(logits, target, scale or 1.0, smoothing)
+        losses, gradient = exact(logits, target, scale or 1.0, smoothing, softcap)
         for config in configs():
             written, before = logits.clone(memory_format=torch.preserve_format), logits.clone()
             padded = torch.empty_strided(logits.shape, logits.stride(), dtype=dtype, device="cuda").copy_(written)
-            alone = run(padded, target, scale, smoothing, False, config)
+            alone = run(padded, target, scale, smoothing, False, config, softcap)
             assert torch.equal(padded, before), "the logits were changed without being asked to"
-            both = run(padded, target, scale, smoothing, True, config)
+            both = run(padded, target, scale, smoothing, True, config, softcap)
             again = torch.empty_strided(logits.shape, logits.stride(), dtype=dtype, device="cuda").copy_(written)
-            assert torch.equal(run(again, target, scale, smoothing, True, config), both)
+            assert torch.equal(run(again, target, scale, smoothing, True, config, softcap), both)
             assert torch.equal(padded, again), "two runs differ"
             for got in (alone, both):
                 assert (got - losses).abs().max() <= 2e-5 * (1 + losses.abs().max())
@@ -112,7 +123,7 @@ def head(rows: tuple[int, ...], dim: int, vocab: int, dtype: torch.dtype) -> tup
     return x, weight, bias, target
 
 
-@pytest.mark.parametrize("flags", [(-100, "mean", 0.0, True), (-100, "sum", 0.1, False)])
+@pytest.mark.parametrize("flags", [(-100, "mean", 0.0, True, 0.0), (-100, "sum", 0.1, False, 3.0)])
 @pytest.mark.parametrize("dtype", [BF16, FP16, FP32])
 @pytest.mark.parametrize(("rows", "dim", "vocab"), [((3, 700), 64, 4099), ((1, 129), 72, 50257), ((4096,), 128, 5000)])
 def test_chunks(
@@ -141,7 +152,7 @@ def test_chunks(
 def test_strides_are_those_of_the_fakes() -> None:
     x, weight, bias, target = (tensor.detach() for tensor in head((64, 3), 32, 4099, BF16))
     views = (x.transpose(0, 1), weight.t().contiguous().t(), bias, target.t())
-    flags = (-100, "mean", 0.0, False, True, True, True)
+    flags = (-100, "mean", 0.0, False, 0.0, True, True, True)
     got = OPS.linear_cross_entropy_fwd(*views, *flags)
     fakes = op.linear_cross_entropy_fwd_fake(*views, *flags)
     assert [(t.shape, t.stride(), t.dtype) for t in got] == [(t.shape, t.stride(), t.dtype) for t in fakes]
@@ -159,7 +170,7 @@ def test_no_rows() -> None:
 
 def test_cuda_graph() -> None:
     *leaves, target = (tensor.detach() for tensor in head((300,), 64, 4099, BF16))
-    flags = (-100, "mean", 0.0, True, True, True, True)
+    flags = (-100, "mean", 0.0, True, 2.0, True, True, True)
     stream = torch.cuda.Stream()
     with torch.cuda.stream(stream):
         expected = OPS.linear_cross_entropy_fwd(*leaves, target, *flags)
