@@ -96,7 +96,6 @@ def _site(view: CanonicalGraph, anchor: Node, linear: Node, logits: Node, before
     found = read_linear(view, linear)
     if found is None:
         raise _Unlike(*_why_no_linear(view, linear))
-    _require_plain(view, found.input, found.weight)
     _require_one_head(view, linear, found.weight)
     target = _target(view, anchor, logits)
     x: object = found.input
@@ -259,17 +258,6 @@ def _require_own(view: CanonicalGraph, nodes: list[Node], anchor: Node) -> None:
         )
 
 
-def _require_plain(view: CanonicalGraph, *nodes: Node) -> None:
-    """Raises _Unlike for tensors of other classes: a DTensor sharded by the vocabulary would be gathered."""
-    for node in nodes:
-        if is_traceable_wrapper_subclass(view.tensor(node)):
-            kind = type(view.tensor(node)).__name__
-            raise _Unlike(
-                f"its input or weight is a {kind}",
-                "keep the head out of the tensor-parallel plan, or leave the loss to loss_parallel",
-            )
-
-
 def _require_one_head(view: CanonicalGraph, linear: Node, weight: Node) -> None:
     """Raises _Unlike if several linears read the weight: each would keep a gradient of its size."""
     count = sum(view.call(reader, "linear") is not None for reader in view.readers(weight))
@@ -284,6 +272,11 @@ def _why_no_linear(view: CanonicalGraph, linear: Node) -> tuple[str, str]:
     call = view.call(linear, "linear")
     assert call is not None
     given = [item for item in (call["weight"], call["bias"]) if item is not None]
+    for item in (call["input"], *given):
+        if is_traceable_wrapper_subclass(view.tensor(item)):  # sharded by the vocabulary it would be gathered
+            kind = type(view.tensor(item)).__name__
+            remedy = "keep the head out of the tensor-parallel plan, or leave the loss to loss_parallel"
+            return f"its input or weight is a {kind}", remedy
     dtypes = {str(view.dtype(item)) for item in (call["input"], *given, linear)}
     if len(dtypes) > 1:
         return (
