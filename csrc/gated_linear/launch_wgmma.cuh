@@ -43,8 +43,7 @@ void launch_tiles(const Config& config, const Params& base, int device, cudaStre
   params.gemm.order =
       gemm::order_tiles({config.cluster_rows, config.cluster_columns, config.section}, base.rows,
                         base.columns, gemm::kTileRows, kColumns, base.ends, base.groups);
-  params.gemm.chunks = static_cast<std::uint32_t>(ceil_div(base.dim, gemm::kChunk));
-  params.gemm.lead = static_cast<std::uint32_t>(config.lead);
+  gemm::set_chunks<Shape>(&params.gemm, base.dim);
   params.gemm.keep_a = L2::kEvictLast;  // while a section's columns pass by
   params.gemm.keep_b = L2::kNormal;
   params.epilogue = make_epilogue<T, kColumns>(kDType, base);

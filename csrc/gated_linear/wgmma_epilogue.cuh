@@ -1,5 +1,6 @@
-// The end of a tile of a gated linear on Hopper: a thread's sums hold the gate and the up projection of the same places,
-// so the product is found in registers, rounded, and goes through shared memory to the copy engine.
+// The end of a tile of a gated linear on Hopper: a thread's sums hold the gate and the up projection of the same places.
+// Both are rounded, as they would be between kernels, which leaves half as many registers; activation and product come
+// later, beside the next tile's products, and go through shared memory to the copy engine.
 #pragma once
 
 #include <cuda.h>
@@ -29,12 +30,16 @@ struct Epilogue {
   static constexpr bool kSwizzled = kColumns % kSwizzledColumns == 0;
   static constexpr int kRowBytes = kSwizzled ? kSwizzledRowBytes : 2 * kColumns;  // in shared memory
   static constexpr int kPieces = kColumns / 8;  // of 16 bytes, in a row
+  static constexpr int kSteps = kPieces / 2;
   static constexpr int kBlockBytes = gemm::kGroupRows * kSwizzledRowBytes;
 
   const EpilogueParams& params;
   SharedAddress shared;
   int barrier;
   std::uint32_t thread;
+  gemm::Tile tile{};  // whose gate and up were taken
+  std::uint32_t row = 0;
+  std::uint32_t taken[kSums / 2];  // two columns each; the gate's, then the up projection's
 
   __device__ __forceinline__ Epilogue(const EpilogueParams& given, SharedAddress memory, std::uint32_t group)
       : params(given),
@@ -50,25 +55,27 @@ struct Epilogue {
     return shared + number / 8 * kBlockBytes + row * kRowBytes + ((number ^ row) % 8) * 16;
   }
 
-  // The thread's words of a tile, word(block, half) those of columns 8 block .. 8 block + 7 and row or row + 8, to
-  // memory: by the map, or where rows are cut off to `data`.
+  // Four words of 16 columns into shared memory: word(block, half) are those of columns 8 block .. 8 block + 7 and of
+  // row or row + 8.
   template <typename Word>
-  __device__ __forceinline__ void store_tile(const gemm::Tile& tile, std::uint32_t row, const CUtensorMap& map,
-                                             T* data, std::int64_t stride, const Word& word) const {
+  __device__ __forceinline__ void stage(int block, const Word& word) const {
+    const std::uint32_t lane = thread % kWarpSize;
+    const std::uint32_t words[4] = {word(block, 0), word(block, 1), word(block + 1, 0), word(block + 1, 1)};
+    store_matrices(piece(thread / kWarpSize * 16 + lane % 16, static_cast<std::uint32_t>(block) + lane / 16), words);
+  }
+
+  __device__ __forceinline__ void begin_store() const {
     if (thread == 0) wait_for_box_reads<0>();
     sync();
-    const std::uint32_t lane = thread % kWarpSize;
-    const std::uint32_t own_row = thread / kWarpSize * 16 + lane % 16, own_block = lane / 16;
-#pragma unroll
-    for (int block = 0; block < kPieces; block += 2) {
-      const std::uint32_t words[4] = {word(block, 0), word(block, 1), word(block + 1, 0), word(block + 1, 1)};
-      store_matrices(piece(own_row, static_cast<std::uint32_t>(block) + own_block), words);
-    }
+  }
+
+  // From shared memory to memory: by the map, or where rows are cut off to `data`.
+  __device__ __forceinline__ void end_store(const CUtensorMap& map, T* data, std::int64_t stride) const {
     const bool is_cut = params.base.ends != nullptr && row + gemm::kGroupRows > tile.row_end;
     if (!is_cut) fence_shared_for_async();
     sync();
     if (is_cut) {
-      store_rows(tile, row, data, stride);
+      store_rows(data, stride);
     } else if (thread == 0) {
       constexpr int kBox = kSwizzled ? kSwizzledColumns : kColumns;
 #pragma unroll
@@ -81,8 +88,7 @@ struct Epilogue {
   }
 
   // Of a tile that ends within the rows: those of the next group belong to others.
-  __device__ __forceinline__ void store_rows(const gemm::Tile& tile, std::uint32_t row, T* data,
-                                             std::int64_t stride) const {
+  __device__ __forceinline__ void store_rows(T* data, std::int64_t stride) const {
     for (std::uint32_t i = thread; i < gemm::kGroupRows * kPieces; i += gemm::kWarpgroup) {
       const std::uint32_t own_row = i / kPieces, number = i % kPieces, column = tile.column + 8 * number;
       if (row + own_row >= tile.row_end || column >= params.base.columns) continue;
@@ -99,7 +105,7 @@ struct Epilogue {
     return make_float2(Cast<T>::low(pair), Cast<T>::high(pair));
   }
 
-  __device__ __forceinline__ void add_biases(const gemm::Tile& tile, float (&sums)[kSums]) const {
+  __device__ __forceinline__ void add_biases(float (&sums)[kSums]) const {
     const std::uint32_t first = tile.column + 2 * (thread % 4);
 #pragma unroll
     for (int i = 0; i < kSums; i += 4) {
@@ -113,60 +119,51 @@ struct Epilogue {
   }
 
   // Gate and up as the backward reads them.
-  __device__ __forceinline__ void keep_gate_up(const gemm::Tile& tile, std::uint32_t row, float (&sums)[kSums]) const {
+  __device__ __forceinline__ void keep_gate_up() const {
     const std::int64_t columns = params.base.columns;
-    T* const data = static_cast<T*>(params.base.gate_up);
 #pragma unroll
     for (int which = 0; which < 2; ++which) {
-      store_tile(tile, row, which == 0 ? params.gate : params.up, data + which * columns, 2 * columns,
-                 [&](int block, int half) {
-                   float* const pair = sums + which * (kSums / 2) + 4 * block + 2 * half;
-                   const std::uint32_t word = Cast<T>::pack(pair[0], pair[1]);
-                   pair[0] = Cast<T>::low(word);
-                   pair[1] = Cast<T>::high(word);
-                   return word;
-                 });
+      begin_store();
+#pragma unroll
+      for (int block = 0; block < kPieces; block += 2) {
+        stage(block, [&](int of, int half) { return taken[which * (kSums / 4) + 2 * of + half]; });
+      }
+      end_store(which == 0 ? params.gate : params.up, static_cast<T*>(params.base.gate_up) + which * columns,
+                2 * columns);
     }
   }
 
-  // kRounds: the activation, before it is multiplied.
-  template <Activation kActivation, bool kRounds>
-  __device__ __forceinline__ void store_product(const gemm::Tile& tile, std::uint32_t row,
-                                                const float (&sums)[kSums]) const {
-    store_tile(tile, row, params.out, static_cast<T*>(params.base.out), params.base.out_stride,
-               [&](int block, int half) {
-                 const float* const gate = sums + 4 * block + 2 * half;
-                 const float* const up = gate + kSums / 2;
-                 float first = activate<kActivation>(gate[0]), second = activate<kActivation>(gate[1]);
-                 if constexpr (kRounds) {
-                   const std::uint32_t word = Cast<T>::pack(first, second);
-                   first = Cast<T>::low(word);
-                   second = Cast<T>::high(word);
-                 }
-                 return Cast<T>::pack(first * up[0], second * up[1]);
-               });
+  __device__ __forceinline__ void take(const gemm::Tile& given, std::uint32_t rows, float (&sums)[kSums]) {
+    tile = given;
+    row = given.row + rows;
+    if (params.base.gate_bias != nullptr || params.base.up_bias != nullptr) add_biases(sums);
+#pragma unroll
+    for (int i = 0; i < kSums / 2; ++i) taken[i] = Cast<T>::pack(sums[2 * i], sums[2 * i + 1]);
+    pin(taken);  // here and not where they are used, beside sums of the next tile
+    if (params.base.gate_up != nullptr && row < tile.row_end) keep_gate_up();
   }
 
-  template <bool kRounds>
-  __device__ __forceinline__ void store_product(const gemm::Tile& tile, std::uint32_t row,
-                                                const float (&sums)[kSums]) const {
-    switch (params.base.activation) {
-      case Activation::kSilu: return store_product<Activation::kSilu, kRounds>(tile, row, sums);
-      case Activation::kGeluTanh: return store_product<Activation::kGeluTanh, kRounds>(tile, row, sums);
-      case Activation::kGeluErf: return store_product<Activation::kGeluErf, kRounds>(tile, row, sums);
-    }
+  template <Activation kActivation>
+  __device__ __forceinline__ void stage_product(int block) const {
+    stage(block, [&](int of, int half) {
+      const std::uint32_t gate = taken[2 * of + half], up = taken[kSums / 4 + 2 * of + half];
+      const std::uint32_t active =
+          Cast<T>::pack(activate<kActivation>(Cast<T>::low(gate)), activate<kActivation>(Cast<T>::high(gate)));
+      return Cast<T>::pack(Cast<T>::low(active) * Cast<T>::low(up), Cast<T>::high(active) * Cast<T>::high(up));
+    });
   }
 
-  __device__ __forceinline__ void operator()(const gemm::Tile& tile, std::uint32_t rows, float (&sums)[kSums]) const {
-    const std::uint32_t row = tile.row + rows;
+  // 16 columns.
+  template <int kStep>
+  __device__ __forceinline__ void step() const {
     if (row >= tile.row_end) return;
-    if (params.base.gate_bias != nullptr || params.base.up_bias != nullptr) add_biases(tile, sums);
-    if (params.base.gate_up != nullptr) {
-      keep_gate_up(tile, row, sums);
-      store_product<true>(tile, row, sums);
-    } else {
-      store_product<false>(tile, row, sums);
+    if constexpr (kStep == 0) begin_store();
+    switch (params.base.activation) {
+      case Activation::kSilu: stage_product<Activation::kSilu>(2 * kStep); break;
+      case Activation::kGeluTanh: stage_product<Activation::kGeluTanh>(2 * kStep); break;
+      case Activation::kGeluErf: stage_product<Activation::kGeluErf>(2 * kStep); break;
     }
+    if constexpr (kStep + 1 == kSteps) end_store(params.out, static_cast<T*>(params.base.out), params.base.out_stride);
   }
 
   __device__ __forceinline__ void finish() const {

@@ -1,17 +1,20 @@
 // Matrix products on Hopper's tensor cores, result = epilogue(A B^T): persistent CTAs, alone or in clusters of two or
-// four that share loads; one warp loads by TMA into a ring of stages, two warpgroups of 64 rows each multiply by wgmma
-// and then run the epilogue, while the loads of the next tile are under way. The second warpgroup stays `lead` chunks behind the
-// first, so that the epilogue of one runs beside the products of the other.
+// four that share loads; one warp loads by TMA into a ring of stages, two warpgroups of 64 rows each multiply by wgmma.
+// The tensor cores do not stop between tiles: an epilogue takes what it needs of a tile's sums, rounded, into registers
+// of its own and does its work in steps beside the first products of the next tile. The second warpgroup begins each
+// tile behind the first, so that one multiplies while the other gives its sums away.
 //
 // An epilogue is a type with
-//   Params                    a member `epilogue` of the kernel's parameters
-//   kBytes                    of shared memory, for both warpgroups together, aligned to 1024 bytes
-//   Epilogue(params, shared)  made by every thread of a warpgroup; shared: the warpgroup's half of those bytes
-//   operator()(tile, rows, sums)  rows: where the warpgroup's begin in the tile, 0 or 64; sums [64, kN] as in wgmma.cuh
-//   finish()                  before the kernel ends
+//   Params                           what it is given: a member `epilogue` of the kernel's parameters
+//   Epilogue(params, shared, group)  made by every thread of warpgroup 0 or 1; shared: half of Traits::kEpilogueBytes
+//   take(tile, rows, sums)           rows: where the warpgroup's begin in the tile; sums [64, kN] as in wgmma.cuh
+//   kSteps, step<0 .. kSteps - 1>()  the rest of the work on what was taken
+//   finish()                         before the kernel ends
+// All of these may wait at the named barrier kEpilogueBarrier + group for the warpgroup's 128 threads.
 #pragma once
 
 #include <cstdint>
+#include <utility>
 
 #include "gemm/loader.cuh"
 #include "gemm/traits.cuh"
@@ -27,7 +30,7 @@ struct KernelParams {
   typename Epilogue::Params epilogue;
 };
 
-// Named barriers: 1 tells the second warpgroup to begin, kEpilogueBarrier + group is the epilogue's.
+// Named barriers: kBeginBarrier lets the second warpgroup begin a tile, kEpilogueBarrier + group is the epilogue's.
 constexpr int kBeginBarrier = 1, kEpilogueBarrier = 2;
 
 #if defined(__CUDA_ARCH_FEAT_SM90_ALL)
@@ -62,28 +65,50 @@ struct Multiplier {
     end_products();
   }
 
-  // All chunks of a tile.
-  __device__ __forceinline__ void run(float (&sums)[Traits::kN / 2], std::uint32_t begin_other) {
-    const std::uint32_t chunks = params.chunks * (Traits::kOperands == Operands::kInSequence ? 2 : 1);
+  // The products of one more chunk are issued, those of the one before are done.
+  __device__ __forceinline__ void next_chunk(float (&sums)[Traits::kN / 2]) {
+    const std::uint32_t before = ring.stage;
+    ring.advance();
     wait(shared.full(ring.stage), ring.parity);
     fence_products();
+    start_chunk(sums, true);
+    wait_for_products<1>();
+    release(before);
+  }
+
+  template <typename Epilogue, int... kSteps>
+  __device__ __forceinline__ void work_beside(float (&sums)[Traits::kN / 2], Epilogue& epilogue,
+                                              std::integer_sequence<int, kSteps...>) {
+    ((epilogue.template step<kSteps>(), next_chunk(sums)), ...);
+  }
+
+  // All chunks of a tile. is_pending: the epilogue of the tile before has its steps to do. meanwhile: called once.
+  template <typename Epilogue, typename Meanwhile>
+  __device__ __forceinline__ void run(float (&sums)[Traits::kN / 2], Epilogue& epilogue, bool is_pending,
+                                      const Meanwhile& meanwhile) {
+    wait(shared.full(ring.stage), ring.parity);
+    if (group == 1) wait_at_named(kBeginBarrier, 2 * kWarpgroup);
+    fence_products();
     start_chunk(sums, false);
-    for (std::uint32_t chunk = 1; chunk < chunks; ++chunk) {
-      const std::uint32_t before = ring.stage;
-      ring.advance();
-      wait(shared.full(ring.stage), ring.parity);
-      fence_products();
-      start_chunk(sums, true);
-      wait_for_products<1>();
-      release(before);
-      if (chunk == begin_other) arrive_at_named(kBeginBarrier, 2 * kWarpgroup);
+    if (group == 0) arrive_at_named(kBeginBarrier, 2 * kWarpgroup);
+    meanwhile();
+    std::uint32_t chunk = 1;
+    if (is_pending) {
+      work_beside(sums, epilogue, std::make_integer_sequence<int, Epilogue::kSteps>());
+      chunk += Epilogue::kSteps;
     }
+    for (; chunk < params.chunks_of_tile; ++chunk) next_chunk(sums);
     wait_for_products<0>();
     pin(sums);
     release(ring.stage);
     ring.advance();
   }
 };
+
+template <typename Epilogue, int... kSteps>
+__device__ __forceinline__ void work_alone(Epilogue& epilogue, std::integer_sequence<int, kSteps...>) {
+  (epilogue.template step<kSteps>(), ...);
+}
 
 // writers: CTAs that write into the shared memory of one.
 template <typename Traits>
@@ -99,7 +124,6 @@ __device__ __forceinline__ void init_barriers(const GemmShared<Traits>& shared, 
 template <typename Traits, typename Epilogue>
 __device__ __forceinline__ void multiply_tiles(const KernelParams<Epilogue>& params, const GemmShared<Traits>& shared,
                                                std::uint32_t group, TileWalk walk) {
-  constexpr std::uint32_t kNever = ~0u;
   const TileOrder& order = params.gemm.order;
   const std::uint32_t lane = threadIdx.x % kWarpSize;
   const bool is_cta = lane < order.cluster_rows * order.cluster_columns;
@@ -108,14 +132,18 @@ __device__ __forceinline__ void multiply_tiles(const KernelParams<Epilogue>& par
   Multiplier<Traits> multiplier{params.gemm, shared, group, shared_of_cta(shared.empty(0), is_cta ? lane : 0),
                                 is_writer};
   Epilogue epilogue(params.epilogue, shared.epilogue() + group * (Traits::kEpilogueBytes / kGroups), group);
-  const bool waits = params.gemm.lead != 0 && params.gemm.lead < params.gemm.chunks;
-  bool is_first = true;
-  for (Tile tile; walk.next(tile); is_first = false) {
+  constexpr std::make_integer_sequence<int, Epilogue::kSteps> kSteps{};
+  const bool overlaps = params.gemm.chunks_of_tile > Epilogue::kSteps;  // the next tile is long enough
+  bool is_pending = false;
+  Tile tile, next;
+  for (bool more = walk.next(tile); more; tile = next) {
     float sums[Traits::kN / 2];
-    if (waits && is_first && group == 1) wait_at_named(kBeginBarrier, 2 * kWarpgroup);
-    multiplier.run(sums, waits && is_first && group == 0 ? params.gemm.lead : kNever);
-    epilogue(tile, group * kGroupRows, sums);
+    multiplier.run(sums, epilogue, is_pending, [&] { more = walk.next(next); });
+    epilogue.take(tile, group * kGroupRows, sums);
+    is_pending = overlaps;
+    if (!overlaps) work_alone(epilogue, kSteps);
   }
+  if (is_pending) work_alone(epilogue, kSteps);
   epilogue.finish();
 }
 

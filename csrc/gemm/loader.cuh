@@ -20,8 +20,8 @@ struct Loader {
   RingPlace<Traits::kStages> ring{};
 
   // ctas: bits of those that get it, if it is for both.
-  __device__ __forceinline__ void load(bool for_both, std::uint32_t ctas, SharedAddress place, const CUtensorMap& map, L2 keep,
-                                       std::uint32_t column, std::uint32_t row, std::uint32_t group) const {
+  __device__ __forceinline__ void load(bool for_both, std::uint32_t ctas, SharedAddress place, const CUtensorMap& map,
+                                       L2 keep, std::uint32_t column, std::uint32_t row, std::uint32_t group) const {
     const SharedAddress barrier = shared.full(ring.stage);
     const auto x = static_cast<std::int32_t>(column), y = static_cast<std::int32_t>(row);
     if (for_both) {

@@ -51,9 +51,8 @@ struct GemmParams {
   CUtensorMap a[2];  // boxes of kGroupRows x kChunk
   CUtensorMap b[2];  // boxes of kN / 2 rows x kChunk, by columns of kChunk rows x 64; the third dimension are groups
   TileOrder order;
-  std::uint32_t chunks;  // along K, of each matrix
+  std::uint32_t chunks, chunks_of_tile;  // along K: of each matrix, of all of them
   L2 keep_a, keep_b;     // how long their lines stay
-  std::uint32_t lead;    // chunks that the first warpgroup begins before the second
 };
 
 // Stages, what the epilogue has, barriers.
