@@ -8,25 +8,24 @@
 namespace infuse::gated_linear {
 
 // columns: of the result, of a tile of 128 rows. cluster_rows, cluster_columns: tiles of the CTAs that share loads.
-// section: see gemm/order.cuh. lead: see gemm/traits.cuh. is_mma: by mma.sync, which every device has.
+// section: see gemm/order.cuh. is_mma: by mma.sync, which every device has.
 struct Config {
   const char* name;
   int columns;
   int cluster_rows, cluster_columns;
   int section;
-  int lead;
   bool is_mma = false;
 };
 
 constexpr Config kConfigs[] = {
-    {"wgmma_128x128_pairs", 128, 2, 1, 8, 2},   // 0
-    {"wgmma_128x128_across", 128, 1, 2, 16, 2},  // 1: pairs along the columns
-    {"wgmma_128x128_alone", 128, 1, 1, 16, 2},  // 2
-    {"wgmma_128x128_fours", 128, 2, 2, 8, 2},   // 3
-    {"wgmma_128x112_pairs", 112, 2, 1, 8, 2},   // 4
-    {"wgmma_128x112_across", 112, 1, 2, 16, 2},  // 5
-    {"wgmma_128x112_alone", 112, 1, 1, 16, 2},  // 6
-    {"mma_128x64", 64, 1, 1, 16, 0, true},      // 7
+    {"wgmma_128x128_pairs", 128, 2, 1, 8},   // 0
+    {"wgmma_128x128_across", 128, 1, 2, 16},  // 1: pairs along the columns
+    {"wgmma_128x128_alone", 128, 1, 1, 16},  // 2
+    {"wgmma_128x128_fours", 128, 2, 2, 8},   // 3
+    {"wgmma_128x112_pairs", 112, 2, 1, 8},   // 4
+    {"wgmma_128x112_across", 112, 1, 2, 16},  // 5
+    {"wgmma_128x112_alone", 112, 1, 1, 16},  // 6
+    {"mma_128x64", 64, 1, 1, 16, true},      // 7
 };
 constexpr int kNumConfigs = sizeof(kConfigs) / sizeof(kConfigs[0]);
 constexpr int kHeuristic = -1, kMma = 7;

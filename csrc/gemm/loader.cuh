@@ -79,6 +79,7 @@ struct Loader {
       for (std::uint32_t part = 0; part < kParts; ++part) {
         for (std::uint32_t chunk = 0; chunk < params.chunks; ++chunk) {
           if (is_leader) load_stage(tile, part, chunk * kChunk);
+          __syncwarp();  // or the other lanes run ahead to the last tile, for which the leader has to wait
           ring.advance();
         }
       }
