@@ -18,17 +18,17 @@ struct Config {
 };
 
 constexpr Config kConfigs[] = {
-    {"wgmma_128x128_pairs", 128, 2, 1, 8},   // 0
+    {"wgmma_128x128_pairs", 128, 2, 1, 8},    // 0
     {"wgmma_128x128_across", 128, 1, 2, 16},  // 1: pairs along the columns
-    {"wgmma_128x128_alone", 128, 1, 1, 16},  // 2
-    {"wgmma_128x128_fours", 128, 2, 2, 8},   // 3
-    {"wgmma_128x112_pairs", 112, 2, 1, 8},   // 4
-    {"wgmma_128x112_across", 112, 1, 2, 16},  // 5
-    {"wgmma_128x112_alone", 112, 1, 1, 16},  // 6
-    {"mma_128x64", 64, 1, 1, 16, true},      // 7
+    {"wgmma_128x128_alone", 128, 1, 1, 16},   // 2
+    {"wgmma_128x112_pairs", 112, 2, 1, 8},    // 3
+    {"wgmma_128x112_across", 112, 1, 2, 16},  // 4
+    {"wgmma_128x112_alone", 112, 1, 1, 16},   // 5
+    {"mma_128x64", 64, 1, 1, 16, true},       // 6
 };
 constexpr int kNumConfigs = sizeof(kConfigs) / sizeof(kConfigs[0]);
-constexpr int kHeuristic = -1, kMma = 7;
+constexpr int kHeuristic = -1, kMma = kNumConfigs - 1;
+constexpr int kTileRows = 128;  // of wgmma
 
 struct Problem {
   std::int64_t rows, columns, dim, groups;
@@ -49,10 +49,25 @@ constexpr const char* obstacle(const Problem& problem, const Config& config, con
   return nullptr;
 }
 
+// What a configuration takes, in columns of tiles that an SM computes one after the other. Groups are taken to be of
+// one size; what loads cost that CTAs do not share is from measurements on an H200.
+constexpr std::int64_t cost(const Problem& problem, const Config& config, const Device& device) {
+  const std::int64_t rows = ceil_div(problem.rows, problem.groups);
+  const std::int64_t units = problem.groups * ceil_div(rows, std::int64_t{kTileRows} * config.cluster_rows) *
+                             ceil_div(problem.columns, std::int64_t{config.columns} * config.cluster_columns);
+  const int cluster = config.cluster_rows * config.cluster_columns;
+  const std::int64_t waves = ceil_div(units * cluster, device.num_sms / cluster * cluster);
+  const int unshared = cluster == 1 ? 3 : config.cluster_columns > 1 ? 1 : 0;  // percent
+  return waves * config.columns * (100 + unshared);
+}
+
 constexpr int choose(const Problem& problem, const Device& device) {
-  if (!device.has_wgmma) return kMma;
-  if (problem.rows <= 128) return problem.by_columns ? 2 : 6;
-  return problem.by_columns || problem.rows > 1024 ? 0 : 4;
+  int best = kMma;
+  for (int i = 0; i < kNumConfigs && device.has_wgmma; ++i) {
+    if (kConfigs[i].is_mma || obstacle(problem, kConfigs[i], device) != nullptr) continue;
+    if (best == kMma || cost(problem, kConfigs[i], device) < cost(problem, kConfigs[best], device)) best = i;
+  }
+  return best;
 }
 
 }  // namespace infuse::gated_linear

@@ -1,5 +1,5 @@
-// Matrix products on Hopper's tensor cores, result = epilogue(A B^T): persistent CTAs, alone or in clusters of two or
-// four that share loads; one warp loads by TMA into a ring of stages, two warpgroups of 64 rows each multiply by wgmma.
+// Matrix products on Hopper's tensor cores, result = epilogue(A B^T): persistent CTAs, alone or in clusters of two that
+// share loads; one warp loads by TMA into a ring of stages, two warpgroups of 64 rows each multiply by wgmma.
 // The tensor cores do not stop between tiles: an epilogue takes what it needs of a tile's sums, rounded, into registers
 // of its own and does its work in steps beside the first products of the next tile. The second warpgroup begins each
 // tile behind the first, so that one multiplies while the other gives its sums away.
@@ -110,12 +110,11 @@ __device__ __forceinline__ void work_alone(Epilogue& epilogue, std::integer_sequ
   (epilogue.template step<kSteps>(), ...);
 }
 
-// writers: CTAs that write into the shared memory of one.
 template <typename Traits>
-__device__ __forceinline__ void init_barriers(const GemmShared<Traits>& shared, std::uint32_t writers) {
+__device__ __forceinline__ void init_barriers(const GemmShared<Traits>& shared, std::uint32_t cluster) {
   for (int i = 0; i < Traits::kStages; ++i) {
     init_barrier(shared.full(i), 1);
-    init_barrier(shared.empty(i), kGroups * 4 * writers);  // warps
+    init_barrier(shared.empty(i), kGroups * 4 * cluster);  // warps
   }
   publish_barriers();
 }
@@ -126,10 +125,8 @@ __device__ __forceinline__ void multiply_tiles(const KernelParams<Epilogue>& par
                                                std::uint32_t group, TileWalk walk) {
   const TileOrder& order = params.gemm.order;
   const std::uint32_t lane = threadIdx.x % kWarpSize;
-  const bool is_cta = lane < order.cluster_rows * order.cluster_columns;
-  const bool is_writer = is_cta && (order.row_of(lane) == order.row_of(walk.rank) ||
-                                    order.column_of(lane) == order.column_of(walk.rank));
-  Multiplier<Traits> multiplier{params.gemm, shared, group, shared_of_cta(shared.empty(0), is_cta ? lane : 0),
+  const bool is_writer = lane < order.cluster_rows * order.cluster_columns;
+  Multiplier<Traits> multiplier{params.gemm, shared, group, shared_of_cta(shared.empty(0), is_writer ? lane : 0),
                                 is_writer};
   Epilogue epilogue(params.epilogue, shared.epilogue() + group * (Traits::kEpilogueBytes / kGroups), group);
   constexpr std::make_integer_sequence<int, Epilogue::kSteps> kSteps{};
@@ -140,10 +137,9 @@ __device__ __forceinline__ void multiply_tiles(const KernelParams<Epilogue>& par
     float sums[Traits::kN / 2];
     multiplier.run(sums, epilogue, is_pending, [&] { more = walk.next(next); });
     epilogue.take(tile, group * kGroupRows, sums);
-    is_pending = overlaps;
-    if (!overlaps) work_alone(epilogue, kSteps);
+    is_pending = overlaps && more;
+    if (!is_pending) work_alone(epilogue, kSteps);
   }
-  if (is_pending) work_alone(epilogue, kSteps);
   epilogue.finish();
 }
 
@@ -166,11 +162,11 @@ __global__ void __launch_bounds__(threads_of_kernel(), 1)
   const GemmShared<Traits> shared{static_cast<SharedAddress>(__cvta_generic_to_shared(gemm_shared))};
   const TileOrder& order = params.gemm.order;
   const std::uint32_t cluster = order.cluster_rows * order.cluster_columns, rank = rank_in_cluster();
-  if (threadIdx.x == 0) init_barriers(shared, order.cluster_rows + order.cluster_columns - 1);
+  if (threadIdx.x == 0) init_barriers(shared, cluster);
   sync_cluster();
   const std::uint32_t warpgroup = __shfl_sync(kFullMask, threadIdx.x / kWarpgroup, 0);
-  // A cluster has one, two or four CTAs. Made in both branches: what lives in both takes a register too many of the loader.
-  const auto walk = [&] { return TileWalk{order, rank, blockIdx.x >> cluster / 2}; };
+  // A cluster has one or two CTAs. Made in both branches: what lives in both takes a register too many of the loader.
+  const auto walk = [&] { return TileWalk{order, rank, blockIdx.x >> (cluster - 1)}; };
   if (warpgroup == 0) {
     give_up_registers<Traits::kLoaderRegisters>();
     if (threadIdx.x < kWarpSize) {

@@ -1,5 +1,5 @@
-// The warp that loads: stage after stage of A and B, by the copy engine. In a cluster each CTA loads half of what two
-// of its CTAs need and writes it into the shared memory of both.
+// The warp that loads: stage after stage of A and B, by the copy engine. In a cluster each CTA loads half of what both
+// need and writes it into the shared memory of both.
 #pragma once
 
 #include <cstdint>
@@ -19,14 +19,14 @@ struct Loader {
   bool is_leader;  // one lane talks to the barriers and the copy engine
   RingPlace<Traits::kStages> ring{};
 
-  // ctas: bits of those that get it, if it is for both.
-  __device__ __forceinline__ void load(bool for_both, std::uint32_t ctas, SharedAddress place, const CUtensorMap& map,
-                                       L2 keep, std::uint32_t column, std::uint32_t row, std::uint32_t group) const {
+  static constexpr std::uint16_t kBoth = 3;  // CTAs of a cluster, a bit each
+
+  __device__ __forceinline__ void load(bool for_both, SharedAddress place, const CUtensorMap& map, L2 keep,
+                                       std::uint32_t column, std::uint32_t row, std::uint32_t group) const {
     const SharedAddress barrier = shared.full(ring.stage);
     const auto x = static_cast<std::int32_t>(column), y = static_cast<std::int32_t>(row);
     if (for_both) {
-      load_box_for_cluster(place, map, barrier, keep, x, y, static_cast<std::int32_t>(group), 0,
-                           static_cast<std::uint16_t>(ctas));
+      load_box_for_cluster(place, map, barrier, keep, x, y, static_cast<std::int32_t>(group), 0, kBoth);
     } else {
       load_box(place, map, barrier, keep, x, y, static_cast<std::int32_t>(group), 0);
     }
@@ -34,22 +34,19 @@ struct Loader {
 
   __device__ __forceinline__ void load_a(const Tile& tile, std::uint32_t part, std::uint32_t k) const {
     const bool for_both = params.order.cluster_columns > 1;
-    const std::uint32_t own = params.order.column_of(rank), ctas = 3u << (2 * params.order.row_of(rank));
 #pragma unroll
     for (std::uint32_t half = 0; half < kGroups; ++half) {
-      if (for_both && half != own) continue;
-      load(for_both, ctas, shared.a(ring.stage) + half * (Traits::kABytes / 2), params.a[part], params.keep_a, k,
+      if (for_both && half != rank) continue;
+      load(for_both, shared.a(ring.stage) + half * (Traits::kABytes / 2), params.a[part], params.keep_a, k,
            tile.row + half * kGroupRows, 0);
     }
   }
 
   __device__ __forceinline__ void load_b(const Tile& tile, std::uint32_t part, std::uint32_t k) const {
     const bool for_both = params.order.cluster_rows > 1;
-    const std::uint32_t own = params.order.row_of(rank);
-    const std::uint32_t ctas = (1u | 1u << params.order.cluster_columns) << params.order.column_of(rank);
 #pragma unroll
     for (std::uint32_t half = 0; half < 2; ++half) {
-      if (for_both && half != own) continue;
+      if (for_both && half != rank) continue;
       constexpr bool kBeside = Traits::kOperands == Operands::kSideBySide;
       const CUtensorMap& map = params.b[kBeside ? half : part];
       const std::uint32_t column = tile.column + (kBeside ? 0 : half * (Traits::kN / 2));
@@ -57,11 +54,11 @@ struct Loader {
       if constexpr (Traits::kByColumns) {
 #pragma unroll
         for (std::uint32_t block = 0; block < Traits::kN / 128; ++block) {
-          load(for_both, ctas, place + block * (kChunk * kSwizzledRowBytes), map, params.keep_b,
+          load(for_both, place + block * (kChunk * kSwizzledRowBytes), map, params.keep_b,
                column + block * kSwizzledColumns, k, tile.group);
         }
       } else {
-        load(for_both, ctas, place, map, params.keep_b, k, column, tile.group);
+        load(for_both, place, map, params.keep_b, k, column, tile.group);
       }
     }
   }

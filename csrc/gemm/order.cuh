@@ -17,22 +17,18 @@ struct TileOrder {
   const std::int32_t* ends = nullptr;
   std::uint32_t groups = 1, rows = 0;
   std::uint32_t tile_rows = 0, tile_columns = 0;         // of a CTA
-  std::uint32_t cluster_rows = 1, cluster_columns = 1;   // tiles of a unit, 1 or 2
+  std::uint32_t cluster_rows = 1, cluster_columns = 1;   // tiles of a unit, 1 or 2; one of them is 1
   std::uint32_t row_units = 0, column_units = 0;
   std::uint32_t clusters = 0;  // of the launch
   // Without groups: sections of so many units along the rows, in each all columns, the rows innermost.
   std::uint32_t section = 1;
   FastDivisor section_units;               // units of a section
   FastDivisor full_section, last_section;  // along the rows: of all but the last, of the last
-
-  // Place of a CTA in its cluster.
-  INFUSE_HOST_DEVICE std::uint32_t row_of(std::uint32_t rank) const { return cluster_columns > 1 ? rank / 2 : rank; }
-  INFUSE_HOST_DEVICE std::uint32_t column_of(std::uint32_t rank) const { return cluster_columns > 1 ? rank % 2 : 0; }
 };
 
 // How the tiles of a launch are dealt. section: units along the rows that take turns at all columns together.
 struct Schedule {
-  int cluster_rows, cluster_columns;  // 1 or 2
+  int cluster_rows, cluster_columns;  // 1 or 2, one of them 1
   int section;
 };
 
@@ -83,8 +79,8 @@ struct TileWalk {
 
  private:
   __device__ __forceinline__ void place(Tile& tile, std::uint32_t row_unit, std::uint32_t column_unit) const {
-    const std::uint32_t row_tile = row_unit * order.cluster_rows + order.row_of(rank);
-    const std::uint32_t column_tile = column_unit * order.cluster_columns + order.column_of(rank);
+    const std::uint32_t row_tile = row_unit * order.cluster_rows + (order.cluster_rows > 1 ? rank : 0);
+    const std::uint32_t column_tile = column_unit * order.cluster_columns + (order.cluster_columns > 1 ? rank : 0);
     tile.row = start + row_tile * order.tile_rows;
     tile.column = column_tile * order.tile_columns;
   }

@@ -80,7 +80,7 @@ void check(const Schedule& schedule, const std::vector<std::int32_t>& ends, std:
 }  // namespace
 
 int main() {
-  for (const Schedule& schedule : {Schedule{1, 1, 1}, Schedule{2, 1, 3}, Schedule{1, 2, 16}, Schedule{2, 2, 3}}) {
+  for (const Schedule& schedule : {Schedule{1, 1, 1}, Schedule{2, 1, 3}, Schedule{1, 2, 16}}) {
     for (const std::uint32_t rows : {1u, 128u, 129u, 1000u, 4096u}) {
       for (const std::uint32_t columns : {8u, 112u, 120u, 1792u}) check(schedule, {}, rows, columns);
     }
