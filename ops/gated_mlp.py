@@ -9,6 +9,9 @@ What lives until the backward, of the activations: x and the gate and up project
 x alone (overload `recompute`, which multiplies by the weights of gate and up once more). Autograd by itself keeps
 [..., 4F] beside x. All else is computed again where it is needed (infuse.ops.gated_mlp_passes); the products that give
 the weights' gradients, and the down projection, stay torch's own.
+
+Where x is rms_norm(norm_input, norm_weight, ...), norm_input, which the norm's own backward needs, may be given: then x
+is computed again too, instead of kept. No gradient flows to it from here: the norm's is x's.
 """
 
 from __future__ import annotations
@@ -21,13 +24,18 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from infuse.ops import gated_mlp_passes as _passes  # noqa: F401  importing an operator's module registers it
+from infuse.ops import rms_norm
 from infuse.ops.composites import register_composite
 from infuse.ops.linear_swiglu import check, formula_with, halves, joined, linear_swiglu_ref, split_gate_up
 from infuse.ops.norm_linear import check_linears
 from infuse.ops.registration import define, differentiate, implement, register_fake, with_defaults
 from infuse.ops.swiglu import FLAGS, swiglu_ref
 
-ARGUMENTS = "Tensor x, Tensor[] weights, Tensor?[] biases, str order, Tensor down_weight, Tensor? down_bias, " + FLAGS
+_NUM_FLAGS = FLAGS.count(",") + 1
+ARGUMENTS = (
+    f"Tensor x, Tensor[] weights, Tensor?[] biases, str order, Tensor down_weight, Tensor? down_bias, {FLAGS}, "
+    f"Tensor? norm_input=None, Tensor? norm_weight=None, float norm_eps=0.0, {rms_norm.FLAGS}"
+)
 
 
 def _formula(activate: Callable[..., Tensor]) -> Callable[..., Tensor]:
@@ -43,7 +51,7 @@ def _formula(activate: Callable[..., Tensor]) -> Callable[..., Tensor]:
         *flags: Any,
     ) -> Tensor:
         check("gated_mlp", x, weights, biases, order, down_weight)
-        h = activate(x, weights, biases, order, *flags)
+        h = activate(x, weights, biases, order, *flags[:_NUM_FLAGS])
         check_linears("gated_mlp", h.shape[-1], [down_weight], [down_bias])
         return F.linear(h, down_weight, down_bias)
 
@@ -54,7 +62,8 @@ gated_mlp_ref = _formula(linear_swiglu_ref)
 
 
 class _GatedMLP(torch.autograd.Function):
-    """keeps: whether gate_up is saved. The weights come after the other arguments: one packed, or gate and up."""
+    """keeps: whether gate_up is saved. norm: what follows norm_weight. The weights come after the other arguments: one
+    packed, or gate and up."""
 
     @staticmethod
     def forward(
@@ -62,7 +71,10 @@ class _GatedMLP(torch.autograd.Function):
         keeps: bool,
         order: str,
         flags: tuple[Any, ...],
+        norm: tuple[Any, ...],
         x: Tensor,
+        norm_input: Tensor | None,
+        norm_weight: Tensor | None,
         down_weight: Tensor,
         down_bias: Tensor | None,
         *given: Tensor | None,
@@ -74,24 +86,29 @@ class _GatedMLP(torch.autograd.Function):
             h, gate_up = torch.ops.infuse.linear_swiglu_fwd(x, weights, biases, order, *flags)
         else:
             h, gate_up = torch.ops.infuse.linear_swiglu(x, weights, biases, order, *flags), None
-        ctx.save_for_backward(gate_up, x, down_weight, down_bias, *given)
-        ctx.order, ctx.flags = order, flags
+        x_again = (x, None, None) if norm_input is None else (None, norm_input, norm_weight)
+        ctx.save_for_backward(gate_up, *x_again, down_weight, down_bias, *given)
+        ctx.order, ctx.flags, ctx.norm = order, flags, norm
         return F.linear(h, down_weight, down_bias)
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
-        gate_up, x, down_weight, down_bias, *given = ctx.saved_tensors
+        gate_up, x, norm_input, norm_weight, down_weight, down_bias, *given = ctx.saved_tensors
+        _, _, _, _, needs_x, _, _, needs_down, needs_down_bias, *needs = ctx.needs_input_grad
         if torch.is_grad_enabled():
-            inputs = (x, down_weight, down_bias, *given)
-            return None, None, None, *differentiate(_flat(ctx.order, ctx.flags), inputs, (dy,))
-        _, _, _, needs_x, needs_down, needs_down_bias, *needs = ctx.needs_input_grad
+            x = rms_norm.rms_norm_ref(norm_input, norm_weight, *ctx.norm) if x is None else x
+            dx, *grads = differentiate(_flat(ctx.order, ctx.flags), (x, down_weight, down_bias, *given), (dy,))
+            return None, None, None, None, dx, None, None, *grads
+        if x is None and (any(needs) or gate_up is None):
+            x = torch.ops.infuse.rms_norm_again(dy, norm_input, norm_weight, *ctx.norm)
         weights, biases = _weights_and_biases(given)
         of_projections = (x, weights, biases, ctx.order)
         inside = needs_x or any(needs)
         dgate_up, h = _inside(dy, gate_up, of_projections, down_weight, ctx.flags, inside, needs_down)
         return (
-            *(None, None, None),
+            *(None, None, None, None),
             _dx(dgate_up, weights, biases, ctx.order) if needs_x else None,
+            *(None, None),
             _rows(dy).t() @ _rows(h) if needs_down else None,
             _rows(dy).sum(0) if needs_down_bias else None,
             *_parameters(dgate_up, x, given, needs, ctx.order),
@@ -188,7 +205,9 @@ def _differentiable(keeps: bool) -> Callable[..., Tensor]:
         down_bias: Tensor | None,
         *flags: Any,
     ) -> Tensor:
-        result: Tensor = function(keeps, order, flags, x, down_weight, down_bias, *weights, *biases)
+        norm_input, norm_weight, *norm = flags[_NUM_FLAGS:]
+        options = (keeps, order, flags[:_NUM_FLAGS], tuple(norm))
+        result: Tensor = function(*options, x, norm_input, norm_weight, down_weight, down_bias, *weights, *biases)
         return result
 
     return apply

@@ -4,14 +4,15 @@
     linear_gated_bwd     dgate_up, h       dh = dy @ down_weight; dgate_up: swiglu's gradients for dh; h: computed again
     recomputed_gated_bwd dgate_up, h       the same out of x, gate_up being computed again too
     linear_pair          dx = dgate @ gate_weight + dup @ up_weight
+    rms_norm_again       y = rms_norm(x) as in the forward
 
 Shapes: x, dx [..., D]; h [..., F]; gate_up, dgate_up [..., 2F], gate (dgate) first whatever the order of the weights;
 dy [..., E]; down_weight [E, F]; gate_weight, up_weight [F, D], views of a packed weight included. One dtype, results
 contiguous. wants_h: without it the second result is empty, [0]. Products and activations are rounded as autograd
 rounds them; h is what the forward had, to the bit.
 
-recomputed_gated_bwd takes dy, on which gate_up does not depend, so that no partitioner of a graph moves its work into
-the forward, to keep what was to be computed again.
+recomputed_gated_bwd and rms_norm_again take dy, on which gate_up and y do not depend, so that no partitioner of a graph
+moves their work into the forward, to keep what was to be computed again.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from infuse.ops import checks
+from infuse.ops import checks, rms_norm
 from infuse.ops.linear_swiglu import check, gate_and_up, halves
 from infuse.ops.registration import register
 from infuse.ops.swiglu import FLAGS, swiglu_bwd_ref, swiglu_ref
@@ -144,6 +145,20 @@ register(
     "(Tensor, Tensor)",
     implementation=recomputed_gated_bwd_ref,
     fake=_recomputed_fake,
+)
+
+
+def rms_norm_again_ref(dy: Tensor, x: Tensor, weight: Tensor | None, eps: float, *flags: Any) -> Tensor:
+    """dy is not read."""
+    return rms_norm.rms_norm_ref(x, weight, eps, *flags)
+
+
+register(
+    "rms_norm_again",
+    f"Tensor dy, Tensor x, Tensor? weight, float eps, {rms_norm.FLAGS}",
+    "Tensor",
+    implementation=lambda *args: rms_norm_again_ref(*args).contiguous(),
+    fake=lambda dy, x, *_: x.new_empty(x.shape),
 )
 register(
     "linear_pair",

@@ -247,7 +247,7 @@ def _verifier(view: CanonicalGraph, effects: Effects, training: bool) -> Verifie
     def verifier(site: Site, overload: str, replaced: Mapping[Node, Node]) -> Verdict:
         operator = getattr(getattr(torch.ops.infuse, site.kind), overload)
         regions = effects.autocast(site.before)
-        return verify(view, site, operator, replaced=replaced, autocast=regions, training=training)
+        return verify(view, gated_mlp.alone(site), operator, replaced=replaced, autocast=regions, training=training)
 
     return verifier
 

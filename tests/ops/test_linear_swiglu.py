@@ -191,6 +191,24 @@ def test_half_of_what_eager_keeps_beside_the_input_or_nothing() -> None:
     assert kept(lambda: OPS.gated_mlp.recompute(*args), given) == 0
 
 
+@pytest.mark.parametrize("overload", ["default", "recompute"])
+@pytest.mark.parametrize(("order", "separate"), FORMS[:3])
+def test_norm_in_front_is_computed_again(order: str, separate: bool, overload: str) -> None:
+    _, weights, *rest = args = mlp(make(order, separate, torch.float64, bias=False), torch.float64, bias=False)
+    before, norm_weight = leaf(6, DIM, dtype=torch.float64), leaf(DIM, dtype=torch.float64)
+
+    def block(before: Tensor, norm_weight: Tensor, down: Tensor, *given: Tensor, again: bool = True) -> Tensor:
+        y = OPS.rms_norm(before, norm_weight, 1e-6, 1.0)
+        options = ("silu", None, 1.0, 0.0, before, norm_weight, 1e-6, 1.0) if again else ()
+        return getattr(OPS.gated_mlp, overload)(y, [*given], rest[0], order, down, None, *options)
+
+    tensors = (before, norm_weight, args[4], *weights)
+    assert torch.autograd.gradcheck(block, tensors, fast_mode=True)
+    assert torch.autograd.gradgradcheck(block, tensors, fast_mode=True)
+    numbers = [kept(lambda again=again: block(*tensors, again=again), tensors) for again in (False, True)]
+    assert numbers[0] - numbers[1] == 6 * DIM
+
+
 def test_packed_weights_are_taken_apart_as_views() -> None:
     for order in ORDERS:
         packed, bias = torch.randn(2 * HIDDEN, DIM), torch.randn(2 * HIDDEN)
@@ -252,6 +270,7 @@ def test_results_have_the_strides_of_their_fakes(leading: tuple[int, ...]) -> No
             (OPS.linear_gated_bwd, (dy, down, gate_up, *flags, True)),
             (OPS.linear_gated_bwd, (dy, down, gate_up, *flags, False)),
             (OPS.recomputed_gated_bwd, (dy, x, [packed], [None], "up_gate", down, *flags, True)),
+            (OPS.rms_norm_again, (dy, x, None, 1e-6)),
             (OPS.linear_pair, (gate_up, packed[::2], packed[1::2])),
         ]
     )
