@@ -149,8 +149,8 @@ Prepared prepare(const Arguments& a) {
   if (prepared.empty) return prepared;
   check(a.x.sizes[1] > 0, kOp, "last dimension of x, got 0, expected at least 8");
   prepared.params = make_params(a);
-  const Problem problem{a.x.sizes[0], a.out.sizes[1],    a.x.sizes[1], prepared.params.groups, a.ends != nullptr,
-                        prepared.params.by_columns};
+  const Problem problem{a.x.sizes[0], a.out.sizes[1], a.x.sizes[1], prepared.params.groups, a.ends != nullptr,
+                        prepared.params.by_columns, a.gate_bias != nullptr || a.up_bias != nullptr};
   const Device device = describe(a.x.device);
   prepared.config = a.config == kHeuristic ? choose(problem, device) : static_cast<int>(a.config);
   const Config& config = kConfigs[prepared.config];
@@ -165,6 +165,8 @@ void launch_as(const Prepared& prepared, cudaStream_t stream) {
   const Config& config = kConfigs[prepared.config];
   if (config.is_mma) {
     launch_mma<kDType>(config, prepared.params, prepared.device, stream);
+  } else if (config.is_handed) {
+    launch_handed<kDType>(config, prepared.params, prepared.device, stream);
   } else {
     launch_wgmma<kDType>(config, prepared.params, prepared.device, stream);
   }

@@ -8,13 +8,13 @@
 namespace infuse::gated_linear {
 
 // columns: of the result, of a tile of 128 rows. cluster_rows, cluster_columns: tiles of the CTAs that share loads.
-// section: see gemm/order.cuh. is_mma: by mma.sync, which every device has.
+// section: see gemm/order.cuh. is_mma: by mma.sync, which every device has. is_handed: see handed_gemm/kernel.cuh.
 struct Config {
   const char* name;
   int columns;
   int cluster_rows, cluster_columns;
   int section;
-  bool is_mma = false;
+  bool is_mma = false, is_handed = false;
 };
 
 constexpr Config kConfigs[] = {
@@ -24,7 +24,8 @@ constexpr Config kConfigs[] = {
     {"wgmma_128x112_pairs", 112, 2, 1, 8},    // 3
     {"wgmma_128x112_across", 112, 1, 2, 16},  // 4
     {"wgmma_128x112_alone", 112, 1, 1, 16},   // 5
-    {"mma_128x64", 64, 1, 1, 16, true},       // 6
+    {"wgmma_128x128_handed", 128, 1, 1, 16, false, true},  // 6
+    {"mma_128x64", 64, 1, 1, 16, true},                    // 7
 };
 constexpr int kNumConfigs = sizeof(kConfigs) / sizeof(kConfigs[0]);
 constexpr int kHeuristic = -1, kMma = kNumConfigs - 1;
@@ -32,7 +33,7 @@ constexpr int kTileRows = 128;  // of wgmma
 
 struct Problem {
   std::int64_t rows, columns, dim, groups;
-  bool has_groups, by_columns;
+  bool has_groups, by_columns, has_biases;
 };
 
 struct Device {
@@ -45,20 +46,22 @@ struct Device {
 constexpr const char* obstacle(const Problem& problem, const Config& config, const Device& device) {
   if (config.is_mma) return nullptr;
   if (!device.has_wgmma) return "a device or a library without 9.0a";
-  if (problem.by_columns && config.columns % 64 != 0) return "weights that lie by columns";
+  if (config.is_handed && problem.has_groups) return "groups of rows";
+  if (config.is_handed && problem.has_biases) return "biases";
+  if (problem.by_columns && (config.is_handed || config.columns % 64 != 0)) return "weights that lie by columns";
   return nullptr;
 }
 
 // What a configuration takes, in columns of tiles that an SM computes one after the other. Groups are taken to be of
-// one size; what loads cost that CTAs do not share is from measurements on an H200.
+// one size; what loads cost that CTAs do not share, and what handing over saves, is from measurements on an H200.
 constexpr std::int64_t cost(const Problem& problem, const Config& config, const Device& device) {
   const std::int64_t rows = ceil_div(problem.rows, problem.groups);
   const std::int64_t units = problem.groups * ceil_div(rows, std::int64_t{kTileRows} * config.cluster_rows) *
                              ceil_div(problem.columns, std::int64_t{config.columns} * config.cluster_columns);
   const int cluster = config.cluster_rows * config.cluster_columns;
   const std::int64_t waves = ceil_div(units * cluster, device.num_sms / cluster * cluster);
-  const int unshared = cluster == 1 ? 3 : config.cluster_columns > 1 ? 1 : 0;  // percent
-  return waves * config.columns * (100 + unshared);
+  const int percent = config.is_handed ? 94 : cluster == 1 ? 103 : config.cluster_columns > 1 ? 101 : 100;
+  return waves * config.columns * percent;
 }
 
 constexpr int choose(const Problem& problem, const Device& device) {

@@ -394,6 +394,7 @@ def gated_linear(device: torch.device) -> Iterator[Launch]:
         for config, activation in zip(configs(gated_linear_kernels.NAME), itertools.cycle(ACTIVATIONS)):
             for weights, given, groups in (
                 ((packed[:, 0], packed[:, 1]), biases, None),
+                ((packed[:, 0], packed[:, 1]), (None, None), None),
                 (across.unbind(), (None, None), None),
                 (experts, (None, None), ends),
             ):
@@ -464,10 +465,10 @@ def gated_backward(device: torch.device) -> Iterator[Launch]:
                     written = torch.empty(rows, 2 * dim, dtype=dtype, device=device), torch.empty_like(dout)
                     yield partial(OPS.gated_backward_out, dout, gate_up, activation, config, *written)
                     yield partial(OPS.gated_backward_out, dout, gate_up, activation, config, written[0], None)
+    yield from _gated_backward_gemms(device)
 
 
-@driver
-def gated_backward_gemms(device: torch.device) -> Iterator[Launch]:
+def _gated_backward_gemms(device: torch.device) -> Iterator[Launch]:
     """Tiles that are not full along any dimension; packed weights; several tiles for a CTA."""
     for dtype, activation in ((BF16, "silu"), (FP16, "gelu_tanh")):
         make = partial(random, dtype=dtype, device=device)

@@ -1,17 +1,17 @@
-// Tiles, shared memory and barriers of the GEMMs of a gated MLP's backward.
+// Tiles, shared memory and barriers of GEMMs that hand their results over.
 #pragma once
 
 #include "infuse/mbarrier.cuh"
 #include "infuse/wgmma.cuh"
 
-namespace infuse::gated_backward {
+namespace infuse::handed_gemm {
 
 constexpr int kTileRows = 128, kTileColumns = 256, kDepth = 64;
 constexpr int kColumnBlocks = kTileColumns / kSwizzledColumns;
 constexpr int kWarpgroup = 128;
 constexpr int kMultipliers = 2;  // warpgroups, 64 rows each
 constexpr int kFinishers = 3;    // warps, beside one that loads
-constexpr int kWgmmaThreads = (kMultipliers + 1) * kWarpgroup;
+constexpr int kThreads = (kMultipliers + 1) * kWarpgroup;
 constexpr int kMultiplierRegisters = 184, kOtherRegisters = 136;
 static_assert(kMultipliers * kMultiplierRegisters + kOtherRegisters <= 3 * 168, "what a thread has on average");
 
@@ -24,17 +24,22 @@ constexpr std::uint32_t kResultBytes = kColumnBlocks * kResultBlockBytes;
 constexpr int kStages = 3;
 constexpr int kSharedBytes = kStages * kStageBytes + kResultBytes + 1024 /* alignment */ + 128 /* barriers */;
 
-// Code for something else than 9.0a is empty, and cannot be launched: has_wgmma asks how many threads it takes.
+// Code for something else than 9.0a is empty, and cannot be launched: is_compiled asks how many threads it takes.
 constexpr int threads_of_kernel() {
 #if defined(__CUDA_ARCH__) && !defined(__CUDA_ARCH_FEAT_SM90_ALL)
   return 32;
 #else
-  return kWgmmaThreads;
+  return kThreads;
 #endif
 }
 
+// A tile's first row and, of the kTileColumns columns of all b together, its first column.
+struct TilePlace {
+  std::uint32_t row, column;
+};
+
 // The shared memory of a CTA: stages of a and b, the rounded result, barriers.
-struct WgmmaShared {
+struct Shared {
   SharedAddress start;
 
   __device__ __forceinline__ SharedAddress a(std::uint32_t stage) const { return start + stage * kStageBytes; }
@@ -54,4 +59,4 @@ struct WgmmaShared {
   __device__ __forceinline__ SharedAddress barriers() const { return result() + kResultBytes; }
 };
 
-}  // namespace infuse::gated_backward
+}  // namespace infuse::handed_gemm

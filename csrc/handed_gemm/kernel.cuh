@@ -1,27 +1,32 @@
-// The GEMMs of a gated MLP's backward on Hopper's tensor cores: a by rows, b with adjacent columns (as a weight [out, in]
-// lies in memory when its gradient flows back).
+// GEMMs on Hopper's tensor cores that hand their results over: a CTA has tiles of 128 x 256; one warp loads a and b by
+// TMA, and two warpgroups multiply 64 rows each, round their sums to T, leave them in shared memory and go on. Three more
+// warps finish them while the next tile is multiplied. So whatever is done with a result, and the memory traffic of that,
+// takes none of the tensor cores' time; what it still costs on an H200 is power, and with it clock rate. Clusters of two
+// CTAs that share b were 1% slower there.
 //
-// A CTA has tiles of 128 x 256. One warp loads a and b by TMA. Two warpgroups multiply 64 rows each, round their sums and
-// leave them in shared memory for three more warps, which finish them while the next tile is multiplied: so what is done
-// with a result, and the memory traffic of that, takes no time of the tensor cores. Clusters of two CTAs that share b are
-// 1% slower on an H200.
+// A Finisher is a type with
+//   Params                                                   what it is given
+//   static finish<T>(const Params&, Shared, TilePlace, round)  by all three warps (32 kFinishers threads, the first one
+//     with threadIdx.x 32): waits for the tile (wait(shared.result_full(), round % 2)), and when a thread reads it no
+//     more, that thread arrives at shared.result_empty()
 #pragma once
 
 #include <cstdint>
 
-#include "gated_backward/wgmma_finish.cuh"
-#include "gated_backward/wgmma_params.h"
-#include "gated_backward/wgmma_traits.cuh"
+#include "handed_gemm/params.h"
+#include "handed_gemm/traits.cuh"
 #include "infuse/mma.cuh"
 #include "infuse/overlap.cuh"
 #include "infuse/tma.cuh"
+#include "infuse/vec.cuh"
 
-namespace infuse::gated_backward {
+namespace infuse::handed_gemm {
 
 #if defined(__CUDA_ARCH_FEAT_SM90_ALL)
 
 // The tile of this CTA that has a number; neighbouring numbers share rows or columns that are in the L2.
-__device__ __forceinline__ TilePlace place_of_tile(const WgmmaParams& params, std::uint32_t number) {
+template <typename Finisher>
+__device__ __forceinline__ TilePlace place_of_tile(const Params<Finisher>& params, std::uint32_t number) {
   const std::uint32_t band = params.band_tiles.divide(number), within = number - band * params.band_tiles.divisor;
   const std::uint32_t first = band * params.band_rows.divisor;
   const bool is_last = first + params.band_rows.divisor > params.row_tiles;
@@ -30,12 +35,32 @@ __device__ __forceinline__ TilePlace place_of_tile(const WgmmaParams& params, st
   return {row * kTileRows, column * kTileColumns};
 }
 
+// A stage of b.
+template <Pair kPair>
+__device__ __forceinline__ void load_b(const CUtensorMap (&maps)[2], int pair, SharedAddress to, SharedAddress full,
+                                       const TilePlace& tile, std::int32_t depth) {
+  if constexpr (kPair == Pair::kSideBySide) {
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      load_box(to + half * (kBBytes / 2), maps[half], full, L2::kNormal, depth,
+               static_cast<std::int32_t>(tile.column / 2), 0, 0);
+    }
+  } else {
+#pragma unroll
+    for (int block = 0; block < kColumnBlocks; ++block) {
+      load_box(to + block * kBBlockBytes, maps[pair], full, L2::kNormal,
+               static_cast<std::int32_t>(tile.column + block * kSwizzledColumns), depth, 0, 0);
+    }
+  }
+}
+
 // By one thread.
-__device__ __forceinline__ void load_tiles(const WgmmaParams& params, const WgmmaShared& shared) {
+template <Pair kPair, typename Finisher>
+__device__ __forceinline__ void load_tiles(const Params<Finisher>& params, const Shared& shared) {
   RingPlace<kStages> place;
   for (std::uint32_t number = blockIdx.x; number < params.tiles; number += gridDim.x) {
     const TilePlace tile = place_of_tile(params, number);
-    for (int pair = 0; pair < kMaxPairs; ++pair) {
+    for (int pair = 0; pair < (kPair == Pair::kSideBySide ? 1 : 2); ++pair) {
       for (std::uint32_t step = 0; step < params.steps[pair]; ++step) {
         wait(shared.empty(place.stage), place.parity ^ 1);
         const SharedAddress full = shared.full(place.stage);
@@ -43,21 +68,17 @@ __device__ __forceinline__ void load_tiles(const WgmmaParams& params, const Wgmm
         const std::int32_t depth = static_cast<std::int32_t>(step * kDepth);
         load_box(shared.a(place.stage), params.a[pair], full, L2::kNormal, depth, static_cast<std::int32_t>(tile.row),
                  0, 0);
-#pragma unroll
-        for (int block = 0; block < kColumnBlocks; ++block) {
-          load_box(shared.b(place.stage) + block * kBBlockBytes, params.b[pair], full, L2::kNormal,
-                   static_cast<std::int32_t>(tile.column + block * kSwizzledColumns), depth, 0, 0);
-        }
+        load_b<kPair>(params.b, pair, shared.b(place.stage), full, tile, depth);
         place.advance();
       }
     }
   }
 }
 
-// A warpgroup that multiplies 64 rows of each tile.
-template <typename T>
+// A warpgroup that multiplies 64 rows of each tile. kByRows: what is adjacent in b runs along the depth.
+template <typename T, bool kByRows>
 struct Multiplier {
-  const WgmmaShared shared;
+  const Shared shared;
   const std::uint32_t group;
   RingPlace<kStages> place{};
   float sums[kTileColumns / 2];
@@ -69,12 +90,13 @@ struct Multiplier {
 
   __device__ __forceinline__ void multiply_stage(bool is_first) {
     const std::uint64_t a = matrix_by_rows(shared.a(place.stage) + group * 64 * kSwizzledRowBytes);
-    const std::uint64_t b = matrix_by_columns(shared.b(place.stage), kBBlockBytes);
+    const std::uint64_t b = kByRows ? matrix_by_rows(shared.b(place.stage))
+                                    : matrix_by_columns(shared.b(place.stage), kBBlockBytes);
+    constexpr std::uint32_t kStep = kByRows ? 32 : 16 * kSwizzledRowBytes;
     fence_products();
 #pragma unroll
     for (int i = 0; i < kDepth / 16; ++i) {
-      multiply<T, kTileColumns, false, true>(sums, moved(a, 32 * i), moved(b, 16 * i * kSwizzledRowBytes),
-                                             !is_first || i > 0);
+      multiply<T, kTileColumns, false, !kByRows>(sums, moved(a, 32 * i), moved(b, kStep * i), !is_first || i > 0);
     }
     end_products();
   }
@@ -109,30 +131,16 @@ struct Multiplier {
     arrive(shared.result_full());
   }
 
-  __device__ __forceinline__ void run(const WgmmaParams& params) {
-    const std::uint32_t steps = params.steps[0] + params.steps[1];
+  __device__ __forceinline__ void run(std::uint32_t steps, std::uint32_t tiles) {
     std::uint32_t round = 0;
-    for (std::uint32_t number = blockIdx.x; number < params.tiles; number += gridDim.x, ++round) {
+    for (std::uint32_t number = blockIdx.x; number < tiles; number += gridDim.x, ++round) {
       multiply_tile(steps);
       hand_over(round);
     }
   }
 };
 
-template <typename T, bool kGated>
-__device__ __forceinline__ void finish_tiles(const WgmmaParams& params, const WgmmaShared& shared) {
-  std::uint32_t round = 0;
-  for (std::uint32_t number = blockIdx.x; number < params.tiles; number += gridDim.x, ++round) {
-    const TilePlace tile = place_of_tile(params, number);
-    if constexpr (kGated) {
-      finish_gated<T>(params, shared, tile, round);
-    } else {
-      finish_plain(params, shared, tile, round);
-    }
-  }
-}
-
-__device__ __forceinline__ void init_barriers(const WgmmaShared& shared) {
+__device__ __forceinline__ void init_barriers(const Shared& shared) {
   for (int i = 0; i < kStages; ++i) {
     init_barrier(shared.full(i), 1);
     init_barrier(shared.empty(i), kMultipliers * 4);
@@ -144,10 +152,11 @@ __device__ __forceinline__ void init_barriers(const WgmmaShared& shared) {
 
 #endif
 
-template <typename T, bool kGated>
-__global__ void __launch_bounds__(threads_of_kernel(), 1) wgmma_kernel(const __grid_constant__ WgmmaParams params) {
+template <typename T, Pair kPair, typename Finisher>
+__global__ void __launch_bounds__(threads_of_kernel(), 1)
+    handed_gemm_kernel(const __grid_constant__ Params<typename Finisher::Params> params) {
 #if defined(__CUDA_ARCH_FEAT_SM90_ALL)
-  const WgmmaShared shared{(dynamic_shared_memory() + 1023) & ~1023u};
+  const Shared shared{(dynamic_shared_memory() + 1023) & ~1023u};
   if (threadIdx.x == 0) init_barriers(shared);
   __syncthreads();
   const std::uint32_t group = __shfl_sync(0xffffffffu, threadIdx.x / kWarpgroup, 0);
@@ -155,17 +164,20 @@ __global__ void __launch_bounds__(threads_of_kernel(), 1) wgmma_kernel(const __g
     give_up_registers<kOtherRegisters>();
     wait_for_previous_kernel();
     if (threadIdx.x >= 32) {
-      finish_tiles<T, kGated>(params, shared);
+      std::uint32_t round = 0;
+      for (std::uint32_t number = blockIdx.x; number < params.tiles; number += gridDim.x, ++round) {
+        Finisher::template finish<T>(params.finisher, shared, place_of_tile(params, number), round);
+      }
     } else if (threadIdx.x == 0) {
-      load_tiles(params, shared);
+      load_tiles<kPair>(params, shared);
       let_next_kernel_start();
     }
   } else {
     take_registers<kMultiplierRegisters>();
-    Multiplier<T> multiplier{shared, group - 1};
-    multiplier.run(params);
+    Multiplier<T, kPair == Pair::kSideBySide> multiplier{shared, group - 1};
+    multiplier.run(params.steps[0] + params.steps[1], params.tiles);
   }
 #endif
 }
 
-}  // namespace infuse::gated_backward
+}  // namespace infuse::handed_gemm

@@ -1,0 +1,57 @@
+// The host's side of GEMMs that hand their results over: maps, order of the tiles, the launch.
+#pragma once
+
+#include "handed_gemm/kernel.cuh"
+#include "infuse/access.h"
+#include "infuse/launch.h"
+#include "infuse/tensor_map.h"
+
+namespace infuse::handed_gemm {
+
+// A map of a matrix with adjacent columns, for boxes of 64 of them.
+inline CUtensorMap map_matrix(const char* op, DType dtype, const void* data, std::int64_t rows, std::int64_t columns,
+                              std::int64_t row_stride, int box_rows) {
+  return make_tensor_map(op, {data, dtype, 1, 1, rows, columns, 0, 0, row_stride}, box_rows, kSwizzledColumns);
+}
+
+// The tiles of a result whose b have `columns` columns together: bands of `band` tiles along the rows go through all
+// columns together, so that both operands come from the L2.
+template <typename FinisherParams>
+void order_tiles(std::int64_t rows, std::int64_t columns, int band, Params<FinisherParams>* params) {
+  const auto column_tiles = static_cast<std::uint32_t>(ceil_div(columns, kTileColumns));
+  params->row_tiles = static_cast<std::uint32_t>(ceil_div(rows, kTileRows));
+  params->tiles = params->row_tiles * column_tiles;
+  const auto most = static_cast<std::uint32_t>(band);
+  const std::uint32_t band_rows = params->row_tiles < most ? params->row_tiles : most;
+  const std::uint32_t left = params->row_tiles % band_rows;
+  params->band_rows = FastDivisor(band_rows);
+  params->last_band_rows = FastDivisor(left > 0 ? left : band_rows);
+  params->band_tiles = FastDivisor(band_rows * column_tiles);
+}
+
+template <typename T, Pair kPair, typename Finisher>
+void launch(const char* op, const char* name, const Params<typename Finisher::Params>& params, int device,
+            cudaStream_t stream) {
+  const auto kernel = handed_gemm_kernel<T, kPair, Finisher>;
+  const unsigned most = resident_ctas(op, kernel, kThreads, kSharedBytes, device);
+  launch_kernel(op, name, kernel, {dim3(params.tiles < most ? params.tiles : most), dim3(kThreads), kSharedBytes, true},
+                params, device, stream);
+}
+
+// Whether the library has code of this kernel that the device runs.
+template <typename T, Pair kPair, typename Finisher>
+bool is_compiled(const char* op, int device) {
+  static thread_local int last_device = -1;
+  static thread_local bool answer = false;
+  if (last_device != device) {
+    cudaFuncAttributes attributes;
+    check_cuda(cudaFuncGetAttributes(&attributes,
+                                     reinterpret_cast<const void*>(handed_gemm_kernel<T, kPair, Finisher>)),
+               op, "attributes of a kernel");
+    last_device = device;
+    answer = attributes.maxThreadsPerBlock >= kThreads;
+  }
+  return answer;
+}
+
+}  // namespace infuse::handed_gemm
