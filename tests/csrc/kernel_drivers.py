@@ -31,6 +31,7 @@ from infuse.ops import (
     gated_linear_kernels,
     library,
     rope_kernels,
+    skinny_linear_kernels,
 )
 from infuse.ops.attention_tile_map import tile_map_ref
 from infuse.ops.gated_linear_kernels import ACTIVATIONS
@@ -481,6 +482,36 @@ def _gated_backward_gemms(device: torch.device) -> Iterator[Launch]:
                 yield partial(down, dy, make(dim, features), gate_up, activation, config, dgate_up, None)
                 weights = packed[0::2], packed[1::2]
                 yield partial(OPS.linear_pair_out, make(rows, 2 * features), *weights, config, make(rows, dim))
+
+
+# ---- skinny_linear ----
+
+
+@driver
+def skinny_linear(device: torch.device) -> Iterator[Launch]:
+    """Rows of every kind of product, with each prologue and epilogue; odd sizes, packed weights, padded rows."""
+    # Rows, columns, features of each weight, dtype, whether there is a norm with a residual, activation.
+    problems = (
+        (1, 896, (100, 8, 33), BF16, True, ""),
+        (5, 264, (77, 77), FP16, True, "silu"),
+        (12, 200, (77, 77), BF16, False, "gelu_tanh"),
+        (64, 328, (96,), FP16, True, ""),
+    )
+    for rows, dim, features, dtype, norm, activation in problems:
+        for config in configs(skinny_linear_kernels.FAMILY):
+            x = padded(rows, dim, dtype, device)
+            weights = [padded(count, dim, dtype, device) for count in features]
+            biases = [_vector(count, dtype=dtype, device=device) for count in features]
+            outs = [torch.empty(rows, count, dtype=dtype, device=device) for count in features]
+            given = {"residual": padded(rows, dim, dtype, device), "norm": True} if norm else {}
+            if norm:
+                given["norm_weight"] = _vector(dim, dtype=dtype, device=device)
+                given["sum_out"] = torch.empty(rows, dim, dtype=dtype, device=device)
+            given["addend"] = random(rows, features[0], dtype=dtype, device=device)
+            outs = outs[:1] if activation else outs
+            yield partial(
+                skinny_linear_kernels.run, x, weights, outs, biases, activation=activation, config=config, **given
+            )
 
 
 if __name__ == "__main__":

@@ -17,7 +17,17 @@ FLAGS = ("-O1", "-std=c++20", "-x", "c++", "-Xcompiler=-fno-strict-aliasing,-Wal
 
 
 @pytest.mark.parametrize(
-    "program", ["attention_backward", "attention_decode", "attention_forward", "gemm", "norm", "norm_backward", "rope"]
+    "program",
+    [
+        "attention_backward",
+        "attention_decode",
+        "attention_forward",
+        "gemm",
+        "norm",
+        "norm_backward",
+        "rope",
+        "skinny_linear",
+    ],
 )
 def test_kernel_is_right_on_the_cpu(program: str, tmp_path: Path) -> None:
     nvcc = build.find_nvcc()

@@ -32,10 +32,10 @@ inline EncodeTiled encode_tiled(const char* op) {
   return reinterpret_cast<EncodeTiled>(function);
 }
 
-// A map for boxes of box_rows x box_columns of one head. A row of the box is at most 128 bytes; of exactly 128 bytes if
+// A map for boxes of box_rows x box_columns of box_heads heads, which is one nearly always. A row of the box is at most 128 bytes; of exactly 128 bytes if
 // swizzled, where piece i of 16 bytes of row r of the box lies at piece i ^ (r % 8).
 inline CUtensorMap make_tensor_map(const char* op, const MappedTensor& t, int box_rows, int box_columns,
-                                   bool swizzled = true) {
+                                   bool swizzled = true, int box_heads = 1) {
   CUtensorMap map;
   const std::uint64_t element = static_cast<std::uint64_t>(size_bytes(t.dtype));
   const cuuint64_t sizes[4] = {static_cast<cuuint64_t>(t.columns), static_cast<cuuint64_t>(t.rows),
@@ -46,7 +46,8 @@ inline CUtensorMap make_tensor_map(const char* op, const MappedTensor& t, int bo
   };
   const cuuint64_t strides[3] = {bytes(t.rows, t.row_stride), bytes(t.heads, t.head_stride),
                                  bytes(t.batch, t.batch_stride)};
-  const cuuint32_t box[4] = {static_cast<cuuint32_t>(box_columns), static_cast<cuuint32_t>(box_rows), 1, 1};
+  const cuuint32_t box[4] = {static_cast<cuuint32_t>(box_columns), static_cast<cuuint32_t>(box_rows),
+                             static_cast<cuuint32_t>(box_heads), 1};
   const cuuint32_t steps[4] = {1, 1, 1, 1};
   const CUtensorMapDataType type = t.dtype == DType::kBFloat16  ? CU_TENSOR_MAP_DATA_TYPE_BFLOAT16
                                    : t.dtype == DType::kFloat16 ? CU_TENSOR_MAP_DATA_TYPE_FLOAT16

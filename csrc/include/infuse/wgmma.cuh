@@ -83,6 +83,7 @@ __device__ __forceinline__ void pin(std::uint32_t (&registers)[kCount]) {
 #define INFUSE_SUM_8(i)                                                                                       \
   "+f"(d[i]), "+f"(d[i + 1]), "+f"(d[i + 2]), "+f"(d[i + 3]), "+f"(d[i + 4]), "+f"(d[i + 5]), "+f"(d[i + 6]), \
       "+f"(d[i + 7])
+#define INFUSE_SUM_16 INFUSE_SUM_8(0), INFUSE_SUM_8(8)
 #define INFUSE_SUM_32 INFUSE_SUM_8(0), INFUSE_SUM_8(8), INFUSE_SUM_8(16), INFUSE_SUM_8(24)
 #define INFUSE_SUM_40 INFUSE_SUM_32, INFUSE_SUM_8(32)
 #define INFUSE_SUM_48 INFUSE_SUM_40, INFUSE_SUM_8(40)
@@ -117,7 +118,11 @@ __device__ __forceinline__ void pin(std::uint32_t (&registers)[kCount]) {
 
 // One instruction for each width.
 #define INFUSE_MULTIPLY(FORM, type)                                                                             \
-  if constexpr (kN == 64) {                                                                                    \
+  if constexpr (kN == 16) {                                                                                    \
+    FORM(16, type, INFUSE_TEXT_8(), INFUSE_SUM_8(0), 8, 9, 10, 11, 12, 13, 14);                                \
+  } else if constexpr (kN == 32) {                                                                             \
+    FORM(32, type, INFUSE_TEXT_10() ", " INFUSE_TEXT_6(1), INFUSE_SUM_16, 16, 17, 18, 19, 20, 21, 22);         \
+  } else if constexpr (kN == 64) {                                                                             \
     FORM(64, type, INFUSE_TENS_3 INFUSE_TEXT_2(3), INFUSE_SUM_32, 32, 33, 34, 35, 36, 37, 38);                 \
   } else if constexpr (kN == 80) {                                                                             \
     FORM(80, type, INFUSE_TENS_3 INFUSE_TEXT_10(3), INFUSE_SUM_40, 40, 41, 42, 43, 44, 45, 46);                \

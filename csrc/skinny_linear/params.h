@@ -1,0 +1,56 @@
+// What the kernels for linears of few rows are given: pointers with their shapes, scalars of the formulas, and how the
+// plan cuts the problem up.
+#pragma once
+
+#include <cstdint>
+
+namespace infuse::skinny_linear {
+
+constexpr int kMaxWeights = 3;
+
+enum class Activation : int { kNone, kSilu, kGeluTanh, kGeluErf };
+
+// y W^T, one of up to three; with an activation the first two are gate and up, of one result.
+struct Linear {
+  const void* weight;  // [features, dim]
+  const void* bias;    // [features], or null
+  void* out;           // written: [rows, features]; of the up projection null
+  std::int64_t weight_stride, out_stride;  // elements, of a row
+  std::uint32_t features;
+  std::uint32_t first_tile;  // tiles of all linears are numbered through; of what does not exist beyond the last
+  bool is_wide;              // 8 features of bias, out and addend begin at multiples of 16 bytes
+};
+
+// RMSNorm of x, as in ops/rms_norm.py.
+struct Norm {
+  const void* residual;  // [rows, dim], added to x first, or null
+  void* sum;             // written: x + residual, [rows, dim] contiguous, or null
+  const void* weight;    // [dim], or null
+  std::int64_t residual_stride;
+  float eps, weight_offset;  // offset 1 without a weight
+  float inv_dim;             // 1 / dim
+  bool exists, weight_is_fp32, cast_before_weight, eps_as_minimum;
+};
+
+struct Params {
+  const void* x;       // [rows, dim]
+  const void* addend;  // [rows, features], added to the first linear, or null
+  std::int64_t x_stride, addend_stride;  // elements, of a row
+  Linear linears[kMaxWeights];
+  Norm norm;
+  Activation activation;
+  std::uint32_t rows;  // 1 to 64
+  std::uint32_t dim;   // a multiple of 8
+
+  // Of the plan.
+  std::uint32_t tile_rows;   // features of a tile
+  std::uint32_t splits;      // CTAs, of one cluster, that share the columns of a tile
+  std::uint32_t column_groups;  // warpgroups, 1 or 2, that share those of a CTA: each takes every second stage
+  std::uint32_t iterations;  // stages that hold all columns
+  std::uint32_t blocks;      // of 64 columns, in a stage
+  std::uint32_t stages;
+  std::uint32_t stage_bytes, x_offset;  // x behind the weights of a stage
+  std::uint32_t kept_x_offset, norm_weight_offset, barrier_offset;  // in shared memory
+};
+
+}  // namespace infuse::skinny_linear
