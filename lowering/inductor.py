@@ -20,6 +20,7 @@ from torch._inductor import config, ir
 from torch._inductor.codegen.subgraph import SubgraphChoiceCaller, SubgraphTemplate
 from torch._inductor.custom_graph_pass import CustomGraphPass as CustomGraphPass
 from torch._inductor.decomposition import fast_random_decomps, register_decomposition, select_decomp_table
+from torch._inductor.graph import GraphLowering
 from torch._inductor.lowering import needs_realized_inputs, register_lowering
 from torch._inductor.runtime.benchmarking import benchmarker
 from torch._inductor.select_algorithm import (
@@ -29,6 +30,7 @@ from torch._inductor.select_algorithm import (
 )
 from torch._inductor.virtualized import V
 from torch.fx.experimental.proxy_tensor import make_fx
+from torch.utils import _pytree as pytree
 
 from infuse.report import SITE_KEY
 from infuse.settings import Settings, resolve
@@ -80,14 +82,20 @@ def is_tensor(value: object) -> bool:
 
 
 def bind(function: Callable[..., Any], args: Sequence[object]) -> tuple[Callable[..., Any], list[Node]]:
-    """`function` with its plain values filled in, and the IR nodes that remain as its arguments."""
-    tensors = [arg for arg in args if is_tensor(arg)]
+    """`function` with its plain values filled in, and the IR nodes that remain as its arguments, also out of lists."""
+    leaves, spec = pytree.tree_flatten(list(args))
 
     def bound(*given: Any) -> Any:
         remaining = iter(given)
-        return function(*(next(remaining) if is_tensor(arg) else arg for arg in args))
+        values = [next(remaining) if is_tensor(leaf) else leaf for leaf in leaves]
+        return function(*pytree.tree_unflatten(values, spec))
 
-    return bound, tensors
+    return bound, tensors_of(args)
+
+
+def tensors_of(args: Sequence[object]) -> list[Node]:
+    """The IR nodes among an operator's arguments, in their order, also out of lists."""
+    return [leaf for leaf in pytree.tree_leaves(list(args)) if is_tensor(leaf)]
 
 
 def trace(function: Callable[..., Any], tensors: Sequence[Node]) -> torch.fx.GraphModule:
@@ -206,13 +214,16 @@ def measure(
     formulas: Mapping[str, Callable[..., Any]],
     args: Sequence[object],
     layout: Node,
+    *,
+    tune_products: bool = False,
 ) -> dict[str, float]:
     """Milliseconds of every candidate on stand-in inputs, through Inductor's autotuning (its log and its cache).
 
     The graph under construction is not touched: nothing is realised and no buffer is added. A candidate that fails is
-    left out.
+    left out. tune_products: the products in the formulas are tuned too, Inductor's templates among them, as they would
+    be in the graph.
     """
-    tensors = [stand_in(arg) for arg in args if is_tensor(arg)]
+    tensors = [stand_in(tensor) for tensor in tensors_of(args)]
     choices: dict[str, Any] = {label: kernel.bind(tensors, layout) for label, kernel in kernels.items()}
     for label, choice in choices.items():
         choice.description = label
@@ -226,6 +237,8 @@ def measure(
             description=label,
         )
     for choice in choices.values():
+        if tune_products and isinstance(choice, SubgraphChoiceCaller):
+            choice._compile_for_benchmarking = functools.partial(_compile_as_in_graph, choice)
         timed = _graph_benchmark(choice) if layout.device.type == "cuda" else choice.benchmark
         choice.benchmark = _never_where_refused(timed)
     values = {index: _all_true for index, tensor in enumerate(tensors) if tensor.get_dtype() == torch.bool}
@@ -254,6 +267,27 @@ def _never_where_refused(benchmark: Callable[..., float]) -> Callable[..., float
             return math.inf
 
     return timed
+
+
+def _compile_as_in_graph(choice: SubgraphChoiceCaller) -> Any:
+    """The module of a formula under the configuration in effect: torch's own method switches the tuning off."""
+    graph: Any = V.graph
+    inputs = getattr(choice, "benchmark_inputs", choice.example_inputs)
+    inputs = choice.example_inputs if choice.sym_inputs else inputs
+    module = GraphLowering(
+        choice.gm,
+        example_inputs=inputs,
+        shape_env=graph._shape_env,
+        is_inference=graph.is_inference,
+        is_backward=graph.is_backward,
+        name=f"benchmark_{choice.name}",
+    )
+    for symbol in choice.sym_inputs:
+        module.graph_inputs[symbol.name] = symbol
+        module.graph_input_names.append(symbol.name)
+    with V.set_graph_handler(module):
+        module.run(*inputs)
+        return module.compile_to_module()
 
 
 _CALLS_A_GRAPH = 10
@@ -345,8 +379,13 @@ def call_operator(target: torch._ops.OpOverload, *args: object, as_they_lie: Seq
     as_they_lie: those of the tensors whose elements need not be adjacent.
     """
     kept = {id(tensor) for tensor in as_they_lie}
-    given = [(in_memory if id(arg) in kept else _for_kernel)(arg) if is_tensor(arg) else arg for arg in args]
-    results: Any = ir.FallbackKernel.create(target, *given)
+
+    def placed(arg: Any) -> Any:
+        if isinstance(arg, (list, tuple)):
+            return [placed(item) for item in arg]
+        return (in_memory if id(arg) in kept else _for_kernel)(arg) if is_tensor(arg) else arg
+
+    results: Any = ir.FallbackKernel.create(target, *(placed(arg) for arg in args))
     results = results if isinstance(results, (list, tuple)) else (results,)
     return tuple(ir.TensorBox.create(result) for result in results)
 
@@ -405,6 +444,13 @@ def example(node: Node) -> torch.Tensor:
     """A fake tensor with the size and strides of an IR node."""
     tensor: Any = ir.ir_node_to_tensor(node)
     return tensor  # type: ignore[no-any-return]
+
+
+def examples(args: Sequence[Any]) -> list[Any]:
+    """An operator's arguments with fake tensors for IR nodes, also in lists."""
+    return [
+        examples(arg) if isinstance(arg, (list, tuple)) else example(arg) if is_tensor(arg) else arg for arg in args
+    ]
 
 
 def hints(node: Node) -> tuple[int, ...]:

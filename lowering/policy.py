@@ -12,7 +12,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from infuse.lowering import head_policy, inductor, rotary_policy, trained_norms
+from infuse.lowering import head_policy, inductor, linear_policy, rotary_policy, trained_norms
 from infuse.lowering.heuristics import attention as attention_heuristics
 from infuse.lowering.heuristics import norm as norm_heuristics
 from infuse.ops import attention_backward_kernels, attention_kernels, library, norm_kernels
@@ -21,10 +21,7 @@ from infuse.report import Placement
 from infuse.settings import Settings
 
 # Operators that stand for several others and would be no faster than those: their sites are left to their parts.
-WITHOUT_KERNEL = (
-    *("norm_linear", "packed_linear", "linear_swiglu", "norm_linear_swiglu"),
-    *("linear_add", "gated_mlp", "grouped_linear_swiglu"),
-)
+WITHOUT_KERNEL = ("packed_linear", "gated_mlp")
 # What csrc/norm has kernels for, and where among the operator's arguments its numbers begin.
 NORMS = {"rms_norm": 2, "layer_norm": 3, "add_rms_norm": 3, "add_layer_norm": 4, "gated_rms_norm": 3}
 Placer = Callable[[Sequence[object], bool, Settings, bool], Placement]
@@ -38,6 +35,8 @@ def place(kind: str, args: Sequence[object], training: bool, *, settings: Settin
         return Placement("", "", declined="no kernel")
     if inductor.writes_cpp():  # which cannot call the kernels
         settings = replace(settings, kernels="never")
+    if kind in linear_policy.KINDS:
+        return linear_policy.place_linears(kind, args, training, settings, max_autotune)
     if kind in rotary_policy.KINDS:
         return rotary_policy.place_rotary(kind, args, training, settings, max_autotune)
     if settings.kernels == "never":

@@ -32,7 +32,7 @@ _WEIGHTS = "Tensor x, Tensor[] weights, Tensor?[] biases, str order"
 _FLAGS = ", ".join(flag.partition("=")[0] for flag in FLAGS.split(", "))
 
 
-def _forward(
+def linear_swiglu_fwd_ref(
     x: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor | None], order: str, *flags: Any
 ) -> tuple[Tensor, Tensor]:
     check("linear_swiglu_fwd", x, weights, biases, order)
@@ -41,9 +41,10 @@ def _forward(
     return swiglu_ref(gate, up, *flags).contiguous(), gate_up
 
 
-def _forward_fake(
+def linear_swiglu_fwd_fake(
     x: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor | None], order: str, *flags: Any
 ) -> tuple[Tensor, Tensor]:
+    """Shapes, dtypes and strides of h and gate_up."""
     check("linear_swiglu_fwd", x, weights, biases, order)
     size = weights[0].shape[0] if len(weights) == 2 else weights[0].shape[0] // 2
     return x.new_empty((*x.shape[:-1], size)), x.new_empty((*x.shape[:-1], 2 * size))
@@ -56,7 +57,7 @@ def _check_backward(op: str, dy: Tensor, down_weight: Tensor, gate_up_size: int 
     checks.equal(op, "gate_up: size of the last dimension", gate_up_size, 2 * down_weight.shape[1])
 
 
-def _backward(dy: Tensor, down_weight: Tensor, gate_up: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
+def linear_gated_bwd_ref(dy: Tensor, down_weight: Tensor, gate_up: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
     *flags, wants_h = rest
     _check_backward("linear_gated_bwd", dy, down_weight, gate_up.shape[-1])
     gate, up = halves(gate_up, "gate_up")
@@ -101,7 +102,7 @@ def _recomputed_fake(
     down_weight: Tensor,
     *rest: Any,
 ) -> tuple[Tensor, Tensor]:
-    _, gate_up = _forward_fake(x, weights, biases, order)
+    _, gate_up = linear_swiglu_fwd_fake(x, weights, biases, order)
     _check_backward("recomputed_gated_bwd", dy, down_weight, gate_up.shape[-1])
     return _backward_results(dy, down_weight, rest[-1])
 
@@ -114,7 +115,7 @@ def _check_pair(dgate_up: Tensor, gate_weight: Tensor, up_weight: Tensor) -> Non
     checks.equal("linear_pair", "dgate_up: size of the last dimension", dgate_up.shape[-1], size)
 
 
-def _pair(dgate_up: Tensor, gate_weight: Tensor, up_weight: Tensor) -> Tensor:
+def linear_pair_ref(dgate_up: Tensor, gate_weight: Tensor, up_weight: Tensor) -> Tensor:
     _check_pair(dgate_up, gate_weight, up_weight)
     dgate, dup = halves(dgate_up, "gate_up")
     return dgate @ gate_weight + dup @ up_weight
@@ -129,14 +130,14 @@ register(
     "linear_swiglu_fwd",
     f"{_WEIGHTS}, {_FLAGS}",
     "(Tensor, Tensor)",
-    implementation=_forward,
-    fake=_forward_fake,
+    implementation=linear_swiglu_fwd_ref,
+    fake=linear_swiglu_fwd_fake,
 )
 register(
     "linear_gated_bwd",
     f"Tensor dy, Tensor down_weight, Tensor gate_up, {_FLAGS}, bool wants_h",
     "(Tensor, Tensor)",
-    implementation=_backward,
+    implementation=linear_gated_bwd_ref,
     fake=_backward_fake,
 )
 register(
@@ -164,6 +165,6 @@ register(
     "linear_pair",
     "Tensor dgate_up, Tensor gate_weight, Tensor up_weight",
     "Tensor",
-    implementation=_pair,
+    implementation=linear_pair_ref,
     fake=_pair_fake,
 )

@@ -1,0 +1,28 @@
+"""Which kernels of linears are taken without a measurement.
+
+Everything rests on what was measured (benchmarks/results/nvidia-h200/swiglu.jsonl).
+"""
+
+from __future__ import annotations
+
+from infuse.lowering.heuristics import H200
+from infuse.ops.linear_kernels import Sizes
+
+FEWEST_TRAINED_ROWS = 2048
+
+
+def runs_well(kind: str, family: str, sizes: Sizes, capability: tuple[int, int]) -> bool:
+    """Whether a kernel is faster than what Inductor makes without tuning."""
+    if capability != H200:
+        return False
+    return family == "skinny"
+
+
+def trains(sizes: Sizes, capability: tuple[int, int]) -> bool:
+    """Whether both passes of a gated MLP are faster than what Inductor makes."""
+    return capability == H200 and sizes.rows >= FEWEST_TRAINED_ROWS
+
+
+def backward_runs_well(op: str, capability: tuple[int, int]) -> bool:
+    """Whether the kernel of a piece of the backward is faster than torch's products."""
+    return capability == H200

@@ -1,0 +1,110 @@
+"""Lowering of linears with a norm, a gate or a residual around them: a kernel, or the products that the author has.
+
+What competes under max-autotune is the kernels' configurations and the formula, whose products Inductor tunes as it
+would in the graph: cuBLAS, its templates with what they fuse, and for one row its reductions.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from infuse import build
+from infuse.lowering import inductor, profit
+from infuse.lowering.decisions import Decision, record
+from infuse.lowering.heuristics import linears as heuristics
+from infuse.ops import library, linear_kernels
+
+FORMULA = "decomposition"
+
+
+def _possible(kind: str, args: Sequence[Any]) -> tuple[dict[str, linear_kernels.Sizes], str]:
+    """The families that may run here, and why there is none."""
+    if inductor.settings_in_effect().kernels == "never":
+        return {}, "kernels are switched off"
+    if reason := library.missing(args[0].get_device()):
+        return {}, reason
+    with inductor.fake_mode():
+        found, reason = linear_kernels.families(kind, inductor.examples(args))
+    return found, reason
+
+
+def _choice_of(kind: str) -> Any:
+    operator = getattr(torch.ops.infuse, f"{kind}_kernel")
+
+    def run(*tensors: Tensor, out: Tensor, form: tuple[Any, ...], family: str, config: int) -> Tensor:
+        """What a measurement calls: the kernel, which allocates its results itself."""
+        operator(*_filled(form, iter(tensors)), family, config)
+        return out
+
+    # The source's id is in the name, which is part of the key of Inductor's autotuning cache.
+    return inductor.kernel_choice(f"infuse_{kind}_{build.source_id()}", run)
+
+
+_CHOICES = {kind: _choice_of(kind) for kind in linear_kernels.KINDS}
+
+
+def _form(args: Sequence[Any]) -> tuple[Any, ...]:
+    """An operator's arguments with `...` for each tensor: plain values, which name a candidate in Inductor's cache."""
+    return tuple(
+        _form(arg) if isinstance(arg, (list, tuple)) else ... if inductor.is_tensor(arg) else arg for arg in args
+    )
+
+
+def _filled(form: Sequence[Any], tensors: Iterator[Tensor]) -> list[Any]:
+    return [
+        _filled(item, tensors) if isinstance(item, tuple) else next(tensors) if item is ... else item for item in form
+    ]
+
+
+def _measure(kind: str, args: Sequence[Any], found: Iterable[str], formula: Callable[..., Any]) -> dict[str, float]:
+    """Milliseconds of the formula and of every configuration."""
+    form = _form(args)
+    kernels = {
+        f"{family}_{config}": inductor.Kernel(_CHOICES[kind], {"form": form, "family": family, "config": config})
+        for family in found
+        for config in range(-1, len(library.configurations(linear_kernels.CONFIGURATIONS[family])))
+    }
+    layout = inductor.output_layout(formula, args)
+    return inductor.measure(f"infuse_{kind}", kernels, {FORMULA: formula}, args, layout, tune_products=True)
+
+
+def _choose(kind: str, args: Sequence[Any], formula: Callable[..., Any]) -> tuple[str, str, Mapping[str, float]]:
+    """Label, why, and what was measured."""
+    found, reason = _possible(kind, args)
+    if not found:
+        return FORMULA, reason, {}
+    if inductor.settings_in_effect().kernels == "always":
+        return f"{next(iter(found))}_-1", "kernels are always taken", {}
+    if inductor.max_autotune():
+        timings = _measure(kind, args, found, formula)
+        label, _ = profit.choose(timings, FORMULA, 1, 0)
+        return label, "measured", timings
+    capability = library.capability(args[0].get_device())
+    chosen = [family for family, sizes in found.items() if heuristics.runs_well(kind, family, sizes, capability)]
+    return f"{chosen[0]}_-1" if chosen else FORMULA, "by stored measurements", {}
+
+
+def lower(kind: str, given: Sequence[Any]) -> Any:
+    """The IR node, or nodes, of the results. given: the arguments of `infuse::<kind>`, IR nodes for tensors."""
+    args = linear_kernels.with_defaults(kind, given)
+    site = linear_kernels.KINDS[kind]
+    label, why, timings = _choose(kind, args, site.formula)
+    described = f"{'x'.join(map(str, inductor.hints(args[0])))} {args[0].get_dtype()}"
+    record(Decision(kind, described, label, why, timings, site=inductor.current_site()))
+    if label == FORMULA:
+        return inductor.inline(getattr(torch.ops.infuse, kind).parts, *args)
+    family, _, config = label.partition("_")
+    results = inductor.call_operator(getattr(torch.ops.infuse, f"{kind}_kernel").default, *args, family, int(config))
+    return results[0] if site.returns == "Tensor" else results
+
+
+def _register(kind: str) -> None:
+    inductor.register(getattr(torch.ops.infuse, kind).default, lambda *args: lower(kind, args))
+
+
+for _kind in linear_kernels.KINDS:
+    _register(_kind)

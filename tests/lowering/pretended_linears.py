@@ -1,0 +1,74 @@
+"""The kernels of linears as the lowering sees them, computed by their formulas on the CPU."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from infuse.ops.add_rms_norm import add_rms_norm_ref
+from infuse.ops.rms_norm import rms_norm_ref
+from infuse.ops.swiglu import swiglu_ref
+
+
+def skinny_on_cpu(x: Tensor, residual: Tensor | None, norm: bool, norm_weight: Tensor | None, *rest: Any) -> None:
+    """skinny_linear_out, which gets rows and writes all of its results."""
+    eps, offset, early, minimum, *rest = rest
+    (w0, w1, w2, b0, b1, b2, activation, addend, _, *outs, total) = rest
+    y, flags = x, (norm_weight, eps, offset, early, minimum)
+    assert x.dim() == 2 and (residual is None) == (total is None)
+    if residual is not None:
+        y, found = add_rms_norm_ref(x, residual, *flags) if norm else (x + residual,) * 2
+        total.copy_(found)
+    elif norm:
+        y = rms_norm_ref(x, *flags)
+    products = [F.linear(y, w, b) for w, b in zip((w0, w1, w2), (b0, b1, b2)) if w is not None]
+    if activation:
+        products = [swiglu_ref(*products, activation)]
+    if addend is not None:
+        products[0] = addend + products[0]
+    given = [out for out in outs if out is not None]
+    assert len(given) == len(products)
+    for out, product in zip(given, products):
+        out.copy_(product)
+
+
+def gated_on_cpu(
+    x: Tensor,
+    gate_weight: Tensor,
+    up_weight: Tensor,
+    gate_bias: Tensor | None,
+    up_bias: Tensor | None,
+    offsets: Tensor | None,
+    activation: str,
+    config: int,
+    out: Tensor,
+    gate_up: Tensor | None,
+) -> None:
+    """gated_linear_out."""
+    if offsets is not None:
+        first = 0
+        for expert, last in enumerate(offsets.tolist()):
+            rows = slice(first, last)
+            gated_on_cpu(
+                *(
+                    x[rows],
+                    gate_weight[expert],
+                    up_weight[expert],
+                    None,
+                    None,
+                    None,
+                    activation,
+                    config,
+                    out[rows],
+                    None,
+                )
+            )
+            first = last
+        return
+    gate, up = F.linear(x, gate_weight, gate_bias), F.linear(x, up_weight, up_bias)
+    out.copy_(swiglu_ref(gate, up, activation))
+    if gate_up is not None:
+        gate_up.copy_(torch.cat((gate, up), -1))

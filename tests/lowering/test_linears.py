@@ -1,0 +1,143 @@
+"""Linears with a norm, a gate or a residual around them: when a kernel runs, and what it is given."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+import infuse
+from infuse.lowering import decisions, linears
+from infuse.lowering.heuristics import H200
+from infuse.lowering.policy import place
+from infuse.ops import library, linear_kernels
+from infuse.settings import Settings
+from tests.lowering.compiled import compiled_code
+from tests.lowering.pretended_linears import gated_on_cpu, skinny_on_cpu
+
+OPS = torch.ops.infuse
+DIM, HIDDEN = 16, 24
+
+
+@pytest.fixture
+def calls(implement_on_cpu: Callable[[str, Callable[..., Any]], None]) -> list[str]:
+    """The families of kernels that were called."""
+    found: list[str] = []
+
+    def watched(name: str, run: Callable[..., None]) -> Callable[..., None]:
+        def call(*args: Any) -> None:
+            found.append(name)
+            run(*args)
+
+        return call
+
+    implement_on_cpu("skinny_linear_out", watched("skinny", skinny_on_cpu))
+    implement_on_cpu("gated_linear_out", watched("gated", gated_on_cpu))
+    for kind, site in linear_kernels.KINDS.items():
+        implement_on_cpu(f"{kind}_kernel", linear_kernels.implementation(site))
+    return found
+
+
+def tensor(*shape: int) -> Tensor:
+    return torch.randn(shape).bfloat16() * shape[-1] ** -0.5
+
+
+def sites(rows: int) -> dict[str, tuple[Callable[..., Any], tuple[Tensor, ...]]]:
+    """A function around each operator, whose neighbours Inductor makes, and its tensors."""
+    x, residual, norm_weight = torch.randn(2, rows // 2, DIM).bfloat16(), tensor(2, rows // 2, DIM), tensor(DIM) + 1
+    gate, up, gate_bias, packed, down = (
+        tensor(HIDDEN, DIM),
+        tensor(HIDDEN, DIM),
+        tensor(HIDDEN),
+        tensor(2 * HIDDEN, DIM),
+        tensor(DIM, HIDDEN),
+    )
+
+    def norm_linear(x: Tensor, residual: Tensor, *rest: Tensor) -> Any:
+        norm_weight, w0, w1, bias = rest
+        return OPS.norm_linear(x * 2, residual, [w0, w1], [bias, None], norm_weight, 1e-6)
+
+    def norm_linear_swiglu(x: Tensor, *rest: Tensor) -> Any:
+        norm_weight, gate, up, bias = rest
+        return OPS.norm_linear_swiglu(x * 2, None, [gate, up], [bias, None], "gate_up", norm_weight, 1e-6)
+
+    def linear_swiglu(x: Tensor, packed: Tensor) -> Any:
+        return OPS.linear_swiglu(x * 2, [packed], [None], "interleaved_up_first", "gelu_erf") + 1
+
+    def linear_add(h: Tensor, down: Tensor, residual: Tensor) -> Any:
+        return OPS.linear_add(h, down, None, residual) * 2
+
+    def grouped(x: Tensor, experts: Tensor, offsets: Tensor) -> Any:
+        return OPS.grouped_linear_swiglu(x.flatten(0, 1) * 2, [experts], offsets, "up_gate") + 1
+
+    offsets = torch.tensor([2, 2, rows], dtype=torch.int32)
+    return {
+        "grouped_linear_swiglu": (grouped, (x, tensor(3, DIM, 2 * HIDDEN), offsets)),
+        "norm_linear": (norm_linear, (x, residual, norm_weight, gate, up, gate_bias)),
+        "norm_linear_swiglu": (norm_linear_swiglu, (x, norm_weight, gate, up, gate_bias)),
+        "linear_swiglu": (linear_swiglu, (x, packed)),
+        "linear_add": (linear_add, (tensor(2, rows // 2, HIDDEN), down, residual)),
+    }
+
+
+@pytest.mark.parametrize("kind", linear_kernels.KINDS)
+def test_the_kernel_gets_what_is_there(calls: list[str], kind: str) -> None:
+    function, tensors = sites(rows=6)[kind]
+    with infuse.override(kernels="always"):
+        out, code = compiled_code(function, *tensors)
+    torch.testing.assert_close(out, function(*tensors), atol=3e-2, rtol=3e-2)
+    family = "gated" if kind == "grouped_linear_swiglu" else "skinny"
+    assert calls == [family] and f"infuse.{kind}_kernel" in code
+    assert [decision.chosen for decision in decisions.decisions()] == [f"{family}_-1"]
+
+
+def test_the_policy_knows_what_no_kernel_computes(calls: list[str]) -> None:
+    """Composites are left to their parts there, which may have kernels of their own."""
+
+    def form(kind: str, *args: Any, training: bool = False, max_autotune: bool = True, **settings: Any) -> str:
+        found = place(kind, args, training, settings=Settings(**settings), max_autotune=max_autotune)
+        return found.overload or found.declined
+
+    x, gate, up = tensor(6, DIM), tensor(HIDDEN, DIM), tensor(HIDDEN, DIM)
+    args = (x, [gate, up], [None, None], "gate_up")
+    assert form("linear_swiglu", *args) == form("linear_swiglu", *args, "gelu_tanh") == "default"
+    assert form("linear_swiglu", *args, max_autotune=False) == "torch's products are as fast"
+    assert "gradients" in form("linear_swiglu", *args, training=True)
+    assert "off" in form("linear_swiglu", *args, kernels="never")
+    assert "limits" in form("linear_swiglu", *args, "quick_gelu", 7.0, 1.702, 1.0)
+    four = (x, None, [gate] * 4, [None] * 4, None, 1e-6)
+    assert "4 weights" in form("norm_linear", *four)
+    assert "65 rows" in form("norm_linear", tensor(65, DIM), None, [gate], [None], None, 1e-6)
+
+
+def test_by_stored_measurements_few_rows_take_the_kernel(calls: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(library, "capability", lambda device: H200)
+    function, tensors = sites(rows=6)["linear_add"]
+    out, _ = compiled_code(function, *tensors)
+    torch.testing.assert_close(out, function(*tensors), atol=3e-2, rtol=3e-2)
+    assert calls == ["skinny"]
+
+
+def test_many_rows_take_the_kernel_for_many(calls: list[str]) -> None:
+    function, tensors = sites(rows=80)["linear_swiglu"]
+    with infuse.override(kernels="always"):
+        out, _ = compiled_code(function, *tensors)
+    torch.testing.assert_close(out, function(*tensors), atol=3e-2, rtol=3e-2)
+    assert calls == ["gated"]
+
+
+@pytest.mark.parametrize("winner", [linears.FORMULA, "skinny_1"])
+@pytest.mark.parametrize("kind", ["norm_linear", "linear_swiglu"])
+def test_max_autotune_measures_every_configuration(
+    calls: list[str], choose_always: Callable[[str], list[set[str]]], kind: str, winner: str
+) -> None:
+    timed = choose_always(winner)
+    function, tensors = sites(rows=6)[kind]
+    out, code = compiled_code(function, *tensors, mode="max-autotune-no-cudagraphs")
+    torch.testing.assert_close(out, function(*tensors), atol=3e-2, rtol=3e-2)
+    families = ["skinny", "gated"] if kind == "linear_swiglu" else ["skinny"]
+    assert timed[0] == {linears.FORMULA, *(f"{family}_{config}" for family in families for config in (-1, 0, 1))}
+    assert (f"infuse.{kind}_kernel" in code) == (winner != linears.FORMULA)
