@@ -87,7 +87,7 @@ def _choose(
     choice: Any,
     keywords: Mapping[str, Any],
 ) -> str:
-    """The label of what computes a piece of the backward. formulas: what competes with the kernel, the default first."""
+    """The label of what computes a piece of the backward. formulas: what competes with the kernel, default first."""
     default = next(iter(formulas))
     with inductor.fake_mode():
         reason = check(*inductor.examples(args))
@@ -117,7 +117,7 @@ def lower_backward(dy: Any, down_weight: Any, gate_up: Any, *rest: Any) -> Any:
     reason = _cannot_run(dy) or ("no kernel for a gate with limits" if limit is not None or up_offset else "")
     with inductor.fake_mode():
         reason = reason or gated_backward_kernels.can_differentiate(
-            *(inductor.example(tensor) for tensor in (dy, gate_up)), activation
+            inductor.example(dy), inductor.example(gate_up), activation
         )
     if reason:
         _take("linear_gated_bwd", dy, FORMULA, reason)

@@ -238,7 +238,8 @@ def measure(
         )
     for choice in choices.values():
         if tune_products and isinstance(choice, SubgraphChoiceCaller):
-            choice._compile_for_benchmarking = functools.partial(_compile_as_in_graph, choice)
+            # The instance's own, which torch calls too where it times a choice itself.
+            vars(choice)["_compile_for_benchmarking"] = functools.partial(_compile_as_in_graph, choice)
         timed = _graph_benchmark(choice) if layout.device.type == "cuda" else choice.benchmark
         choice.benchmark = _never_where_refused(timed)
     values = {index: _all_true for index, tensor in enumerate(tensors) if tensor.get_dtype() == torch.bool}
@@ -274,6 +275,7 @@ def _compile_as_in_graph(choice: SubgraphChoiceCaller) -> Any:
     graph: Any = V.graph
     inputs = getattr(choice, "benchmark_inputs", choice.example_inputs)
     inputs = choice.example_inputs if choice.sym_inputs else inputs
+    assert choice.gm is not None
     module = GraphLowering(
         choice.gm,
         example_inputs=inputs,

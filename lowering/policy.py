@@ -21,7 +21,7 @@ from infuse.report import Placement
 from infuse.settings import Settings
 
 # Operators that stand for several others and would be no faster than those: their sites are left to their parts.
-WITHOUT_KERNEL = ("packed_linear", "gated_mlp")
+WITHOUT_KERNEL = ("packed_linear",)
 # What csrc/norm has kernels for, and where among the operator's arguments its numbers begin.
 NORMS = {"rms_norm": 2, "layer_norm": 3, "add_rms_norm": 3, "add_layer_norm": 4, "gated_rms_norm": 3}
 Placer = Callable[[Sequence[object], bool, Settings, bool], Placement]
@@ -35,6 +35,8 @@ def place(kind: str, args: Sequence[object], training: bool, *, settings: Settin
         return Placement("", "", declined="no kernel")
     if inductor.writes_cpp():  # which cannot call the kernels
         settings = replace(settings, kernels="never")
+    if kind == "gated_mlp":
+        return linear_policy.place_gated_mlp(args, training, settings)
     if kind in linear_policy.KINDS:
         return linear_policy.place_linears(kind, args, training, settings, max_autotune)
     if kind in rotary_policy.KINDS:

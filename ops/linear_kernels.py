@@ -6,7 +6,7 @@ of kernels and the number of its configuration, -1 for the launcher's choice:
     skinny   up to 64 rows, csrc/skinny_linear
     gated    gate and up projections of many rows, csrc/gated_linear
 
-linear_swiglu_fwd_kernel(x, weights, biases, order, activation, config) is infuse::linear_swiglu_fwd by the second family.
+linear_swiglu_fwd_kernel(x, weights, biases, order, activation, config) is linear_swiglu_fwd by the second family.
 
 Weights stay where they are: the halves of a packed one are given to the kernel as views.
 """
@@ -151,15 +151,15 @@ def families(kind: str, args: Sequence[Any]) -> tuple[dict[str, Sizes], str]:
     if reason := _unknown_number(kind, args):
         return {}, reason
     given = KINDS[kind].read(*args)
-    rows = given.x.shape[:-1].numel()
-    if not isinstance(rows, int):
+    if not all(type(size) is int for size in given.x.shape):
         return {}, "the number of rows is symbolic"
+    rows = given.x.shape[:-1].numel()
     sizes = Sizes(rows, given.x.shape[-1], sum(weight.shape[-2] for weight in given.weights))
     reasons = {"skinny": _cannot_be_skinny(given)}
     if kind in _GATED:
         reasons["gated"] = _cannot_be_gated(given)
     found = {family: sizes for family, reason in reasons.items() if not reason}
-    return found, "" if found else next(iter(reasons.values()))
+    return found, "" if found else [*reasons.values()][-1]
 
 
 def _unknown_number(kind: str, args: Sequence[Any]) -> str:
@@ -188,7 +188,8 @@ def _cannot_be_skinny(given: Linears) -> str:
 
 
 def _cannot_be_gated(given: Linears) -> str:
-    return gated_linear_kernels.can_compute(given.x, *given.weights, *given.biases, given.offsets, given.activation)
+    (gate, up), (gate_bias, up_bias) = given.weights, given.biases
+    return gated_linear_kernels.can_compute(given.x, gate, up, gate_bias, up_bias, given.offsets, given.activation)
 
 
 def _as_rows(tensor: Tensor | None) -> Tensor | None:
@@ -219,15 +220,13 @@ def _run_skinny(given: Linears, config: int) -> list[Tensor]:
     return results if total is None else [*results, total]
 
 
-def _run_gated(given: Linears, config: int) -> list[Tensor]:
-    x, (gate, up) = _as_rows(given.x), given.weights
+def _run_gated(given: Linears, config: int, gate_up: Tensor | None = None) -> list[Tensor]:
+    """gate_up: [.., 2F], written too if it is given."""
+    x, (gate, up), (gate_bias, up_bias) = _as_rows(given.x), given.weights, given.biases
     assert x is not None
     out = given.x.new_empty((*given.x.shape[:-1], gate.shape[-2]))
-    gated_linear_kernels.gated_linear(
-        *(x, gate, up, *given.biases, given.offsets, out.view(-1, out.shape[-1])),
-        activation=given.activation,
-        config=config,
-    )
+    given_rows = (x, gate, up, gate_bias, up_bias, given.offsets, out.view(-1, out.shape[-1]), _as_rows(gate_up))
+    gated_linear_kernels.gated_linear(*given_rows, activation=given.activation, config=config)
     return [out]
 
 
@@ -260,16 +259,8 @@ def run_forward(
 ) -> tuple[Tensor, Tensor]:
     """What infuse::linear_swiglu_fwd_kernel does on the device that has kernels."""
     given = _read_linear_swiglu(x, weights, biases, order, activation)
-    gate, up = given.weights
-    size = gate.shape[0]
-    h, gate_up = (x.new_empty((*x.shape[:-1], width)) for width in (size, 2 * size))
-    rows = _as_rows(x)
-    assert rows is not None
-    gated_linear_kernels.gated_linear(
-        *(rows, gate, up, *given.biases, None, h.view(-1, size), gate_up.view(-1, 2 * size)),
-        activation=activation,
-        config=config,
-    )
+    gate_up = x.new_empty((*x.shape[:-1], 2 * given.weights[0].shape[0]))
+    (h,) = _run_gated(given, config, gate_up)
     return h, gate_up
 
 

@@ -29,7 +29,7 @@ from infuse.settings import Settings, resolve, split_options
 _LOWERED = (
     *("rms_norm", "add_rms_norm", "layer_norm", "add_layer_norm", "norm_backward", "gated_rms_norm"),
     *("swiglu", "rope", "qk_norm_rope", "qk_norm_rope_bwd", "rope_pair", "attention", "attention_training"),
-    *("linear_cross_entropy", "rms_norm_again", "linears"),
+    *("linear_cross_entropy", "rms_norm_again", "linears", "gated_mlp"),
 )
 for _op in _LOWERED:
     importlib.import_module(f"infuse.lowering.{_op}")

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from infuse.ops.add_rms_norm import add_rms_norm_ref
 from infuse.ops.rms_norm import rms_norm_ref
-from infuse.ops.swiglu import swiglu_ref
+from infuse.ops.swiglu import QUICK_GELU_ALPHA, swiglu_bwd_ref, swiglu_ref
 
 
 def skinny_on_cpu(x: Tensor, residual: Tensor | None, norm: bool, norm_weight: Tensor | None, *rest: Any) -> None:
@@ -72,3 +72,27 @@ def gated_on_cpu(
     out.copy_(swiglu_ref(gate, up, activation))
     if gate_up is not None:
         gate_up.copy_(torch.cat((gate, up), -1))
+
+
+def gated_backward_on_cpu(
+    dout: Tensor, gate_up: Tensor, activation: str, config: int, dgate_up: Tensor, out: Tensor | None
+) -> None:
+    """gated_backward_out."""
+    gate, up = gate_up.chunk(2, -1)
+    dgate_up.copy_(torch.cat(swiglu_bwd_ref(dout, gate, up, activation, None, QUICK_GELU_ALPHA, 0.0), -1))
+    if out is not None:
+        out.copy_(swiglu_ref(gate, up, activation))
+
+
+def linear_gated_backward_on_cpu(
+    dy: Tensor, down_weight: Tensor, gate_up: Tensor, activation: str, config: int, *written: Tensor | None
+) -> None:
+    """linear_gated_backward_out."""
+    dgate_up, out = written
+    assert dgate_up is not None
+    gated_backward_on_cpu(dy @ down_weight, gate_up, activation, config, dgate_up, out)
+
+
+def linear_pair_on_cpu(dgate_up: Tensor, gate_weight: Tensor, up_weight: Tensor, config: int, dx: Tensor) -> None:
+    """linear_pair_out."""
+    dx.copy_(dgate_up @ torch.cat((gate_weight, up_weight)))
