@@ -13,7 +13,9 @@ from torch import Tensor, nn
 import infuse
 from infuse.lowering import decisions, gated_mlp, inductor
 from infuse.lowering.heuristics import H200
+from infuse.lowering.heuristics import linears as heuristics
 from infuse.lowering.policy import place
+from infuse.ops import gated_mlp as _operator  # noqa: F401, defines it
 from infuse.ops import library, linear_kernels
 from infuse.settings import Settings
 from tests.lowering import pretended_linears as pretended
@@ -55,6 +57,18 @@ class MLP(nn.Module):
         return out
 
 
+class Block(nn.Module):
+    """With a norm before it and a residual around it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm, self.mlp = nn.RMSNorm(DIM, eps=1e-6), MLP()
+
+    def forward(self, x: Tensor) -> Tensor:
+        out: Tensor = x + self.mlp(self.norm(x))
+        return out
+
+
 def trained(function: Callable[[Tensor], Tensor], module: nn.Module, x: Tensor) -> list[Tensor]:
     """The result and the gradients of x and all parameters."""
     leaves = [x.detach().requires_grad_(), *module.parameters()]
@@ -72,6 +86,38 @@ def compiled_alike(x: Tensor, **settings: Any) -> dict[str, str]:
     for got, right in zip(found, trained(module, module, x), strict=True):
         torch.testing.assert_close(got, right, atol=5e-2, rtol=5e-2)
     return {decision.op: decision.chosen for decision in decisions.decisions()}
+
+
+@pytest.mark.parametrize("memory", ["gate_up", "recompute"])
+def test_what_lives_between_the_passes_is_at_most_half_of_what_eager_keeps(
+    calls: list[str], memory: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(heuristics, "trains", lambda sizes, capability: True)
+    module, x = Block().bfloat16(), torch.randn(80, DIM).bfloat16().requires_grad_()
+    rows, saved = 80, {}
+
+    def counted(function: Callable[[Tensor], Tensor]) -> float:
+        """Elements a row, of what is neither an argument nor a parameter."""
+        given = {tensor.untyped_storage().data_ptr() for tensor in (x, *module.parameters())}
+
+        def pack(tensor: Tensor) -> Tensor:
+            if tensor.untyped_storage().data_ptr() not in given:
+                saved[tensor.untyped_storage().data_ptr()] = tensor
+            return tensor
+
+        saved.clear()
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+            out = function(x)
+        found = sum(tensor.untyped_storage().nbytes() for tensor in saved.values()) / 2 / rows
+        out.sum().backward()
+        return found
+
+    eager = counted(module)
+    with infuse.override(mlp_memory=memory):
+        fused = counted(torch.compile(module, backend="infuse", fullgraph=True))
+    # Of a row gate and up, and two float32 for the norm at most.
+    assert fused <= (2 * HIDDEN + 4 if memory == "gate_up" else 4)
+    assert fused <= eager / 2
 
 
 @pytest.mark.parametrize("memory", ["gate_up", "recompute"])
@@ -103,7 +149,7 @@ def test_max_autotune_measures_the_backward(calls: list[str], monkeypatch: pytes
         return {gated_mlp.FORMULA: 1.0, "kernel_1": 0.9 if name == "infuse_linear_pair" else 1.1}
 
     monkeypatch.setattr(inductor, "measure", measure)
-    monkeypatch.setattr("infuse.lowering.heuristics.linears.trains", lambda sizes, capability: True)
+    monkeypatch.setattr(heuristics, "trains", lambda sizes, capability: True)
     x = torch.randn(2, 40, DIM).bfloat16()
     module = MLP().bfloat16()
     found = trained(torch.compile(module, backend="infuse", mode="max-autotune-no-cudagraphs"), module, x)
