@@ -12,17 +12,26 @@ from infuse.ops import (
     attention_backward_kernels,
     attention_kernels,
     cross_entropy_kernels,
+    linear_kernels,
     norm_backward,
     rope_kernels,
 )
 from infuse.settings import PATTERNS
 
+_KERNELS = (
+    rope_kernels,
+    norm_backward,
+    attention_kernels,
+    attention_backward_kernels,
+    cross_entropy_kernels,
+    linear_kernels,
+)
 DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
 
 
 def kernel_dtypes(op: str) -> tuple[str, ...]:
     """The dtypes that an operator's CUDA kernel (by convention `<op>_out`) takes, () without a kernel."""
-    for module in (rope_kernels, norm_backward, attention_kernels, attention_backward_kernels, cross_entropy_kernels):
+    for module in _KERNELS:
         if op in module.OPERATORS:
             return tuple(str(dtype).removeprefix("torch.") for dtype in module.DTYPES)
     if not hasattr(torch.ops.infuse, f"{op}_out"):

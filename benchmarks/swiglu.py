@@ -75,6 +75,11 @@ def projections(x: Tensor, norm_weight: Tensor, *linears: Tensor) -> tuple[Tenso
     return tuple(F.linear(y, weight, bias) for weight, bias in zip(linears, biases))
 
 
+def packed_projections(x: Tensor, norm_weight: Tensor, weight: Tensor) -> Tensor:
+    """The same out of one weight, which packing makes of frozen ones."""
+    return F.linear(normalised(x, norm_weight), weight)
+
+
 def output(x: Tensor, weight: Tensor, residual: Tensor) -> Tensor:
     """Attention's output projection and the residual."""
     return residual + F.linear(x, weight)
@@ -85,16 +90,18 @@ def weights(g: torch.Generator, dtype: torch.dtype, *shapes: tuple[int, int]) ->
     return tuple(random(g, dtype, *shape) * shape[1] ** -0.5 for shape in shapes)
 
 
-def decode_case(shape: Shape, rows: int, dtype: torch.dtype, part: str) -> Case:
-    """part: "mlp", "q/k/v" or "output"."""
+def layer_case(shape: Shape, rows: int, dtype: torch.dtype, part: str) -> Case:
+    """part: "mlp", "q/k/v", "q/k/v, packed" or "output"."""
     dim, kv_dim = shape.dim, shape.kv_heads * shape.head_dim
     q_dim = shape.heads * shape.head_dim
     sizes = {
         "mlp": ((shape.hidden, dim), (shape.hidden, dim), (dim, shape.hidden)),
         "q/k/v": ((q_dim, dim), (kv_dim, dim), (kv_dim, dim)),
+        "q/k/v, packed": ((q_dim + 2 * kv_dim, dim),),
         "output": ((dim, q_dim),),
     }[part]
-    function = {"mlp": mlp, "q/k/v": projections, "output": output}[part]
+    functions: dict[str, Function] = {"mlp": mlp, "q/k/v": projections, "q/k/v, packed": packed_projections}
+    function = functions.get(part, output)
 
     def inputs(g: torch.Generator) -> tuple[Tensor, ...]:
         matrices = weights(g, dtype, *sizes)
@@ -104,8 +111,8 @@ def decode_case(shape: Shape, rows: int, dtype: torch.dtype, part: str) -> Case:
         return random(g, dtype, rows, dim), 1 + 0.2 * random(g, dtype, dim), *matrices, *biases
 
     elements = sum(size[0] * size[1] for size in sizes)
-    ends = rows * (2 * dim if part != "q/k/v" else dim + q_dim + 2 * kv_dim)
-    title = {"mlp": "norm + MLP + residual", "q/k/v": "norm + q/k/v", "output": "output + residual"}[part]
+    ends = rows * (dim + q_dim + 2 * kv_dim if part.startswith("q") else 2 * dim)
+    title = {"mlp": "norm + MLP + residual", "output": "output + residual"}.get(part, f"norm + {part}")
     return Case(
         name=f"{title} {shape.name} {rows} rows",
         inputs=inputs,
@@ -207,20 +214,23 @@ def cases(device: Device, quick: bool) -> Iterator[Case]:
     dtype = torch.bfloat16 if on_gpu else torch.float32
     if quick or not on_gpu:
         for part in ("mlp", "q/k/v", "output"):
-            yield decode_case(TINY, 2, dtype, part)
+            yield layer_case(TINY, 2, dtype, part)
         for packed in (False, True):
             yield gate_up_case(TINY, 96, dtype, packed=packed, on_gpu=False)
         for alone in (False, True):
             yield training_case(TINY, 96, dtype, alone=alone)
         return
     for rows in (1, 8, 16, 64):
-        yield decode_case(LLAMA_8B, rows, dtype, "mlp")
+        yield layer_case(LLAMA_8B, rows, dtype, "mlp")
     for part in ("q/k/v", "output"):
         for rows in (1, 16):
-            yield decode_case(LLAMA_8B, rows, dtype, part)
+            yield layer_case(LLAMA_8B, rows, dtype, part)
     for part in ("mlp", "q/k/v", "output"):
         for rows in (1, 16):
-            yield decode_case(QWEN_05B, rows, dtype, part)
+            yield layer_case(QWEN_05B, rows, dtype, part)
+    for part in ("q/k/v", "q/k/v, packed"):
+        for rows in (512, 4096):
+            yield layer_case(LLAMA_8B, rows, dtype, part)
     for rows in (128, 512, 1024, 8192):
         yield gate_up_case(LLAMA_8B, rows, dtype, packed=False, on_gpu=on_gpu)
     for rows in (512, 8192):

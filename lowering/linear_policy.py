@@ -23,9 +23,10 @@ def place_linears(
     """The operator where a kernel may run; elsewhere its parts stay sites of their own."""
     x = given[0]
     assert isinstance(x, Tensor)
-    reason = _cannot_run(training, settings) or library.missing(x.device)
-    if reason:
+    if reason := _cannot_run(x, settings):
         return _declined(reason)
+    if training:
+        return _declined("no kernel with gradients")
     found, reason = linear_kernels.families(kind, linear_kernels.with_defaults(kind, given))
     if not found:
         return _declined(reason)
@@ -39,6 +40,18 @@ def place_linears(
     return _declined("torch's products are as fast")
 
 
+def place_packed(given: Sequence[object], training: bool) -> Placement:
+    """One product over weights that are packed in place, where that is faster by stored measurements."""
+    x = given[0]
+    assert isinstance(x, Tensor)
+    rows = x.shape[:-1].numel()
+    if training or x.device.type != "cuda":
+        return _declined("no faster in training" if training else f"not measured on {x.device.type}")
+    if isinstance(rows, int) and heuristics.packs_well(rows, library.capability(x.device)):
+        return Placement("parts", "one product, the weights packed in place")
+    return _declined("separate products are as fast")
+
+
 def place_gated_mlp(given: Sequence[object], training: bool, settings: Settings) -> Placement:
     """Whole in training where the kernels are faster by stored measurements: nothing competes with the forward's.
 
@@ -46,12 +59,10 @@ def place_gated_mlp(given: Sequence[object], training: bool, settings: Settings)
     """
     x = given[0]
     assert isinstance(x, Tensor)
+    if reason := _cannot_run(x, settings):
+        return _declined(reason)
     if not training:
         return _declined("without gradients its parts are enough")
-    if settings.kernels == "never":
-        return _declined("kernels are off")
-    if reason := library.missing(x.device):
-        return _declined(reason)
     _, weights, biases, order, down_weight, _, *flags = linear_kernels.with_defaults("gated_mlp", given)
     found, reason = linear_kernels.families("linear_swiglu", (x, weights, biases, order, *flags))
     if "gated" not in found:
@@ -64,10 +75,8 @@ def place_gated_mlp(given: Sequence[object], training: bool, settings: Settings)
     return Placement(overload, "kernels, forwards and backwards")
 
 
-def _cannot_run(training: bool, settings: Settings) -> str:
-    if training:
-        return "no kernel with gradients"
-    return "kernels are off" if settings.kernels == "never" else ""
+def _cannot_run(x: Tensor, settings: Settings) -> str:
+    return "kernels are off" if settings.kernels == "never" else library.missing(x.device)
 
 
 def _declined(reason: str) -> Placement:

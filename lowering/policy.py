@@ -20,8 +20,6 @@ from infuse.ops.attention_formulas import only_formula
 from infuse.report import Placement
 from infuse.settings import Settings
 
-# Operators that stand for several others and would be no faster than those: their sites are left to their parts.
-WITHOUT_KERNEL = ("packed_linear",)
 # What csrc/norm has kernels for, and where among the operator's arguments its numbers begin.
 NORMS = {"rms_norm": 2, "layer_norm": 3, "add_rms_norm": 3, "add_layer_norm": 4, "gated_rms_norm": 3}
 Placer = Callable[[Sequence[object], bool, Settings, bool], Placement]
@@ -31,8 +29,8 @@ PLACED_ELSEWHERE: dict[str, Placer] = {}
 
 def place(kind: str, args: Sequence[object], training: bool, *, settings: Settings, max_autotune: bool) -> Placement:
     """The form for one site. args: example values (fake tensors, numbers, None) of the operator's arguments."""
-    if kind in WITHOUT_KERNEL:
-        return Placement("", "", declined="no kernel")
+    if kind == "packed_linear":
+        return linear_policy.place_packed(args, training)
     if inductor.writes_cpp():  # which cannot call the kernels
         settings = replace(settings, kernels="never")
     if kind == "gated_mlp":

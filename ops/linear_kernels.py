@@ -35,6 +35,7 @@ from infuse.ops.norm_linear_swiglu import NUM_NORM_FLAGS
 from infuse.ops.registration import define, implement, register_fake
 from infuse.ops.swiglu import QUICK_GELU_ALPHA
 
+DTYPES = skinny_linear_kernels.DTYPES  # of both families
 _NORM_NUMBERS = ("eps", "weight_offset", "cast_before_weight", "eps_as_minimum")
 
 
@@ -125,6 +126,8 @@ KINDS = {
     ),
     "linear_add": Kind(linear_add.ARGUMENTS, "Tensor", _read_linear_add, linear_add.linear_add_ref),
 }
+# The operators that the kernels serve.
+OPERATORS = (*KINDS, "gated_mlp", "gated_mlp_bwd")
 _GATED = ("linear_swiglu", "grouped_linear_swiglu")
 
 

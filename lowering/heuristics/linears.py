@@ -9,6 +9,7 @@ from infuse.lowering.heuristics import H200
 from infuse.ops.linear_kernels import Sizes
 
 FEWEST_TRAINED_ROWS = 2048
+MOST_SKINNY_ROWS = 64
 
 
 def runs_well(kind: str, family: str, sizes: Sizes, capability: tuple[int, int]) -> bool:
@@ -16,6 +17,11 @@ def runs_well(kind: str, family: str, sizes: Sizes, capability: tuple[int, int])
     if capability != H200:
         return False
     return family == "skinny"
+
+
+def packs_well(rows: int, capability: tuple[int, int]) -> bool:
+    """Whether one product over packed weights is faster than several of one input."""
+    return capability == H200 and rows > MOST_SKINNY_ROWS
 
 
 def trains(sizes: Sizes, capability: tuple[int, int]) -> bool:
