@@ -40,6 +40,7 @@ class Shape:
 
 LLAMA_8B = Shape("llama-8b", 4096, 14336, 32, 8, 128)
 QWEN_05B = Shape("qwen2.5-0.5b", 896, 4864, 14, 2, 64, bias=True)
+QWEN3_MOE = Shape("qwen3-30b-a3b", 2048, 768, 32, 4, 128)
 TINY = Shape("tiny", 64, 160, 4, 2, 16, bias=True)
 
 
@@ -56,6 +57,18 @@ def packed_gate_up(x: Tensor, weight: Tensor) -> Tensor:
     """The same with one weight, gate first."""
     gate, up = F.linear(x, weight).chunk(2, dim=-1)
     return F.silu(gate) * up
+
+
+def experts(x: Tensor, weight: Tensor, offsets: Tensor) -> Tensor:
+    """The first half of each expert of a mixture, rows sorted by expert; weight [E, 2F, D]."""
+    gate, up = torch._grouped_mm(x, weight.transpose(1, 2), offs=offsets).chunk(2, dim=-1)
+    return F.silu(gate) * up
+
+
+def experts_one_by_one(x: Tensor, weight: Tensor, offsets: Tensor) -> Tensor:
+    """The definition, for the reference."""
+    groups = x.tensor_split(offsets[:-1].tolist())
+    return torch.cat([packed_gate_up(rows, one) for rows, one in zip(groups, weight)])
 
 
 def mlp(x: Tensor, norm_weight: Tensor, gate: Tensor, up: Tensor, down: Tensor) -> Tensor:
@@ -80,9 +93,13 @@ def packed_projections(x: Tensor, norm_weight: Tensor, weight: Tensor) -> Tensor
     return F.linear(normalised(x, norm_weight), weight)
 
 
-def output(x: Tensor, weight: Tensor, residual: Tensor) -> Tensor:
-    """Attention's output projection and the residual."""
-    return residual + F.linear(x, weight)
+def layer(x: Tensor, heads: Tensor, norm1: Tensor, norm2: Tensor, *linears: Tensor) -> tuple[Tensor, ...]:
+    """All linears of a decoder layer; `heads` stands for what attention makes of q, k and v.
+
+    linears: output, gate, up, down, then q, k and v and their biases if there are any.
+    """
+    x = x + F.linear(heads, linears[0])
+    return mlp(x, norm2, *linears[1:4]), *projections(x, norm1, *linears[4:])
 
 
 def weights(g: torch.Generator, dtype: torch.dtype, *shapes: tuple[int, int]) -> tuple[Tensor, ...]:
@@ -90,36 +107,36 @@ def weights(g: torch.Generator, dtype: torch.dtype, *shapes: tuple[int, int]) ->
     return tuple(random(g, dtype, *shape) * shape[1] ** -0.5 for shape in shapes)
 
 
-def layer_case(shape: Shape, rows: int, dtype: torch.dtype, part: str) -> Case:
-    """part: "mlp", "q/k/v", "q/k/v, packed" or "output"."""
-    dim, kv_dim = shape.dim, shape.kv_heads * shape.head_dim
-    q_dim = shape.heads * shape.head_dim
-    sizes = {
-        "mlp": ((shape.hidden, dim), (shape.hidden, dim), (dim, shape.hidden)),
-        "q/k/v": ((q_dim, dim), (kv_dim, dim), (kv_dim, dim)),
-        "q/k/v, packed": ((q_dim + 2 * kv_dim, dim),),
-        "output": ((dim, q_dim),),
+def few_rows_case(shape: Shape, rows: int, dtype: torch.dtype, part: str) -> Case:
+    """part: "norm + MLP + residual", "norm + q/k/v", "norm + q/k/v, packed" or "layer without attention"."""
+    dim, kv_dim, q_dim = shape.dim, shape.kv_heads * shape.head_dim, shape.heads * shape.head_dim
+    in_mlp = ((shape.hidden, dim), (shape.hidden, dim), (dim, shape.hidden))
+    in_attention = ((q_dim, dim), (kv_dim, dim), (kv_dim, dim))
+    function, num_norms, sizes = {
+        "norm + MLP + residual": (mlp, 1, in_mlp),
+        "norm + q/k/v": (projections, 1, in_attention),
+        "norm + q/k/v, packed": (packed_projections, 1, ((q_dim + 2 * kv_dim, dim),)),
+        "layer without attention": (layer, 2, ((dim, q_dim), *in_mlp, *in_attention)),
     }[part]
-    functions: dict[str, Function] = {"mlp": mlp, "q/k/v": projections, "q/k/v, packed": packed_projections}
-    function = functions.get(part, output)
 
     def inputs(g: torch.Generator) -> tuple[Tensor, ...]:
-        matrices = weights(g, dtype, *sizes)
-        if part == "output":
-            return random(g, dtype, rows, q_dim), *matrices, random(g, dtype, rows, dim)
-        biases = [random(g, dtype, size[0]) for size in sizes] if part == "q/k/v" and shape.bias else []
-        return random(g, dtype, rows, dim), 1 + 0.2 * random(g, dtype, dim), *matrices, *biases
+        x = random(g, dtype, rows, dim)
+        heads = (random(g, dtype, rows, q_dim),) if function is layer else ()
+        norms = tuple(1 + 0.2 * random(g, dtype, dim) for _ in range(num_norms))
+        biased = shape.bias and function in (projections, layer)
+        biases = [random(g, dtype, size[0]) for size in in_attention] if biased else []
+        return x, *heads, *norms, *weights(g, dtype, *sizes), *biases
 
     elements = sum(size[0] * size[1] for size in sizes)
-    ends = rows * (dim + q_dim + 2 * kv_dim if part.startswith("q") else 2 * dim)
-    title = {"mlp": "norm + MLP + residual", "output": "output + residual"}.get(part, f"norm + {part}")
+    read = dim + (q_dim if function is layer else 0)
+    written = (dim if function in (mlp, layer) else 0) + (0 if function is mlp else q_dim + 2 * kv_dim)
     return Case(
-        name=f"{title} {shape.name} {rows} rows",
+        name=f"{part} {shape.name} {rows} rows",
         inputs=inputs,
         eager=function,
         reference=function,
         impls=[eager(function), *compiled_pairs(function, *MODES)],
-        bytes=dtype.itemsize * (elements + ends),
+        bytes=dtype.itemsize * (elements + rows * (read + written)),
         flops=2 * rows * elements,
         dtype=dtype,
     )
@@ -143,6 +160,29 @@ def gate_up_case(shape: Shape, rows: int, dtype: torch.dtype, *, packed: bool, o
         bytes=dtype.itemsize * (2 * shape.hidden * shape.dim + rows * (shape.dim + shape.hidden)),
         flops=4 * rows * shape.dim * shape.hidden,
         dtype=dtype,
+    )
+
+
+def experts_case(shape: Shape, rows: int, dtype: torch.dtype, num_experts: int) -> Case:
+    """Groups of rows as a router leaves them, the largest several times the smallest."""
+
+    def inputs(g: torch.Generator) -> tuple[Tensor, ...]:
+        (weight,) = weights(g, dtype, (num_experts * 2 * shape.hidden, shape.dim))
+        shares = torch.rand(num_experts, generator=g, device=g.device) + 0.2
+        ends = (shares.cumsum(0) / shares.sum() * rows).round().int()
+        return random(g, dtype, rows, shape.dim), weight.view(num_experts, -1, shape.dim), ends
+
+    elements = num_experts * 2 * shape.hidden * shape.dim
+    return Case(
+        name=f"gate/up of experts, {shape.name} {num_experts} experts {rows} rows",
+        inputs=inputs,
+        eager=experts,
+        reference=experts_one_by_one,
+        impls=[eager(experts), *compiled_pairs(experts, *MODES)],
+        bytes=dtype.itemsize * (elements + rows * (shape.dim + shape.hidden)),
+        flops=4 * rows * shape.dim * shape.hidden,
+        dtype=dtype,
+        sets=2,
     )
 
 
@@ -213,28 +253,28 @@ def cases(device: Device, quick: bool) -> Iterator[Case]:
     on_gpu = device.type == "cuda"
     dtype = torch.bfloat16 if on_gpu else torch.float32
     if quick or not on_gpu:
-        for part in ("mlp", "q/k/v", "output"):
-            yield layer_case(TINY, 2, dtype, part)
+        for part in ("norm + MLP + residual", "norm + q/k/v", "layer without attention"):
+            yield few_rows_case(TINY, 2, dtype, part)
         for packed in (False, True):
             yield gate_up_case(TINY, 96, dtype, packed=packed, on_gpu=False)
         for alone in (False, True):
             yield training_case(TINY, 96, dtype, alone=alone)
         return
     for rows in (1, 8, 16, 64):
-        yield layer_case(LLAMA_8B, rows, dtype, "mlp")
-    for part in ("q/k/v", "output"):
-        for rows in (1, 16):
-            yield layer_case(LLAMA_8B, rows, dtype, part)
-    for part in ("mlp", "q/k/v", "output"):
-        for rows in (1, 16):
-            yield layer_case(QWEN_05B, rows, dtype, part)
-    for part in ("q/k/v", "q/k/v, packed"):
-        for rows in (512, 4096):
-            yield layer_case(LLAMA_8B, rows, dtype, part)
+        yield few_rows_case(LLAMA_8B, rows, dtype, "norm + MLP + residual")
+        yield few_rows_case(LLAMA_8B, rows, dtype, "layer without attention")
+    for rows in (1, 16):
+        yield few_rows_case(LLAMA_8B, rows, dtype, "norm + q/k/v")
+        for part in ("norm + MLP + residual", "norm + q/k/v", "layer without attention"):
+            yield few_rows_case(QWEN_05B, rows, dtype, part)
+    for part in ("norm + q/k/v", "norm + q/k/v, packed"):
+        yield few_rows_case(LLAMA_8B, 512, dtype, part)
     for rows in (128, 512, 1024, 8192):
         yield gate_up_case(LLAMA_8B, rows, dtype, packed=False, on_gpu=on_gpu)
     for rows in (512, 8192):
         yield gate_up_case(LLAMA_8B, rows, dtype, packed=True, on_gpu=on_gpu)
+    for rows in (4096, 32768):
+        yield experts_case(QWEN3_MOE, rows, dtype, 128)
     for alone in (False, True):
         yield training_case(LLAMA_8B, 8192, dtype, alone=alone)
 
