@@ -1,12 +1,13 @@
 """Lowering of the pieces of a gated MLP that trains; see infuse.ops.gated_mlp_passes.
 
-The policy keeps such an MLP whole only where the kernel of the forward is faster, so that is taken. What the backward's
-pieces are made of is measured under max-autotune, and otherwise taken from stored measurements.
+Each piece has a kernel, and torch's products with what remains to be done besides. Under max-autotune they compete for
+each piece; otherwise stored measurements decide. The policy keeps such an MLP whole only where that pays.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -16,141 +17,161 @@ from infuse import build
 from infuse.lowering import inductor
 from infuse.lowering.decisions import Decision, record
 from infuse.lowering.heuristics import linears as heuristics
-from infuse.ops import gated_backward_kernels, library, linear_kernels
+from infuse.lowering.linears import FORMULA, filled, form
+from infuse.ops import gated_backward_kernels, gated_linear_kernels, library, linear_kernels
 from infuse.ops.gated_mlp_passes import (
     linear_gated_bwd_ref,
     linear_pair_ref,
     linear_swiglu_fwd_ref,
     recomputed_gated_bwd_ref,
 )
+from infuse.ops.linear_swiglu import halves
+from infuse.ops.swiglu import swiglu_ref
 
-FORMULA = "decomposition"
-PASS = "product and one pass"  # torch's product, then the kernel of the activation's gradients
-
-
-def _cannot_run(x: Any) -> str:
-    if inductor.settings_in_effect().kernels == "never" or inductor.writes_cpp():
-        return "kernels are switched off"
-    return library.missing(x.get_device())
+PRODUCTS = "products"  # torch's, and what remains in a pass over memory
+KERNEL = "kernel_"
 
 
-def _take(op: str, x: Any, label: str, why: str, timings: Mapping[str, float] | None = None) -> None:
-    described = f"{'x'.join(map(str, inductor.hints(x)))} {x.get_dtype()}"
-    record(Decision(op, described, label, why, timings or {}, site=inductor.current_site()))
+@dataclass(frozen=True, slots=True)
+class Piece:
+    """infuse::<name>. kernel: the operator that runs its kernel, given `numbers` of the arguments and a configuration.
+
+    configurations: name of their table. can_run, can_pass: why the kernel, and why what stands beside torch's products,
+    cannot take the arguments, "" if they can. products: with those; formula: in plain torch.
+    """
+
+    name: str
+    kernel: torch._ops.OpOverload
+    arguments: Callable[..., tuple[Any, ...]]
+    configurations: str
+    can_run: Callable[..., str]
+    can_pass: Callable[..., str]
+    products: Callable[..., Any]
+    formula: Callable[..., Any]
+
+    def choice(self) -> Any:
+        """The kernel as a candidate, which allocates its results itself."""
+
+        def run(*tensors: Tensor, out: Tensor, form: tuple[Any, ...], config: int) -> Tensor:
+            self.kernel(*filled(form, iter(tensors)), config)
+            return out
+
+        # The source's id is in the name, which is part of the key of Inductor's autotuning cache.
+        return inductor.kernel_choice(f"infuse_{self.name}_{build.source_id()}", run)
 
 
-def lower_forward(x: Any, weights: Sequence[Any], biases: Sequence[Any], order: str, *flags: Any) -> Any:
-    """The IR nodes of h and gate_up."""
-    args = (x, weights, biases, order, *flags)
-    reason = _cannot_run(x)
-    if not reason:
-        with inductor.fake_mode():
-            found, reason = linear_kernels.families("linear_swiglu", inductor.examples(args))
-        reason = "" if "gated" in found else reason or "no kernel for training with so few rows"
-    if reason:
-        _take("linear_swiglu_fwd", x, FORMULA, reason)
-        return inductor.inline(linear_swiglu_fwd_ref, *args)
-    _take("linear_swiglu_fwd", x, "gated_-1", "by stored measurements")
-    operator = torch.ops.infuse.linear_swiglu_fwd_kernel.default
-    return inductor.call_operator(operator, x, weights, biases, order, flags[0], -1)
+def _with_limits(flags: Sequence[Any]) -> str:
+    _, limit, _, up_offset, *_ = flags
+    return "no kernel for a gate with limits" if limit is not None or up_offset != 0 else ""
 
 
-def _product_and_pass(dy: Tensor, down_weight: Tensor, gate_up: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
+def _forward_products(
+    x: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor | None], order: str, *flags: Any
+) -> tuple[Tensor, Tensor]:
+    gate_up = torch.ops.infuse.gate_up_products(x, weights, biases, order)
+    return swiglu_ref(*halves(gate_up, "gate_up"), *flags), gate_up
+
+
+def _can_run_forward(*args: Any) -> str:
+    found, reason = linear_kernels.families("linear_swiglu", args)
+    return "" if "gated" in found else reason or "no kernel for so few rows"
+
+
+def _backward_products(dy: Tensor, down_weight: Tensor, gate_up: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
     activation, *_, wants_h = rest
-    dh = dy @ down_weight
-    found: tuple[Tensor, Tensor] = torch.ops.infuse.gated_backward(dh, gate_up, activation, wants_h, -1)
+    found: tuple[Tensor, Tensor] = torch.ops.infuse.gated_backward(dy @ down_weight, gate_up, activation, wants_h, -1)
     return found
 
 
-def _run_backward(*tensors: Tensor, out: Tensor, activation: str, wants_h: bool, config: int) -> Tensor:
-    """What a measurement calls: the kernel, which allocates its results itself."""
-    torch.ops.infuse.linear_gated_backward(*tensors, activation, wants_h, config)
-    return out
+def _can_pass_backward(dy: Tensor, down_weight: Tensor, gate_up: Tensor, *rest: Any) -> str:
+    return _with_limits(rest) or gated_backward_kernels.can_differentiate(dy, gate_up, rest[0])
 
 
-def _run_pair(*tensors: Tensor, out: Tensor, config: int) -> Tensor:
-    """The same for the gradient of x."""
-    torch.ops.infuse.linear_pair_product(*tensors, config)
-    return out
+def _can_run_backward(dy: Tensor, down_weight: Tensor, gate_up: Tensor, *rest: Any) -> str:
+    return gated_backward_kernels.can_differentiate_linear(dy, down_weight, gate_up, rest[0])
 
 
-# The source's id is in the name, which is part of the key of Inductor's autotuning cache.
-_BACKWARD = inductor.kernel_choice(f"infuse_linear_gated_backward_{build.source_id()}", _run_backward)
-_PAIR = inductor.kernel_choice(f"infuse_linear_pair_{build.source_id()}", _run_pair)
+PIECES = (
+    Piece(
+        "linear_swiglu_fwd",
+        torch.ops.infuse.linear_swiglu_fwd_kernel.default,
+        lambda x, weights, biases, order, activation, *_: (x, weights, biases, order, activation),
+        gated_linear_kernels.NAME,
+        _can_run_forward,
+        lambda *args: "",
+        _forward_products,
+        linear_swiglu_fwd_ref,
+    ),
+    Piece(
+        "linear_gated_bwd",
+        torch.ops.infuse.linear_gated_backward.default,
+        lambda dy, weight, gate_up, activation, *rest: (dy, weight, gate_up, activation, rest[-1]),
+        gated_backward_kernels.GEMMS,
+        _can_run_backward,
+        _can_pass_backward,
+        _backward_products,
+        linear_gated_bwd_ref,
+    ),
+    Piece(
+        "linear_pair",
+        torch.ops.infuse.linear_pair_product.default,
+        lambda *args: args,
+        gated_backward_kernels.GEMMS,
+        gated_backward_kernels.can_multiply_pair,
+        lambda *args: "",
+        linear_pair_ref,
+        linear_pair_ref,
+    ),
+)
 
 
-def _choose(
-    op: str,
-    args: Sequence[Any],
-    check: Callable[..., str],
-    formulas: Mapping[str, Callable[..., Any]],
-    choice: Any,
-    keywords: Mapping[str, Any],
-) -> str:
-    """The label of what computes a piece of the backward. formulas: what competes with the kernel, default first."""
-    default = next(iter(formulas))
+def _choose(piece: Piece, choice: Any, args: Sequence[Any]) -> tuple[str, str, Mapping[str, float]]:
+    """Label, why, and what was measured."""
+    settings = inductor.settings_in_effect()
+    if settings.kernels == "never" or inductor.writes_cpp():
+        return FORMULA, "kernels are switched off", {}
+    if reason := library.missing(args[0].get_device()):
+        return FORMULA, reason, {}
     with inductor.fake_mode():
-        reason = check(*inductor.examples(args))
-    if reason:
-        _take(op, args[0], default, reason)
-        return default
-    timings: Mapping[str, float] = {}
-    if inductor.settings_in_effect().kernels == "always":
-        label, why = "kernel_-1", "kernels are always taken"
-    elif inductor.max_autotune():
-        configs = range(-1, len(library.configurations(gated_backward_kernels.GEMMS)))
-        kernels = {f"kernel_{i}": inductor.Kernel(choice, {**keywords, "config": i}) for i in configs}
-        layout = inductor.output_layout(formulas[default], args)
-        timings = inductor.measure(f"infuse_{op}", kernels, formulas, args, layout, tune_products=True)
-        label, why = min(timings, key=timings.__getitem__, default=default), "measured"
-    else:
-        runs_well = heuristics.backward_runs_well(op, library.capability(args[0].get_device()))
-        label, why = "kernel_-1" if runs_well else default, "by stored measurements"
-    _take(op, args[0], label, why, timings)
-    return label
+        examples = inductor.examples(args)
+        if reason := piece.can_pass(*examples):
+            return FORMULA, reason, {}
+        if reason := piece.can_run(*examples):
+            return PRODUCTS, reason, {}
+    if settings.kernels == "always":
+        return f"{KERNEL}-1", "kernels are always taken", {}
+    if not inductor.max_autotune():
+        runs_well = heuristics.trained_piece_runs_well(piece.name, library.capability(args[0].get_device()))
+        return f"{KERNEL}-1" if runs_well else PRODUCTS, "by stored measurements", {}
+    given = form(piece.arguments(*args))
+    kernels = {
+        f"{KERNEL}{config}": inductor.Kernel(choice, {"form": given, "config": config})
+        for config in range(-1, len(library.configurations(piece.configurations)))
+    }
+    layout = inductor.output_layout(piece.formula, args)
+    timings = inductor.measure(
+        f"infuse_{piece.name}", kernels, {PRODUCTS: piece.products}, args, layout, tune_products=True
+    )
+    return min(timings, key=timings.__getitem__, default=PRODUCTS), "measured", timings
 
 
-def lower_backward(dy: Any, down_weight: Any, gate_up: Any, *rest: Any) -> Any:
-    """The IR nodes of dgate_up and h."""
-    args = (dy, down_weight, gate_up, *rest)
-    activation, limit, _, up_offset, wants_h = rest
-    reason = _cannot_run(dy) or ("no kernel for a gate with limits" if limit is not None or up_offset else "")
-    with inductor.fake_mode():
-        reason = reason or gated_backward_kernels.can_differentiate(
-            inductor.example(dy), inductor.example(gate_up), activation
-        )
-    if reason:
-        _take("linear_gated_bwd", dy, FORMULA, reason)
-        return inductor.inline(linear_gated_bwd_ref, *args)
-
-    def check(dy: Tensor, down_weight: Tensor, gate_up: Tensor, *rest: Any) -> str:
-        return gated_backward_kernels.can_differentiate_linear(dy, down_weight, gate_up, activation)
-
-    formulas = {PASS: _product_and_pass, FORMULA: linear_gated_bwd_ref}
-    keywords = {"activation": activation, "wants_h": wants_h}
-    label = _choose("linear_gated_bwd", args, check, formulas, _BACKWARD, keywords)
-    if label in formulas:
-        return inductor.inline(formulas[label], *args)
-    operator = torch.ops.infuse.linear_gated_backward.default
-    config = int(label.removeprefix("kernel_"))
-    return inductor.call_operator(operator, dy, down_weight, gate_up, activation, wants_h, config)
+def lower(piece: Piece, choice: Any, args: Sequence[Any]) -> Any:
+    """The IR nodes of the results. args: of infuse::<name>, IR nodes for tensors."""
+    label, why, timings = _choose(piece, choice, args)
+    described = f"{'x'.join(map(str, inductor.hints(args[0])))} {args[0].get_dtype()}"
+    record(Decision(piece.name, described, label, why, timings, site=inductor.current_site()))
+    if not label.startswith(KERNEL):
+        return inductor.inline(piece.products if label == PRODUCTS else piece.formula, *args)
+    config = int(label.removeprefix(KERNEL))
+    results = inductor.call_operator(piece.kernel, *piece.arguments(*args), config)
+    return results if len(results) > 1 else results[0]
 
 
-def lower_pair(dgate_up: Any, gate_weight: Any, up_weight: Any) -> Any:
-    """The IR node of dx."""
-    args = (dgate_up, gate_weight, up_weight)
-    formulas = {FORMULA: linear_pair_ref}
-    if reason := _cannot_run(dgate_up):
-        _take("linear_pair", dgate_up, FORMULA, reason)
-        return inductor.inline(linear_pair_ref, *args)
-    label = _choose("linear_pair", args, gated_backward_kernels.can_multiply_pair, formulas, _PAIR, {})
-    if label in formulas:
-        return inductor.inline(linear_pair_ref, *args)
-    config = int(label.removeprefix("kernel_"))
-    return inductor.call_operator(torch.ops.infuse.linear_pair_product.default, *args, config)[0]
+def _register(piece: Piece) -> None:
+    choice = piece.choice()
+    inductor.register(getattr(torch.ops.infuse, piece.name).default, lambda *args: lower(piece, choice, args))
 
 
-inductor.register(torch.ops.infuse.linear_swiglu_fwd.default, lower_forward)
-inductor.register(torch.ops.infuse.linear_gated_bwd.default, lower_backward)
-inductor.register(torch.ops.infuse.linear_pair.default, lower_pair)
+for _piece in PIECES:
+    _register(_piece)
 inductor.register_inline(torch.ops.infuse.recomputed_gated_bwd.default, recomputed_gated_bwd_ref)

@@ -37,7 +37,7 @@ def _choice_of(kind: str) -> Any:
 
     def run(*tensors: Tensor, out: Tensor, form: tuple[Any, ...], family: str, config: int) -> Tensor:
         """What a measurement calls: the kernel, which allocates its results itself."""
-        operator(*_filled(form, iter(tensors)), family, config)
+        operator(*filled(form, iter(tensors)), family, config)
         return out
 
     # The source's id is in the name, which is part of the key of Inductor's autotuning cache.
@@ -47,24 +47,25 @@ def _choice_of(kind: str) -> Any:
 _CHOICES = {kind: _choice_of(kind) for kind in linear_kernels.KINDS}
 
 
-def _form(args: Sequence[Any]) -> tuple[Any, ...]:
+def form(args: Sequence[Any]) -> tuple[Any, ...]:
     """An operator's arguments with `...` for each tensor: plain values, which name a candidate in Inductor's cache."""
     return tuple(
-        _form(arg) if isinstance(arg, (list, tuple)) else ... if inductor.is_tensor(arg) else arg for arg in args
+        form(arg) if isinstance(arg, (list, tuple)) else ... if inductor.is_tensor(arg) else arg for arg in args
     )
 
 
-def _filled(form: Sequence[Any], tensors: Iterator[Tensor]) -> list[Any]:
+def filled(form: Sequence[Any], tensors: Iterator[Tensor]) -> list[Any]:
+    """The arguments again, with tensors in their places."""
     return [
-        _filled(item, tensors) if isinstance(item, tuple) else next(tensors) if item is ... else item for item in form
+        filled(item, tensors) if isinstance(item, tuple) else next(tensors) if item is ... else item for item in form
     ]
 
 
 def _measure(kind: str, args: Sequence[Any], found: Iterable[str], formula: Callable[..., Any]) -> dict[str, float]:
     """Milliseconds of the formula and of every configuration."""
-    form = _form(args)
+    given = form(args)
     kernels = {
-        f"{family}_{config}": inductor.Kernel(_CHOICES[kind], {"form": form, "family": family, "config": config})
+        f"{family}_{config}": inductor.Kernel(_CHOICES[kind], {"form": given, "family": family, "config": config})
         for family in found
         for config in range(-1, len(library.configurations(linear_kernels.CONFIGURATIONS[family])))
     }

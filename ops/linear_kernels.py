@@ -6,7 +6,8 @@ of kernels and the number of its configuration, -1 for the launcher's choice:
     skinny   up to 64 rows, csrc/skinny_linear
     gated    gate and up projections of many rows, csrc/gated_linear
 
-linear_swiglu_fwd_kernel(x, weights, biases, order, activation, config) is linear_swiglu_fwd by the second family.
+linear_swiglu_fwd_kernel(x, weights, biases, order, activation, config) is linear_swiglu_fwd by the second family,
+gate_up_products(x, weights, biases, order) its second result alone, by torch's products.
 
 Weights stay where they are: the halves of a packed one are given to the kernel as views.
 """
@@ -267,6 +268,25 @@ def run_forward(
     return h, gate_up
 
 
+def gate_up_products(x: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor | None], order: str) -> Tensor:
+    """What infuse::gate_up_products does on a GPU: torch's products, each written to its half."""
+    gate, up, gate_bias, up_bias = linear_swiglu.split_gate_up(weights, biases, order)
+    gate_up = x.new_empty((*x.shape[:-1], 2 * gate.shape[0]))
+    rows = _as_rows(x)
+    assert rows is not None
+    for weight, bias, half in zip((gate, up), (gate_bias, up_bias), gate_up.view(-1, gate_up.shape[-1]).chunk(2, -1)):
+        if bias is None:
+            torch.mm(rows, weight.t(), out=half)
+        else:
+            torch.addmm(bias, rows, weight.t(), out=half)
+    return gate_up
+
+
+define("gate_up_products(Tensor x, Tensor[] weights, Tensor?[] biases, str order) -> Tensor")
+implement("gate_up_products", gate_up_products, "CompositeExplicitAutograd")
+register_fake(
+    "gate_up_products", lambda x, weights, biases, order: linear_swiglu_fwd_fake(x, weights, biases, order)[1]
+)
 define(
     "linear_swiglu_fwd_kernel(Tensor x, Tensor[] weights, Tensor?[] biases, str order, str activation, int config) "
     "-> (Tensor, Tensor)"

@@ -29,6 +29,6 @@ def trains(sizes: Sizes, capability: tuple[int, int]) -> bool:
     return capability == H200 and sizes.rows >= FEWEST_TRAINED_ROWS
 
 
-def backward_runs_well(op: str, capability: tuple[int, int]) -> bool:
-    """Whether the kernel of a piece of the backward is faster than torch's products."""
-    return capability == H200
+def trained_piece_runs_well(name: str, capability: tuple[int, int]) -> bool:
+    """Whether the kernel of a piece of a gated MLP that trains is faster than torch's products."""
+    return capability == H200 and name in ("linear_gated_bwd", "linear_pair")

@@ -127,7 +127,7 @@ def test_both_passes_run_in_kernels(calls: list[str], memory: str) -> None:
     forwards = ["gated_linear"] * (2 if memory == "recompute" else 1)
     assert sorted(calls) == sorted([*forwards, "linear_gated_backward", "linear_pair"])
     assert {piece: chosen[piece] for piece in PIECES} == {
-        "linear_swiglu_fwd": "gated_-1",
+        "linear_swiglu_fwd": "kernel_-1",
         "linear_gated_bwd": "kernel_-1",
         "linear_pair": "kernel_-1",
     }
@@ -137,16 +137,16 @@ def test_where_the_gemms_have_no_kernel_the_pass_has_one(calls: list[str], monke
     monkeypatch.setattr(library, "capability", lambda device: (8, 0))
     chosen = compiled_alike(torch.randn(2, 40, DIM).bfloat16(), kernels="always")
     assert calls == ["gated_linear", "gated_backward"]
-    assert (chosen["linear_gated_bwd"], chosen["linear_pair"]) == (gated_mlp.PASS, gated_mlp.FORMULA)
+    assert chosen["linear_gated_bwd"] == chosen["linear_pair"] == gated_mlp.PRODUCTS
 
 
-def test_max_autotune_measures_the_backward(calls: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_max_autotune_measures_every_piece(calls: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
     timed: dict[str, set[str]] = {}
 
     def measure(name: str, kernels: Any, formulas: Any, *rest: Any, tune_products: bool) -> dict[str, float]:
         assert tune_products
         timed[name] = {*kernels, *formulas}
-        return {gated_mlp.FORMULA: 1.0, "kernel_1": 0.9 if name == "infuse_linear_pair" else 1.1}
+        return {gated_mlp.PRODUCTS: 1.0, "kernel_1": 0.9 if name == "infuse_linear_pair" else 1.1}
 
     monkeypatch.setattr(inductor, "measure", measure)
     monkeypatch.setattr(heuristics, "trains", lambda sizes, capability: True)
@@ -155,12 +155,9 @@ def test_max_autotune_measures_the_backward(calls: list[str], monkeypatch: pytes
     found = trained(torch.compile(module, backend="infuse", mode="max-autotune-no-cudagraphs"), module, x)
     for got, right in zip(found, trained(module, module, x), strict=True):
         torch.testing.assert_close(got, right, atol=5e-2, rtol=5e-2)
-    kernels = {"kernel_-1", "kernel_0", "kernel_1"}
-    assert timed == {
-        "infuse_linear_gated_bwd": {gated_mlp.PASS, gated_mlp.FORMULA, *kernels},
-        "infuse_linear_pair": {gated_mlp.FORMULA, *kernels},
-    }
-    assert calls == ["gated_linear", "linear_pair"]
+    candidates = {gated_mlp.PRODUCTS, "kernel_-1", "kernel_0", "kernel_1"}
+    assert timed == {f"infuse_{piece}": candidates for piece in PIECES}
+    assert calls == ["gated_backward", "linear_pair"]
 
 
 def test_the_policy_leaves_a_gated_mlp_to_its_parts(calls: list[str]) -> None:
