@@ -163,7 +163,8 @@ def lower(piece: Piece, choice: Any, args: Sequence[Any]) -> Any:
     if not label.startswith(KERNEL):
         return inductor.inline(piece.products if label == PRODUCTS else piece.formula, *args)
     config = int(label.removeprefix(KERNEL))
-    results = inductor.call_operator(piece.kernel, *piece.arguments(*args), config)
+    given = piece.arguments(*args)
+    results = inductor.call_operator(piece.kernel, *given, config, as_they_lie=inductor.tensors_of(given))
     return results if len(results) > 1 else results[0]
 
 

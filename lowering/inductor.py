@@ -216,12 +216,13 @@ def measure(
     layout: Node,
     *,
     tune_products: bool = False,
+    values: Mapping[int, Callable[[Node], torch.Tensor]] | None = None,
 ) -> dict[str, float]:
     """Milliseconds of every candidate on stand-in inputs, through Inductor's autotuning (its log and its cache).
 
     The graph under construction is not touched: nothing is realised and no buffer is added. A candidate that fails is
     left out. tune_products: the products in the formulas are tuned too, Inductor's templates among them, as they would
-    be in the graph.
+    be in the graph. values: what makes a tensor whose contents matter, by its place among the tensors of `args`.
     """
     tensors = [stand_in(tensor) for tensor in tensors_of(args)]
     choices: dict[str, Any] = {label: kernel.bind(tensors, layout) for label, kernel in kernels.items()}
@@ -242,9 +243,9 @@ def measure(
             vars(choice)["_compile_for_benchmarking"] = functools.partial(_compile_as_in_graph, choice)
         timed = _graph_benchmark(choice) if layout.device.type == "cuda" else choice.benchmark
         choice.benchmark = _never_where_refused(timed)
-    values = {index: _all_true for index, tensor in enumerate(tensors) if tensor.get_dtype() == torch.bool}
+    masks = {index: _all_true for index, tensor in enumerate(tensors) if tensor.get_dtype() == torch.bool}
     timings = get_algorithm_selector_cache().do_autotuning(
-        name, tensors, layout, values, create_inputs_key(tensors), list(choices.values()), dict
+        name, tensors, layout, {**masks, **(values or {})}, create_inputs_key(tensors), list(choices.values()), dict
     )
     by_choice = {id(choice): label for label, choice in choices.items()}
     return {by_choice[id(choice)]: time for choice, time in timings.items() if time < float("inf")}

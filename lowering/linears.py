@@ -70,7 +70,23 @@ def _measure(kind: str, args: Sequence[Any], found: Iterable[str], formula: Call
         for config in range(-1, len(library.configurations(linear_kernels.CONFIGURATIONS[family])))
     }
     layout = inductor.output_layout(formula, args)
-    return inductor.measure(f"infuse_{kind}", kernels, {FORMULA: formula}, args, layout, tune_products=True)
+    tensors = inductor.tensors_of(args)
+    ends = {i: _ends_of(args[0]) for i, tensor in enumerate(tensors) if tensor.get_dtype() == torch.int32}
+    return inductor.measure(
+        f"infuse_{kind}", kernels, {FORMULA: formula}, args, layout, tune_products=True, values=ends
+    )
+
+
+def _ends_of(x: Any) -> Callable[[Any], Tensor]:
+    """Makes the ends of groups of the rows of x, all of one size: with Inductor's own numbers most rows have none."""
+    rows, _ = inductor.rows_and_row_size(x)
+
+    def make(node: Any) -> Tensor:
+        (groups,) = inductor.hints(node)
+        ends = torch.linspace(rows / groups, rows, groups, device=node.get_device())
+        return ends.round().to(node.get_dtype())
+
+    return make
 
 
 def _choose(kind: str, args: Sequence[Any], formula: Callable[..., Any]) -> tuple[str, str, Mapping[str, float]]:
@@ -99,7 +115,9 @@ def lower(kind: str, given: Sequence[Any]) -> Any:
     if label == FORMULA:
         return inductor.inline(getattr(torch.ops.infuse, kind).parts, *args)
     family, _, config = label.partition("_")
-    results = inductor.call_operator(getattr(torch.ops.infuse, f"{kind}_kernel").default, *args, family, int(config))
+    operator = getattr(torch.ops.infuse, f"{kind}_kernel").default
+    weights = [arg for given in args if isinstance(given, (list, tuple)) for arg in given if inductor.is_tensor(arg)]
+    results = inductor.call_operator(operator, *args, family, int(config), as_they_lie=weights)
     return results[0] if site.returns == "Tensor" else results
 
 

@@ -71,11 +71,11 @@ def sites(rows: int) -> dict[str, tuple[Callable[..., Any], tuple[Tensor, ...]]]
         return OPS.linear_add(h, down, None, residual) * 2
 
     def grouped(x: Tensor, experts: Tensor, offsets: Tensor) -> Any:
-        return OPS.grouped_linear_swiglu(x.flatten(0, 1) * 2, [experts], offsets, "up_gate") + 1
+        return OPS.grouped_linear_swiglu(x.flatten(0, 1) * 2, [experts.transpose(1, 2)], offsets, "up_gate") + 1
 
     offsets = torch.tensor([2, 2, rows], dtype=torch.int32)
     return {
-        "grouped_linear_swiglu": (grouped, (x, tensor(3, DIM, 2 * HIDDEN), offsets)),
+        "grouped_linear_swiglu": (grouped, (x, tensor(3, 2 * HIDDEN, DIM), offsets)),
         "norm_linear": (norm_linear, (x, residual, norm_weight, gate, up, gate_bias)),
         "norm_linear_swiglu": (norm_linear_swiglu, (x, norm_weight, gate, up, gate_bias)),
         "linear_swiglu": (linear_swiglu, (x, packed)),
@@ -129,8 +129,15 @@ def test_many_rows_take_the_kernel_for_many(calls: list[str]) -> None:
     assert calls == ["gated"]
 
 
-@pytest.mark.parametrize("winner", [linears.FORMULA, "skinny_1"])
-@pytest.mark.parametrize("kind", ["norm_linear", "linear_swiglu"])
+@pytest.mark.parametrize(
+    ("kind", "winner"),
+    [
+        ("norm_linear", linears.FORMULA),
+        ("norm_linear", "skinny_1"),
+        ("linear_swiglu", "gated_0"),
+        ("grouped_linear_swiglu", "gated_1"),
+    ],
+)
 def test_max_autotune_measures_every_configuration(
     calls: list[str], choose_always: Callable[[str], list[set[str]]], kind: str, winner: str
 ) -> None:
@@ -138,6 +145,6 @@ def test_max_autotune_measures_every_configuration(
     function, tensors = sites(rows=6)[kind]
     out, code = compiled_code(function, *tensors, mode="max-autotune-no-cudagraphs")
     torch.testing.assert_close(out, function(*tensors), atol=3e-2, rtol=3e-2)
-    families = ["skinny", "gated"] if kind == "linear_swiglu" else ["skinny"]
+    families = {"linear_swiglu": ["skinny", "gated"], "grouped_linear_swiglu": ["gated"]}.get(kind, ["skinny"])
     assert timed[0] == {linears.FORMULA, *(f"{family}_{config}" for family in families for config in (-1, 0, 1))}
     assert (f"infuse.{kind}_kernel" in code) == (winner != linears.FORMULA)
