@@ -11,6 +11,7 @@ from torch import Tensor
 
 from infuse.lowering.heuristics import linears as heuristics
 from infuse.ops import library, linear_kernels
+from infuse.ops.swiglu import NUM_FLAGS
 from infuse.report import Placement
 from infuse.settings import Settings
 
@@ -64,7 +65,7 @@ def place_gated_mlp(given: Sequence[object], training: bool, settings: Settings)
     if not training:
         return _declined("without gradients its parts are enough")
     _, weights, biases, order, down_weight, _, *flags = linear_kernels.with_defaults("gated_mlp", given)
-    found, reason = linear_kernels.families("linear_swiglu", (x, weights, biases, order, *flags))
+    found, reason = linear_kernels.families("linear_swiglu", (x, weights, biases, order, *flags[:NUM_FLAGS]))
     if "gated" not in found:
         return _declined(reason or "no kernel")
     if down_weight.dtype != x.dtype:

@@ -29,9 +29,8 @@ from infuse.ops.composites import register_composite
 from infuse.ops.linear_swiglu import check, formula_with, halves, joined, linear_swiglu_ref, split_gate_up
 from infuse.ops.norm_linear import check_linears
 from infuse.ops.registration import define, differentiate, implement, register_fake, with_defaults
-from infuse.ops.swiglu import FLAGS, swiglu_ref
+from infuse.ops.swiglu import FLAGS, NUM_FLAGS, swiglu_ref
 
-_NUM_FLAGS = FLAGS.count(",") + 1
 ARGUMENTS = (
     f"Tensor x, Tensor[] weights, Tensor?[] biases, str order, Tensor down_weight, Tensor? down_bias, {FLAGS}, "
     f"Tensor? norm_input=None, Tensor? norm_weight=None, float norm_eps=0.0, {rms_norm.FLAGS}"
@@ -51,7 +50,7 @@ def _formula(activate: Callable[..., Tensor]) -> Callable[..., Tensor]:
         *flags: Any,
     ) -> Tensor:
         check("gated_mlp", x, weights, biases, order, down_weight)
-        h = activate(x, weights, biases, order, *flags[:_NUM_FLAGS])
+        h = activate(x, weights, biases, order, *flags[:NUM_FLAGS])
         check_linears("gated_mlp", h.shape[-1], [down_weight], [down_bias])
         return F.linear(h, down_weight, down_bias)
 
@@ -205,8 +204,8 @@ def _differentiable(keeps: bool) -> Callable[..., Tensor]:
         down_bias: Tensor | None,
         *flags: Any,
     ) -> Tensor:
-        norm_input, norm_weight, *norm = flags[_NUM_FLAGS:]
-        options = (keeps, order, flags[:_NUM_FLAGS], tuple(norm))
+        norm_input, norm_weight, *norm = flags[NUM_FLAGS:]
+        options = (keeps, order, flags[:NUM_FLAGS], tuple(norm))
         result: Tensor = function(*options, x, norm_input, norm_weight, down_weight, down_bias, *weights, *biases)
         return result
 

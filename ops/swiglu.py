@@ -34,6 +34,7 @@ from infuse.ops.registration import Placements, differentiate, register, registe
 
 QUICK_GELU_ALPHA = 1.702
 FLAGS = f'str activation="silu", float? limit=None, float alpha={QUICK_GELU_ALPHA}, float up_offset=0.0'
+NUM_FLAGS = FLAGS.count(",") + 1
 ARGUMENTS = f"Tensor gate, Tensor up, {FLAGS}"
 _BWD_ARGUMENTS = "Tensor dout, Tensor gate, Tensor up, str activation, float? limit, float alpha, float up_offset"
 _HALF = (torch.float16, torch.bfloat16)

@@ -9,10 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch._C._functorch import is_batchedtensor
-from torch._ops import OpOverload
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx import Node
-from torch.utils.checkpoint import CheckpointPolicy
 
 from infuse.patterns import metadata
 from infuse.patterns.canonical import CanonicalGraph, is_assertion
@@ -26,7 +24,6 @@ _MAX_RESTRIDED = 64
 # Products lie contiguously, whatever their factors' strides. Evaluated without gradients, matmul fixes the sizes of
 # symbolic shapes (torch 2.11).
 _CONTIGUOUS = ("matmul", "bmm")
-_NORMS = ("infuse::rms_norm", "infuse::layer_norm")
 # What torch raises for arguments that do not fit; NotImplementedError is a RuntimeError.
 _REJECTIONS = (RuntimeError, TypeError, ValueError)
 
@@ -101,16 +98,6 @@ class Emitter:
             self._take_over(write, self.replaced.get(target, target))
         self.dead.update(site.interior)
         return None
-
-    def compute_again(self, value: object) -> None:
-        """Has the backward compute a norm's result again, a pass over memory, instead of keeping it from the forward.
-
-        Only a norm alone: the sum that one with a residual add returns too is read by what comes behind.
-        """
-        node = self.replaced.get(value, value) if isinstance(value, Node) else None
-        if node is not None and isinstance(node.target, OpOverload) and node.target._schema.name in _NORMS:
-            # AOTAutograd hands this on to what it traces the node to, and its partitioner follows it.
-            node.meta["recompute"] = CheckpointPolicy.PREFER_RECOMPUTE
 
     def _finished(self, site: Site, result: Any) -> Any:
         """The operator's result after what the site does to it."""

@@ -350,10 +350,7 @@ class Writer:
             placement = replace(placement, verified=verdict.words)
         if site.kind == packed_linear.KIND and placement.overload != "inline":
             return self._emit_packed(site, placement, examples, identity) or placement
-        refusal = self.emitter.emit(site, placement, examples, identity)
-        if refusal is None and site.kind == gated_mlp.KIND:
-            self.emitter.compute_again(site.args[0])
-        return refusal or placement
+        return self.emitter.emit(site, placement, examples, identity) or placement
 
     def _emit_packed(
         self, site: Site, placement: Placement, examples: tuple[object, ...], identity: str
