@@ -21,6 +21,8 @@ from rows import RESULTS, Row, load
 README = Path(__file__).resolve().parent.parent / "README.md"
 # Measured for the kernels' sake: not what torch.compile with Infuse gives a user. How such names begin.
 NOT_FOR_USERS = "infuse-kernel"
+# Whose tables show the memory that a call takes beyond its inputs, too.
+ABOUT_MEMORY = ("linear_cross_entropy",)
 _BLOCK = re.compile(r"(<!-- results:(?P<benchmark>\w+) -->\n)(?P<body>.*?)(<!-- /results -->)", re.DOTALL)
 _SUPPORT = re.compile(r"(<!-- support -->\n).*?(<!-- /support -->)", re.DOTALL)
 
@@ -70,7 +72,7 @@ def device_table(benchmark: str, rows: Sequence[Row]) -> str:
         pair = newest_pair([row for row in rows if row.case == case])
         if pair is not None:
             used += pair
-            lines.append(line(*pair))
+            lines.append(line(*pair, memory=benchmark in ABOUT_MEMORY))
     if not used:
         return ""
     torches, commits = (sorted({getattr(row, name) for row in used}) for name in ("torch", "commit"))
@@ -79,7 +81,10 @@ def device_table(benchmark: str, rows: Sequence[Row]) -> str:
         f"`python benchmarks/{benchmark}.py`; above 1x Infuse is faster."
     )
     head = "| case | best without Infuse | | best with Infuse | | ratio | of the limit |"
-    return "\n".join([caption, "", head, "|---|---|---:|---|---:|---:|---:|", *lines, ""])
+    rule = "|---|---|---:|---|---:|---:|---:|"
+    if benchmark in ABOUT_MEMORY:
+        head, rule = f"{head} memory without | with |", f"{rule}---:|---:|"
+    return "\n".join([caption, "", head, rule, *lines, ""])
 
 
 def newest_pair(rows: Sequence[Row]) -> tuple[Row, Row] | None:
@@ -93,7 +98,7 @@ def newest_pair(rows: Sequence[Row]) -> tuple[Row, Row] | None:
     return None
 
 
-def line(other: Row, ours: Row) -> str:
+def line(other: Row, ours: Row, *, memory: bool = False) -> str:
     limit = "" if ours.percent_of_limit is None else f"{ours.percent_of_limit:.0f}%"
     cells = (
         f"`{ours.case}`",
@@ -103,8 +108,13 @@ def line(other: Row, ours: Row) -> str:
         milliseconds(ours.median_ms),
         f"{other.median_ms / ours.median_ms:.2f}x",
         limit,
+        *((gibibytes(other.peak_bytes), gibibytes(ours.peak_bytes)) if memory else ()),
     )
     return "| " + " | ".join(cells) + " |"
+
+
+def gibibytes(count: int | None) -> str:
+    return "" if count is None else f"{count / 2**30:.2f} GiB"
 
 
 def main(argv: Sequence[str] | None = None) -> int:

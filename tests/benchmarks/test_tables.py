@@ -93,3 +93,12 @@ def test_check_fails_until_the_readme_is_brought_up_to_date(results: Path) -> No
     assert readme.read_text() == README
     assert tables.main(arguments) == 0
     assert tables.main([*arguments, "--check"]) == 0
+
+
+def test_tables_about_memory_show_it(tmp_path: Path) -> None:
+    peaks = {"compile": 3 << 30, "infuse": 1 << 30}
+    rows = [dataclasses.replace(row(impl, 2.0, "step"), peak_bytes=peak) for impl, peak in peaks.items()]
+    append(results_file(tmp_path, "nvidia-h200", "linear_cross_entropy"), rows)
+    lines = tables.tables("linear_cross_entropy", tmp_path).splitlines()
+    assert [lines[2].count("|"), lines[3].count("|"), lines[4].count("|")] == [10, 10, 10]
+    assert lines[4].endswith("| 3.00 GiB | 1.00 GiB |")
