@@ -30,7 +30,7 @@ struct Epilogue {
   static constexpr bool kSwizzled = kColumns % kSwizzledColumns == 0;
   static constexpr int kRowBytes = kSwizzled ? kSwizzledRowBytes : 2 * kColumns;  // in shared memory
   static constexpr int kPieces = kColumns / 8;  // of 16 bytes, in a row
-  static constexpr int kSteps = kPieces / 2;
+  static constexpr int kSteps = 2 + kPieces / 2;
   static constexpr int kBlockBytes = gemm::kGroupRows * kSwizzledRowBytes;
 
   const EpilogueParams& params;
@@ -118,19 +118,17 @@ struct Epilogue {
     }
   }
 
-  // Gate and up as the backward reads them.
-  __device__ __forceinline__ void keep_gate_up() const {
-    const std::int64_t columns = params.base.columns;
+  // The gate, or the up projection, as the backward reads it.
+  template <int kWhich>
+  __device__ __forceinline__ void keep() const {
+    begin_store();
 #pragma unroll
-    for (int which = 0; which < 2; ++which) {
-      begin_store();
-#pragma unroll
-      for (int block = 0; block < kPieces; block += 2) {
-        stage(block, [&](int of, int half) { return taken[which * (kSums / 4) + 2 * of + half]; });
-      }
-      end_store(which == 0 ? params.gate : params.up, static_cast<T*>(params.base.gate_up) + which * columns,
-                2 * columns);
+    for (int block = 0; block < kPieces; block += 2) {
+      stage(block, [&](int of, int half) { return taken[kWhich * (kSums / 4) + 2 * of + half]; });
     }
+    const std::int64_t columns = params.base.columns;
+    end_store(kWhich == 0 ? params.gate : params.up, static_cast<T*>(params.base.gate_up) + kWhich * columns,
+              2 * columns);
   }
 
   __device__ __forceinline__ void take(const gemm::Tile& given, std::uint32_t rows, float (&sums)[kSums]) {
@@ -140,7 +138,6 @@ struct Epilogue {
 #pragma unroll
     for (int i = 0; i < kSums / 2; ++i) taken[i] = Cast<T>::pack(sums[2 * i], sums[2 * i + 1]);
     pin(taken);  // here and not where they are used, beside sums of the next tile
-    if (params.base.gate_up != nullptr && row < tile.row_end) keep_gate_up();
   }
 
   template <Activation kActivation>
@@ -153,15 +150,20 @@ struct Epilogue {
     });
   }
 
-  // 16 columns.
+  // Gate and up if they are kept, then 16 columns of the product at a time.
   template <int kStep>
   __device__ __forceinline__ void step() const {
     if (row >= tile.row_end) return;
-    if constexpr (kStep == 0) begin_store();
+    if constexpr (kStep < 2) {
+      if (params.base.gate_up != nullptr) keep<kStep>();
+      return;
+    }
+    if constexpr (kStep == 2) begin_store();
+    constexpr int kBlock = 2 * kStep - 4;
     switch (params.base.activation) {
-      case Activation::kSilu: stage_product<Activation::kSilu>(2 * kStep); break;
-      case Activation::kGeluTanh: stage_product<Activation::kGeluTanh>(2 * kStep); break;
-      case Activation::kGeluErf: stage_product<Activation::kGeluErf>(2 * kStep); break;
+      case Activation::kSilu: stage_product<Activation::kSilu>(kBlock); break;
+      case Activation::kGeluTanh: stage_product<Activation::kGeluTanh>(kBlock); break;
+      case Activation::kGeluErf: stage_product<Activation::kGeluErf>(kBlock); break;
     }
     if constexpr (kStep + 1 == kSteps) end_store(params.out, static_cast<T*>(params.base.out), params.base.out_stride);
   }
