@@ -74,14 +74,14 @@ void check_arguments(const Arguments& a) {
   check(a.x.dtype == DType::kBFloat16 || a.x.dtype == DType::kFloat16, kOp, "dtype of x, got ", name(a.x.dtype),
         ", expected bfloat16 or float16");
   check(a.x.num_dims == 2, kOp, "dimensions of x, got ", a.x.num_dims, ", expected 2");
-  const int weight_dims = a.ends == nullptr ? 2 : 3;
+  const int weight_dims = a.has_groups ? 3 : 2;
   check(a.gate_weight.num_dims == weight_dims, kOp, "dimensions of gate_weight, got ", a.gate_weight.num_dims,
         ", expected ", weight_dims);
   const std::int64_t rows = a.x.sizes[0], dim = a.x.sizes[1];
   const std::int64_t columns = a.gate_weight.sizes[weight_dims - 2];
   for (const TensorArg* weight : {&a.gate_weight, &a.up_weight}) {
     check_operand(*weight, a.x);
-    if (a.ends == nullptr) {
+    if (!a.has_groups) {
       check_shape(*weight, {columns, dim});
     } else {
       check_shape(*weight, {a.groups, columns, dim});
@@ -89,7 +89,7 @@ void check_arguments(const Arguments& a) {
   }
   check_bias(a.gate_bias, a.x, columns);
   check_bias(a.up_bias, a.x, columns);
-  check(a.ends == nullptr || (a.gate_bias == nullptr && a.up_bias == nullptr), kOp,
+  check(!a.has_groups || (a.gate_bias == nullptr && a.up_bias == nullptr), kOp,
         "biases, got some beside offsets, expected none");
   check_operand(a.out, a.x);
   check_shape(a.out, {rows, columns});
@@ -128,12 +128,12 @@ Params make_params(const Arguments& a) {
   params.out_stride = a.out.strides[0];
   params.gate_stride = a.gate_weight.strides[row];
   params.up_stride = a.up_weight.strides[row];
-  params.gate_group_stride = a.ends == nullptr ? 0 : a.gate_weight.strides[0];
-  params.up_group_stride = a.ends == nullptr ? 0 : a.up_weight.strides[0];
+  params.gate_group_stride = a.has_groups ? a.gate_weight.strides[0] : 0;
+  params.up_group_stride = a.has_groups ? a.up_weight.strides[0] : 0;
   params.rows = static_cast<std::uint32_t>(a.x.sizes[0]);
   params.dim = static_cast<std::uint32_t>(a.x.sizes[1]);
   params.columns = static_cast<std::uint32_t>(a.gate_weight.sizes[last - 1]);
-  params.groups = a.ends == nullptr ? 1 : static_cast<std::uint32_t>(a.groups);
+  params.groups = a.has_groups ? static_cast<std::uint32_t>(a.groups) : 1;
   params.activation = activation_named(kOp, a.activation);
   return params;
 }
@@ -145,11 +145,11 @@ Prepared prepare(const Arguments& a) {
   Prepared prepared;
   prepared.dtype = a.x.dtype;
   prepared.device = a.x.device;
-  prepared.empty = a.x.sizes[0] == 0 || a.out.sizes[1] == 0 || (a.ends != nullptr && a.groups == 0);
+  prepared.empty = a.x.sizes[0] == 0 || a.out.sizes[1] == 0 || (a.has_groups && a.groups == 0);
   if (prepared.empty) return prepared;
   check(a.x.sizes[1] > 0, kOp, "last dimension of x, got 0, expected at least 8");
   prepared.params = make_params(a);
-  const Problem problem{a.x.sizes[0], a.out.sizes[1], a.x.sizes[1], prepared.params.groups, a.ends != nullptr,
+  const Problem problem{a.x.sizes[0], a.out.sizes[1], a.x.sizes[1], prepared.params.groups, a.has_groups,
                         prepared.params.by_columns, a.gate_bias != nullptr || a.up_bias != nullptr};
   const Device device = describe(a.x.device);
   prepared.config = a.config == kHeuristic ? choose(problem, device) : static_cast<int>(a.config);

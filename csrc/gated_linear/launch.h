@@ -22,8 +22,9 @@ struct Arguments {
   const TensorArg* up_bias = nullptr;
   TensorArg out;                       // [rows, columns]
   const TensorArg* gate_up = nullptr;  // [rows, 2 columns]
+  bool has_groups = false;
   const std::int32_t* ends = nullptr;  // [groups] on the device
-  std::int64_t groups = 0;             // length of `ends`, if there are any
+  std::int64_t groups = 0;
   std::string activation = "silu";
   std::int64_t config = kHeuristic;
 };

@@ -31,6 +31,7 @@ void gated_linear_out(const Tensor& x, const Tensor& gate_weight, const Tensor& 
     infuse::check(offsets->scalar_type() == torch::headeronly::ScalarType::Int && offsets->dim() == 1 &&
                       (offsets->size(0) <= 1 || offsets->stride(0) == 1),
                   kOp, "offsets, got another tensor, expected int32 [groups], contiguous");
+    arguments.has_groups = true;
     arguments.ends = static_cast<const std::int32_t*>(offsets->const_data_ptr());
     arguments.groups = offsets->size(0);
   }
