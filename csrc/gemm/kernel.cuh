@@ -170,8 +170,10 @@ __global__ void __launch_bounds__(threads_of_kernel(), 1)
   if (warpgroup == 0) {
     give_up_registers<Traits::kLoaderRegisters>();
     if (threadIdx.x < kWarpSize) {
+      Loader<Traits> loader{params.gemm, shared, rank, threadIdx.x == 0};
+      loader.prefetch_maps();
       wait_for_previous_kernel();
-      Loader<Traits>{params.gemm, shared, rank, threadIdx.x == 0}.run(walk());
+      loader.run(walk());
       let_next_kernel_start();
     }
   } else {

@@ -70,6 +70,14 @@ struct Loader {
     load_b(tile, part, k);
   }
 
+  __device__ __forceinline__ void prefetch_maps() const {
+    if (!is_leader) return;
+    constexpr int kMatrices = Traits::kOperands == Operands::kOne ? 1 : 2;
+    prefetch_map(params.a[0]);
+#pragma unroll
+    for (int i = 0; i < kMatrices; ++i) prefetch_map(params.b[i]);
+  }
+
   __device__ __forceinline__ void run(TileWalk walk) {
     constexpr std::uint32_t kParts = Traits::kOperands == Operands::kInSequence ? 2 : 1;
     for (Tile tile; walk.next(tile);) {
