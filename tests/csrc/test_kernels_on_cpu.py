@@ -22,6 +22,7 @@ FLAGS = ("-O1", "-std=c++20", "-x", "c++", "-Xcompiler=-fno-strict-aliasing,-Wal
         "attention_backward",
         "attention_decode",
         "attention_forward",
+        "cross_entropy",
         "gemm",
         "norm",
         "norm_backward",

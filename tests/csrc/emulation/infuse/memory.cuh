@@ -13,6 +13,13 @@ enum class Reuse { kOnce, kShared };
 template <typename T, int kElems>
 constexpr int kAccessBytes = Vec<T, kElems>::kBytes < 16 ? Vec<T, kElems>::kBytes : 16;
 
+template <Reuse kReuse>
+void load_16_bytes(std::uint32_t* words, const void* address, bool valid) {
+  if (!valid) return;
+  emulation::check_access(address, 16, 16);
+  std::memcpy(words, address, 16);
+}
+
 template <Reuse kReuse, typename T, int kElems>
 Vec<T, kElems> load(const T* address, bool valid) {
   Vec<T, kElems> vec = {};
