@@ -5,9 +5,9 @@
 //
 // With a soft cap c, z stands for c tanh(z / c), whose slope the gradient is multiplied by, 1 - tanh(z / c)^2.
 // A row whose target is ignored has the loss 0 and the gradient 0; one whose target is not in the vocabulary NaN. All
-// in fp32, rounded once. A CTA, or a cluster of some, takes one row. What of it fits in shared memory is copied there, all
-// at once and in the background, for both passes; the rest is read twice, the second time from L2, where it was a moment
-// ago.
+// in fp32, rounded once. A CTA, or a cluster of some, takes one row. What of it fits in shared memory is copied there,
+// all at once and in the background, for both passes; the rest is read twice, the second time from L2, where it was a
+// moment ago.
 #pragma once
 
 #include <cstdint>
@@ -140,7 +140,9 @@ struct Rest {
   std::uint32_t next;
   typename Row::Vector ahead[kAhead];
 
-  __device__ __forceinline__ explicit Rest(const Row& row_) : row(row_), next(row_.cached_vecs + threadIdx.x) { load(); }
+  __device__ __forceinline__ explicit Rest(const Row& row_) : row(row_), next(row_.cached_vecs + threadIdx.x) {
+    load();
+  }
 
   __device__ __forceinline__ void load() {
 #pragma unroll

@@ -51,9 +51,10 @@ struct Plan {
 // Shared memory of a CTA that is not the cache: 1 KiB of the system, the reductions' arrays and some room.
 constexpr int kReservedBytes = 2048;
 
-// On an H200 with 2048 rows of 128256 bfloat16, gradient included, 3.3 TB/s by clusters of two, 3.2 by one large CTA, 2.8
-// by one of two small ones; with 4096 rows of 32000 or 50257, which fit in a small CTA's share, 3.1, 2.0 and 3.1 to 3.2.
-// Without the gradient nothing is kept, and the small CTAs are fastest throughout.
+// On an H200 with 2048 rows of 128256 bfloat16, gradient included: 3.3 TB/s by clusters of two, 3.2 by one large CTA,
+// 2.8 by one of two small ones; with 4096 rows of 50257, which fit in a small CTA's share: 2.5, 2.1 and 3.2; with
+// 1024 rows of 262144: 2.8, 2.6, 2.6, and 3.1 by clusters of four. Without the gradient nothing is kept, and the small
+// CTAs are the fastest throughout.
 constexpr std::int64_t kSmallCtaBytes = 112 * 1024;
 constexpr int choose_config(const Problem& problem, const Device& device) {
   const std::int64_t bytes = problem.vocab * problem.size_bytes;
