@@ -1,4 +1,5 @@
-// What becomes of a rounded tile in shared memory: it is written, or the gated activation's gradients are found with it.
+// What becomes of a rounded tile in shared memory: it is written, or the gradients of a gated activation are found with
+// it.
 #pragma once
 
 #include <cstdint>

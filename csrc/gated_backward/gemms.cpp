@@ -85,7 +85,8 @@ void launch_pair(const PairArguments& a, cudaStream_t stream) {
   check_matrix(kPairOp, a.dx, a.operands.a, problem.rows, problem.columns);
   check_contiguous(kPairOp, a.dx);
   if (problem.rows == 0 || problem.columns == 0) return;
-  for (const TensorArg* tensor : {&a.operands.a, &a.operands.b[0], &a.operands.b[1], &a.dx}) check_rows(kPairOp, *tensor);
+  const Operands& operands = a.operands;
+  for (const TensorArg* tensor : {&operands.a, &operands.b[0], &operands.b[1], &a.dx}) check_rows(kPairOp, *tensor);
   problem.dx = a.dx.data;
   launch(kPairOp, problem, stream);
 }

@@ -52,7 +52,8 @@ __global__ void __launch_bounds__(256) gated_backward_kernel(const __grid_consta
     const T* of_row = static_cast<const T*>(params.gate_up) + row * params.gate_up_stride + column;
     gate[i] = load<Reuse::kOnce, T, kElems>(of_row, valid);
     up[i] = load<Reuse::kOnce, T, kElems>(of_row + params.dim, valid);
-    dout[i] = load<Reuse::kOnce, T, kElems>(static_cast<const T*>(params.dout) + row * params.dout_stride + column, valid);
+    const T* of_dout = static_cast<const T*>(params.dout) + row * params.dout_stride + column;
+    dout[i] = load<Reuse::kOnce, T, kElems>(of_dout, valid);
   }
   let_next_kernel_start();
   with_activation(params.activation, [&](auto kind) {

@@ -1,5 +1,5 @@
-// The end of a handed over tile of a gated linear: gate in its first 128 columns and up in the others, both rounded. They
-// are kept, if that is wanted, by the copy engine, while their product goes to memory 16 bytes at a time.
+// The end of a handed over tile of a gated linear: gate in its first 128 columns and up in the others, both rounded.
+// They are kept, if that is wanted, by the copy engine, while their product goes to memory 16 bytes at a time.
 #pragma once
 
 #include <cstdint>

@@ -150,7 +150,8 @@ Prepared prepare(const Arguments& a) {
   check(a.x.sizes[1] > 0, kOp, "last dimension of x, got 0, expected at least 8");
   prepared.params = make_params(a);
   const Problem problem{a.x.sizes[0], a.out.sizes[1], a.x.sizes[1], prepared.params.groups, a.has_groups,
-                        prepared.params.by_columns, a.gate_bias != nullptr || a.up_bias != nullptr};
+                        prepared.params.by_columns, a.gate_bias != nullptr || a.up_bias != nullptr,
+                        a.gate_up != nullptr};
   const Device device = describe(a.x.device);
   prepared.config = a.config == kHeuristic ? choose(problem, device) : static_cast<int>(a.config);
   const Config& config = kConfigs[prepared.config];

@@ -18,10 +18,10 @@ struct MmaTile {
   std::uint32_t row, row_end, column, group;
 };
 
-// A CTA has 128 rows and 64 columns of both gate and up; each of its four warps 64 rows and 32 of the columns. Along dim
-// it takes kDepth elements at a time. In shared memory x lies in rows of 64 bytes; behind it the weights, by rows alike,
-// 32 rows of the gate and of the up in turn, or by columns, for each 32 columns kDepth rows with those of the gate and of
-// the up beside each other. So what a warp needs is in one place.
+// A CTA has 128 rows and 64 columns of both gate and up; each of its four warps 64 rows and 32 of the columns. Along
+// dim it takes kDepth elements at a time. In shared memory x lies in rows of 64 bytes; behind it the weights, by rows
+// alike, 32 rows of the gate and of the up in turn, or by columns, for each 32 columns kDepth rows with those of the
+// gate and of the up beside each other. So what a warp needs is in one place.
 template <typename Element, bool kWeightsByColumns>
 struct MmaTraits {
   using T = Element;

@@ -33,7 +33,7 @@ constexpr int kTileRows = 128;  // of wgmma
 
 struct Problem {
   std::int64_t rows, columns, dim, groups;
-  bool has_groups, by_columns, has_biases;
+  bool has_groups, by_columns, has_biases, keeps_gate_up;
 };
 
 struct Device {
@@ -60,7 +60,8 @@ constexpr std::int64_t cost(const Problem& problem, const Config& config, const 
                              ceil_div(problem.columns, std::int64_t{config.columns} * config.cluster_columns);
   const int cluster = config.cluster_rows * config.cluster_columns;
   const std::int64_t waves = ceil_div(units * cluster, device.num_sms / cluster * cluster);
-  const int percent = config.is_handed ? 94 : cluster == 1 ? 103 : config.cluster_columns > 1 ? 101 : 100;
+  const int handed = problem.keeps_gate_up ? 99 : 101;
+  const int percent = config.is_handed ? handed : cluster == 1 ? 103 : config.cluster_columns > 1 ? 101 : 100;
   return waves * config.columns * percent;
 }
 

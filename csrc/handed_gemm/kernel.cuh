@@ -1,14 +1,14 @@
 // GEMMs on Hopper's tensor cores that hand their results over: a CTA has tiles of 128 x 256; one warp loads a and b by
-// TMA, and two warpgroups multiply 64 rows each, round their sums to T, leave them in shared memory and go on. Three more
-// warps finish them while the next tile is multiplied. So whatever is done with a result, and the memory traffic of that,
-// takes none of the tensor cores' time; what it still costs on an H200 is power, and with it clock rate. Clusters of two
-// CTAs that share b were 1% slower there.
+// TMA, and two warpgroups multiply 64 rows each, round their sums to T, leave them in shared memory and go on. Three
+// more warps finish them while the next tile is multiplied. So whatever is done with a result, and the memory traffic
+// of that, takes none of the tensor cores' time; what it still costs on an H200 is power, and with it clock rate.
+// Clusters of two CTAs that share b were 1% slower there.
 //
 // A Finisher is a type with
-//   Params                                                   what it is given
-//   static finish<T>(const Params&, Shared, TilePlace, round)  by all three warps (32 kFinishers threads, the first one
-//     with threadIdx.x 32): waits for the tile (wait(shared.result_full(), round % 2)), and when a thread reads it no
-//     more, that thread arrives at shared.result_empty()
+//   Params      what it is given
+//   static void finish<T>(const Params&, const Shared&, const TilePlace&, std::uint32_t round)
+// which all three warps call, the threads from threadIdx.x 32 on. It waits for the tile, by wait(shared.result_full(),
+// round % 2), and each thread that reads it no more arrives at shared.result_empty().
 #pragma once
 
 #include <cstdint>

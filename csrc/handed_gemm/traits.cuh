@@ -45,7 +45,9 @@ struct Shared {
   __device__ __forceinline__ SharedAddress a(std::uint32_t stage) const { return start + stage * kStageBytes; }
   __device__ __forceinline__ SharedAddress b(std::uint32_t stage) const { return a(stage) + kABytes; }
   __device__ __forceinline__ SharedAddress result() const { return start + kStages * kStageBytes; }
-  __device__ __forceinline__ SharedAddress full(std::uint32_t stage) const { return barriers() + stage * kBarrierBytes; }
+  __device__ __forceinline__ SharedAddress full(std::uint32_t stage) const {
+    return barriers() + stage * kBarrierBytes;
+  }
   __device__ __forceinline__ SharedAddress empty(std::uint32_t stage) const { return full(kStages + stage); }
   __device__ __forceinline__ SharedAddress result_full() const { return full(2 * kStages); }
   __device__ __forceinline__ SharedAddress result_empty() const { return full(2 * kStages + 1); }
