@@ -31,7 +31,7 @@ def _lower(dloss: Any, dx: Any, dweight: Any, dbias: Any) -> tuple[Any, ...]:
 def _with_factor(dloss: Tensor, dx: Tensor, dbias: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """The gradients, the kernel's factor in the place of the weight's."""
     dx, _, dbias = linear_cross_entropy.linear_cross_entropy_bwd_ref(dloss, dx, dbias[:0], dbias)
-    return dx, dloss.to(torch.float32, copy=True).reshape(1), dbias
+    return dx, dloss.float().reshape(1), dbias
 
 
 def _in_place(dweight: Any, argument: Any) -> bool:
