@@ -1,7 +1,7 @@
 """Lowering of the pieces of a gated MLP that trains; see infuse.ops.gated_mlp_passes.
 
 Each piece has a kernel, and torch's products with what remains to be done besides. Under max-autotune they compete for
-each piece; otherwise stored measurements decide. The policy keeps such an MLP whole only where that pays.
+each piece; otherwise the kernels run: by stored measurements the policy keeps such an MLP whole only where they pay.
 """
 
 from __future__ import annotations
@@ -16,7 +16,6 @@ from torch import Tensor
 from infuse import build
 from infuse.lowering import inductor
 from infuse.lowering.decisions import Decision, record
-from infuse.lowering.heuristics import linears as heuristics
 from infuse.lowering.linears import FORMULA, filled, form
 from infuse.ops import gated_backward_kernels, gated_linear_kernels, library, linear_kernels
 from infuse.ops.gated_mlp_passes import (
@@ -141,8 +140,7 @@ def _choose(piece: Piece, choice: Any, args: Sequence[Any]) -> tuple[str, str, M
     if settings.kernels == "always":
         return f"{KERNEL}-1", "kernels are always taken", {}
     if not inductor.max_autotune():
-        runs_well = heuristics.trained_piece_runs_well(piece.name, library.capability(args[0].get_device()))
-        return f"{KERNEL}-1" if runs_well else PRODUCTS, "by stored measurements", {}
+        return f"{KERNEL}-1", "by stored measurements, which keep the MLP whole", {}
     given = form(piece.arguments(*args))
     kernels = {
         f"{KERNEL}{config}": inductor.Kernel(choice, {"form": given, "config": config})

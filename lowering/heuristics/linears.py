@@ -8,15 +8,24 @@ from __future__ import annotations
 from infuse.lowering.heuristics import H200
 from infuse.ops.linear_kernels import Sizes
 
-FEWEST_TRAINED_ROWS = 2048
 MOST_SKINNY_ROWS = 64
+# From here on, where gate and up together are at least so large.
+FEWEST_GATED_ROWS, FEWEST_TRAINED_ROWS = 128, 2048
+LARGE_INPUTS, LARGE_OUTPUTS = 2048, 8192
+LARGE_EXPERT = 1024  # inputs, and outputs of gate and up together
 
 
 def runs_well(kind: str, family: str, sizes: Sizes, capability: tuple[int, int]) -> bool:
     """Whether a kernel is faster than what Inductor makes without tuning."""
     if capability != H200:
         return False
-    return family == "skinny"
+    if kind == "grouped_linear_swiglu":
+        return min(sizes.inputs, sizes.outputs) >= LARGE_EXPERT
+    return family == "skinny" or (_is_large(sizes) and sizes.rows >= FEWEST_GATED_ROWS)
+
+
+def _is_large(sizes: Sizes) -> bool:
+    return sizes.inputs >= LARGE_INPUTS and sizes.outputs >= LARGE_OUTPUTS
 
 
 def packs_well(rows: int, capability: tuple[int, int]) -> bool:
@@ -25,10 +34,5 @@ def packs_well(rows: int, capability: tuple[int, int]) -> bool:
 
 
 def trains(sizes: Sizes, capability: tuple[int, int]) -> bool:
-    """Whether both passes of a gated MLP are faster than what Inductor makes."""
-    return capability == H200 and sizes.rows >= FEWEST_TRAINED_ROWS
-
-
-def trained_piece_runs_well(name: str, capability: tuple[int, int]) -> bool:
-    """Whether the kernel of a piece of a gated MLP that trains is faster than torch's products."""
-    return capability == H200 and name in ("linear_gated_bwd", "linear_pair")
+    """Whether both passes of a gated MLP are faster than what Inductor makes, each piece by its kernel."""
+    return capability == H200 and _is_large(sizes) and sizes.rows >= FEWEST_TRAINED_ROWS

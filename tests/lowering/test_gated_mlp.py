@@ -164,7 +164,7 @@ def test_the_policy_leaves_a_gated_mlp_to_its_parts(calls: list[str]) -> None:
     """Where nothing is trained, few rows are, and where no kernel takes it."""
 
     def form(rows: int, *flags: Any, training: bool = True, **settings: Any) -> str:
-        x, gate, up = torch.empty(rows, DIM).bfloat16(), *(torch.empty(HIDDEN, DIM).bfloat16() for _ in range(2))
+        x, gate, up = (torch.empty(size, 2048, dtype=torch.bfloat16, device="meta") for size in (rows, 8192, 8192))
         args = (x, [gate, up], [None, None], "gate_up", gate.t(), None, *flags)
         found = place("gated_mlp", args, training, settings=Settings(**settings), max_autotune=True)
         return found.overload or found.declined
