@@ -15,8 +15,12 @@ from infuse.ops.swiglu import swiglu_ref
 pytestmark = [pytest.mark.gpu, pytest.mark.usefixtures("kernels")]
 
 BF16, FP16 = torch.bfloat16, torch.float16
-# rows, dim, columns: less than a tile, several with ragged ends along each, more tiles than SMs
-SHAPES = ((1, 64, 8), (129, 200, 136), (300, 256, 512), (513, 72, 1792), (1000, 1024, 1000), (3000, 128, 2200))
+# rows, dim, columns: less than a tile, several with ragged ends along each; more tiles than SMs, too short and long
+# enough to hide the end of one beside the next
+SHAPES = (
+    *((1, 64, 8), (129, 200, 136), (300, 256, 512), (513, 72, 1792), (1000, 1024, 1000)),
+    *((3000, 128, 2200), (3000, 776, 2200)),
+)
 Weights = tuple[Tensor, Tensor]
 
 
@@ -152,10 +156,12 @@ def test_without_rows() -> None:
 
 
 @pytest.mark.parametrize("by_columns", [False, True])
-@pytest.mark.parametrize("sizes", [(130, 0, 7, 300), (0, 0, 512, 0), (1, 1, 1, 1, 1), (256, 128, 64, 65), ()])
+@pytest.mark.parametrize(
+    "sizes", [(130, 0, 7, 300), (0, 0, 512, 0), (1, 1, 1, 1, 1), (256, 128, 64, 65), (900, 0, 1, 1300, 127, 1500), ()]
+)
 def test_groups_of_rows(sizes: tuple[int, ...], by_columns: bool) -> None:
     """Rows behind the last end, and those of the next group, are left as they are."""
-    rows, dim, columns = sum(sizes) + 70, 136, 264
+    rows, dim, columns = sum(sizes) + 70, 136 if sum(sizes) < 1000 else 776, 264
     x = torch.randn(rows, dim, device="cuda").to(BF16)
     weights = [torch.randn(len(sizes), columns, dim, device="cuda").to(BF16) / dim**0.5 for _ in range(2)]
     if by_columns:
