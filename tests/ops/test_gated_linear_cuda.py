@@ -161,7 +161,7 @@ def test_without_rows() -> None:
 )
 def test_groups_of_rows(sizes: tuple[int, ...], by_columns: bool) -> None:
     """Rows behind the last end, and those of the next group, are left as they are."""
-    rows, dim, columns = sum(sizes) + 70, 136 if sum(sizes) < 1000 else 776, 264
+    rows, (dim, columns) = sum(sizes) + 70, (136, 264) if sum(sizes) < 1000 else (776, 800)
     x = torch.randn(rows, dim, device="cuda").to(BF16)
     weights = [torch.randn(len(sizes), columns, dim, device="cuda").to(BF16) / dim**0.5 for _ in range(2)]
     if by_columns:
