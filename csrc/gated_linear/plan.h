@@ -52,17 +52,21 @@ constexpr const char* obstacle(const Problem& problem, const Config& config, con
   return nullptr;
 }
 
-// What a configuration takes, in columns of tiles that an SM computes one after the other. Groups are taken to be of
-// one size; what loads cost that CTAs do not share, and what handing over saves, is from measurements on an H200.
+// What a configuration takes, in columns of tiles that an SM computes one after the other, times 100. Groups are taken to
+// be of one size on average, so that their last tiles are half full. What loads cost that CTAs do not share, and what
+// handing over costs or saves, is from measurements on an H200.
 constexpr std::int64_t cost(const Problem& problem, const Config& config, const Device& device) {
-  const std::int64_t rows = ceil_div(problem.rows, problem.groups);
-  const std::int64_t units = problem.groups * ceil_div(rows, std::int64_t{kTileRows} * config.cluster_rows) *
-                             ceil_div(problem.columns, std::int64_t{config.columns} * config.cluster_columns);
   const int cluster = config.cluster_rows * config.cluster_columns;
-  const std::int64_t waves = ceil_div(units * cluster, device.num_sms / cluster * cluster);
-  const int handed = problem.keeps_gate_up ? 99 : 101;
-  const int percent = config.is_handed ? handed : cluster == 1 ? 103 : config.cluster_columns > 1 ? 101 : 100;
-  return waves * config.columns * percent;
+  const std::int64_t unit_rows = std::int64_t{kTileRows} * config.cluster_rows;
+  const std::int64_t column_units = ceil_div(problem.columns, std::int64_t{config.columns} * config.cluster_columns);
+  const int handed = problem.keeps_gate_up ? 99 : 102;
+  const int percent = config.is_handed ? handed : config.cluster_rows > 1 ? 100 : config.cluster_columns > 1 ? 102 : 101;
+  if (problem.has_groups) {
+    const std::int64_t rows = problem.rows + problem.groups * unit_rows / 2;
+    return rows * column_units * cluster * config.columns * percent / (unit_rows * device.num_sms);
+  }
+  const std::int64_t units = ceil_div(problem.rows, unit_rows) * column_units;
+  return ceil_div(units, device.num_sms / cluster) * config.columns * percent;
 }
 
 constexpr int choose(const Problem& problem, const Device& device) {
