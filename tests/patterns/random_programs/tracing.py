@@ -18,8 +18,9 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.passes.fake_tensor_prop import FakeTensorProp
 
 from infuse.patterns.passes import rewrite
+from infuse.report import Placement
 from infuse.settings import Settings
-from tests.patterns.capture import Captured, default_overload, inline_overload, results, results_in_float64
+from tests.patterns.capture import Captured, results, results_in_float64
 from tests.tolerances import error, rounding
 
 Program = Callable[..., tuple[Any, ...]]
@@ -85,14 +86,13 @@ def _runs(program: Program, inputs: Sequence[Tensor], training: bool) -> bool:
     return True
 
 
-def rewritten(case: Case, training: bool, kept_whole: bool) -> Captured:
-    """The program traced and rewritten. kept_whole: as an operator of its own, otherwise as its formula."""
+def rewritten(case: Case, training: bool, place: Callable[..., Placement]) -> Captured:
+    """The program traced and rewritten. place: as what."""
     program, inputs = case
     inputs = [value.requires_grad_(training and value.is_floating_point()) for value in inputs]
     assume(_runs(program, inputs, training))
     original = trace(program, inputs, training)
     module = copy.deepcopy(original)
-    place = default_overload if kept_whole else inline_overload
     with torch.set_grad_enabled(training):
         records = rewrite(module.graph, Settings(), place, training)
     module.graph.lint()
