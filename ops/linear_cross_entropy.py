@@ -16,6 +16,8 @@ only one chunk of logits exists at a time. The weight's gradient is added up ove
 the price of a fourth product: Wijmans et al. 2024, arXiv:2411.09009.) Everything after the first rounding of z is in
 float32.
 
+A checkpointed region that holds the loss computes the gradients twice: leave the head out of it.
+
 Elsewhere the formula runs. A target that is neither in the vocabulary nor ignore_index is an error of torch's there;
 the kernel gives NaN instead, in the loss and in all gradients that the row has a part in, and goes on.
 """
