@@ -10,7 +10,7 @@ of the logits as they are or in float32, flattened, and shifted by slicing them,
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 import torch.nn.functional as F
@@ -152,6 +152,7 @@ def cases(device: Device, quick: bool) -> Iterator[Case]:
     yield step_case("float", widened, large, dtype, on_gpu)
     yield step_case("float, shifted", shifted, large, dtype, on_gpu)
     if tied is not large:
+        yield step_case("float, shifted", shifted, replace(large, batch=4), dtype, on_gpu)
         yield step_case("float", widened, tied, dtype, on_gpu)
     yield loss_case(large, dtype)
 
