@@ -36,6 +36,7 @@ def test_settings_are_frozen_and_hashable() -> None:
     [
         ({"kernel": "auto"}, ValueError, ["'kernel'", "'kernels'", "'patterns'"]),
         ({"kernels": "sometimes"}, ValueError, ["'sometimes'", "'auto'", "'always'", "'never'"]),
+        ({"mlp_memory": "all"}, ValueError, ["'all'", "'gate_up'", "'recompute'"]),
         ({"patterns": ["attn"]}, ValueError, ["attn", "'attention'", "'swiglu'"]),
         ({"patterns": 3}, TypeError, ["3", "list of names"]),
         ({"strict": "maybe"}, ValueError, ["'maybe'", "'true'"]),

@@ -24,6 +24,7 @@ DEFAULTS = {
     "infuse.numerics": "fused",
     "infuse.kernels": "auto",
     "infuse.verify": "off",
+    "infuse.mlp_memory": "gate_up",
 }
 EXTRAS = ("torchtune", "transformers", "rich", "matplotlib")
 
