@@ -19,7 +19,7 @@ handed_gemm::Params<typename Finisher::Params> make_params(const GemmProblem& p)
                                           handed_gemm::kDepth);
     params.steps[i] = static_cast<std::uint32_t>(ceil_div(p.depth, handed_gemm::kDepth));
   }
-  handed_gemm::order_tiles(p.rows, p.columns, p.config.band, &params);
+  params.order = handed_gemm::order_tiles(p.rows, p.columns, p.config.band);
   return params;
 }
 

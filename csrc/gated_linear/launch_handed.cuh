@@ -21,7 +21,7 @@ void launch_handed(const Config& config, const Params& base, int device, cudaStr
   params.b[1] = map(base.up_weight, base.columns, base.dim, base.up_stride, handed_gemm::kTileColumns / 2);
   params.steps[0] = static_cast<std::uint32_t>(ceil_div(base.dim, handed_gemm::kDepth));
   const std::int64_t column_tiles = ceil_div(base.columns, handed_gemm::kTileColumns / 2);
-  handed_gemm::order_tiles(base.rows, column_tiles * handed_gemm::kTileColumns, config.section, &params);
+  params.order = handed_gemm::order_tiles(base.rows, column_tiles * handed_gemm::kTileColumns, config.section);
   HandedFinisher::Params& finisher = params.finisher;
   finisher.keeps = base.gate_up != nullptr;
   if (finisher.keeps) {

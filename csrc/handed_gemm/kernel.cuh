@@ -24,17 +24,6 @@ namespace infuse::handed_gemm {
 
 #if defined(__CUDA_ARCH_FEAT_SM90_ALL)
 
-// The tile of this CTA that has a number; neighbouring numbers share rows or columns that are in the L2.
-template <typename Finisher>
-__device__ __forceinline__ TilePlace place_of_tile(const Params<Finisher>& params, std::uint32_t number) {
-  const std::uint32_t band = params.band_tiles.divide(number), within = number - band * params.band_tiles.divisor;
-  const std::uint32_t first = band * params.band_rows.divisor;
-  const bool is_last = first + params.band_rows.divisor > params.row_tiles;
-  const FastDivisor& band_rows = is_last ? params.last_band_rows : params.band_rows;
-  const std::uint32_t column = band_rows.divide(within), row = first + within - column * band_rows.divisor;
-  return {row * kTileRows, column * kTileColumns};
-}
-
 // A stage of b.
 template <Pair kPair>
 __device__ __forceinline__ void load_b(const CUtensorMap (&maps)[2], int pair, SharedAddress to, SharedAddress full,
@@ -58,8 +47,8 @@ __device__ __forceinline__ void load_b(const CUtensorMap (&maps)[2], int pair, S
 template <Pair kPair, typename Finisher>
 __device__ __forceinline__ void load_tiles(const Params<Finisher>& params, const Shared& shared) {
   RingPlace<kStages> place;
-  for (std::uint32_t number = blockIdx.x; number < params.tiles; number += gridDim.x) {
-    const TilePlace tile = place_of_tile(params, number);
+  for (std::uint32_t number = blockIdx.x; number < params.order.tiles; number += gridDim.x) {
+    const TilePlace tile = place_of_tile(params.order, number);
     for (int pair = 0; pair < (kPair == Pair::kSideBySide ? 1 : 2); ++pair) {
       for (std::uint32_t step = 0; step < params.steps[pair]; ++step) {
         wait(shared.empty(place.stage), place.parity ^ 1);
@@ -165,8 +154,8 @@ __global__ void __launch_bounds__(threads_of_kernel(), 1)
     wait_for_previous_kernel();
     if (threadIdx.x >= 32) {
       std::uint32_t round = 0;
-      for (std::uint32_t number = blockIdx.x; number < params.tiles; number += gridDim.x, ++round) {
-        Finisher::template finish<T>(params.finisher, shared, place_of_tile(params, number), round);
+      for (std::uint32_t number = blockIdx.x; number < params.order.tiles; number += gridDim.x, ++round) {
+        Finisher::template finish<T>(params.finisher, shared, place_of_tile(params.order, number), round);
       }
     } else if (threadIdx.x == 0) {
       load_tiles<kPair>(params, shared);
@@ -175,7 +164,7 @@ __global__ void __launch_bounds__(threads_of_kernel(), 1)
   } else {
     take_registers<kMultiplierRegisters>();
     Multiplier<T, kPair == Pair::kSideBySide> multiplier{shared, group - 1};
-    multiplier.run(params.steps[0] + params.steps[1], params.tiles);
+    multiplier.run(params.steps[0] + params.steps[1], params.order.tiles);
   }
 #endif
 }

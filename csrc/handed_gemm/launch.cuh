@@ -1,4 +1,4 @@
-// The host's side of GEMMs that hand their results over: maps, order of the tiles, the launch.
+// The host's side of GEMMs that hand their results over: maps, the launch.
 #pragma once
 
 #include "handed_gemm/kernel.cuh"
@@ -14,28 +14,13 @@ inline CUtensorMap map_matrix(const char* op, DType dtype, const void* data, std
   return make_tensor_map(op, {data, dtype, 1, 1, rows, columns, 0, 0, row_stride}, box_rows, kSwizzledColumns);
 }
 
-// The tiles of a result whose b have `columns` columns together: bands of `band` tiles along the rows go through all
-// columns together, so that both operands come from the L2.
-template <typename FinisherParams>
-void order_tiles(std::int64_t rows, std::int64_t columns, int band, Params<FinisherParams>* params) {
-  const auto column_tiles = static_cast<std::uint32_t>(ceil_div(columns, kTileColumns));
-  params->row_tiles = static_cast<std::uint32_t>(ceil_div(rows, kTileRows));
-  params->tiles = params->row_tiles * column_tiles;
-  const auto most = static_cast<std::uint32_t>(band);
-  const std::uint32_t band_rows = params->row_tiles < most ? params->row_tiles : most;
-  const std::uint32_t left = params->row_tiles % band_rows;
-  params->band_rows = FastDivisor(band_rows);
-  params->last_band_rows = FastDivisor(left > 0 ? left : band_rows);
-  params->band_tiles = FastDivisor(band_rows * column_tiles);
-}
-
 template <typename T, Pair kPair, typename Finisher>
 void launch(const char* op, const char* name, const Params<typename Finisher::Params>& params, int device,
             cudaStream_t stream) {
   const auto kernel = handed_gemm_kernel<T, kPair, Finisher>;
   const unsigned most = resident_ctas(op, kernel, kThreads, kSharedBytes, device);
-  launch_kernel(op, name, kernel, {dim3(params.tiles < most ? params.tiles : most), dim3(kThreads), kSharedBytes, true},
-                params, device, stream);
+  const dim3 grid(params.order.tiles < most ? params.order.tiles : most);
+  launch_kernel(op, name, kernel, {grid, dim3(kThreads), kSharedBytes, true}, params, device, stream);
 }
 
 // Whether the library has code of this kernel that the device runs.

@@ -5,7 +5,7 @@
 
 #include <cstdint>
 
-#include "infuse/rows.h"
+#include "handed_gemm/order.h"
 
 namespace infuse::handed_gemm {
 
@@ -21,8 +21,7 @@ struct Params {
   // rows, side by side, of 64 along the depth and half of a tile's columns.
   CUtensorMap a[2], b[2];
   std::uint32_t steps[2];  // of 64 along the depth of each pair
-  std::uint32_t row_tiles, tiles;
-  FastDivisor band_tiles, band_rows, last_band_rows;
+  TileOrder order;
   FinisherParams finisher;
 };
 

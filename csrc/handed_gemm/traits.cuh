@@ -1,12 +1,13 @@
 // Tiles, shared memory and barriers of GEMMs that hand their results over.
 #pragma once
 
+#include "handed_gemm/order.h"
 #include "infuse/mbarrier.cuh"
 #include "infuse/wgmma.cuh"
 
 namespace infuse::handed_gemm {
 
-constexpr int kTileRows = 128, kTileColumns = 256, kDepth = 64;
+constexpr int kDepth = 64;  // of a stage
 constexpr int kColumnBlocks = kTileColumns / kSwizzledColumns;
 constexpr int kWarpgroup = 128;
 constexpr int kMultipliers = 2;  // warpgroups, 64 rows each
@@ -32,11 +33,6 @@ constexpr int threads_of_kernel() {
   return kThreads;
 #endif
 }
-
-// A tile's first row and, of the kTileColumns columns of all b together, its first column.
-struct TilePlace {
-  std::uint32_t row, column;
-};
 
 // The shared memory of a CTA: stages of a and b, the rounded result, barriers.
 struct Shared {

@@ -23,6 +23,7 @@ FLAGS = ("-O1", "-std=c++20", "-x", "c++", "-Xcompiler=-fno-strict-aliasing,-Wal
         "attention_decode",
         "attention_forward",
         "cross_entropy",
+        "gated_backward",
         "gemm",
         "norm",
         "norm_backward",
