@@ -77,7 +77,11 @@ def place_gated_mlp(given: Sequence[object], training: bool, settings: Settings)
 
 
 def _cannot_run(x: Tensor, settings: Settings) -> str:
-    return "kernels are off" if settings.kernels == "never" else library.missing(x.device)
+    if settings.kernels == "never":
+        return "kernels are off"
+    if settings.numerics == "exact":
+        return "the kernels round less often than the source, and numerics is exact"
+    return library.missing(x.device)
 
 
 def _declined(reason: str) -> Placement:

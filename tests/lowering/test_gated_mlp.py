@@ -174,5 +174,6 @@ def test_the_policy_leaves_a_gated_mlp_to_its_parts(calls: list[str]) -> None:
     assert "as fast" in form(80)
     assert "gradients" in form(8192, training=False)
     assert "off" in form(8192, kernels="never")
+    assert "exact" in form(8192, kernels="always", numerics="exact")
     assert "limits" in form(8192, "quick_gelu", 7.0, 1.702, 1.0)
     assert "mish" in form(8192, "mish")

@@ -107,6 +107,7 @@ def test_the_policy_knows_what_no_kernel_computes(calls: list[str]) -> None:
     assert form("linear_swiglu", *args, max_autotune=False) == "torch's products are as fast"
     assert "gradients" in form("linear_swiglu", *args, training=True)
     assert "off" in form("linear_swiglu", *args, kernels="never")
+    assert "exact" in form("linear_swiglu", *args, kernels="always", numerics="exact")
     assert "limits" in form("linear_swiglu", *args, "quick_gelu", 7.0, 1.702, 1.0)
     four = (x, None, [gate] * 4, [None] * 4, None, 1e-6)
     assert "4 weights" in form("norm_linear", *four)
