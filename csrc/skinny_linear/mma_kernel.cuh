@@ -155,9 +155,9 @@ __device__ __forceinline__ void finish_mma_tile(const Params& params, const Tile
   }
 }
 
-// blockIdx.x: the tile.
+// blockIdx.x: the tile. One CTA an SM is all that is asked for, or the compiler would rather spill than take registers.
 template <typename Traits>
-__global__ void __launch_bounds__(kMmaThreads) mma_kernel(const __grid_constant__ Params params) {
+__global__ void __launch_bounds__(kMmaThreads, 1) mma_kernel(const __grid_constant__ Params params) {
   const SharedAddress shared = dynamic_shared_memory();
   const Tile tile = tile_of(params, blockIdx.x);
   float sums[2][Traits::kColumns / 8][4] = {};
