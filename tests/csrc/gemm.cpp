@@ -1,5 +1,5 @@
 // The order of the tiles of a GEMM: each tile of every group of rows goes to one CTA, once, and CTAs of a cluster get
-// neighbours. The kernels themselves are tested on a GPU.
+// neighbours. And the plan of gated linears. The kernels themselves are tested on a GPU.
 #include <algorithm>
 #include <cstdint>
 #include <initializer_list>
@@ -15,6 +15,7 @@ using std::min;
 // One thread stands for its warp.
 inline int __shfl_sync(unsigned, int value, int) { return value; }
 
+#include "gated_linear/plan.h"
 #include "gemm/order.cuh"
 
 using namespace infuse::gemm;
@@ -77,9 +78,32 @@ void check(const Schedule& schedule, const std::vector<std::int32_t>& ends, std:
   }
 }
 
+// What is chosen can run, on Hopper by wgmma; where it was measured, it is what was fastest there.
+void check_plan() {
+  using namespace infuse::gated_linear;
+  constexpr Device kH200{132, 232448, true}, kOther{108, 166912, false};
+  for (const std::int64_t rows : {1, 128, 300, 4096, 1 << 20}) {
+    for (int flags = 0; flags < 16; ++flags) {
+      const std::int64_t groups = (flags & 1) != 0 ? 64 : 1;
+      const Problem problem{rows, 1408, 2048, groups, groups > 1, (flags & 2) != 0, (flags & 4) != 0, (flags & 8) != 0};
+      const Config& config = kConfigs[choose(problem, kH200)];
+      require(!config.is_mma && obstacle(problem, config, kH200) == nullptr, "a plan that cannot run");
+      require(kConfigs[choose(problem, kOther)].is_mma, "a plan for another device");
+    }
+  }
+  const auto chosen = [&](std::int64_t rows, std::int64_t groups) {
+    const Config& config = kConfigs[choose({rows, 14336, 4096, groups, groups > 1, false, false, false}, kH200)];
+    return std::tuple(config.columns, config.cluster_rows, config.is_handed);
+  };
+  require(chosen(128, 1) == std::tuple(112, 1, false) && chosen(512, 1) == std::tuple(112, 2, false), "few rows");
+  require(chosen(8192, 1) == std::tuple(128, 2, false), "many rows");
+  require(chosen(16384, 8) == std::tuple(128, 1, false), "groups");
+}
+
 }  // namespace
 
 int main() {
+  check_plan();
   for (const Schedule& schedule : {Schedule{1, 1, 1}, Schedule{2, 1, 3}, Schedule{1, 2, 16}}) {
     for (const std::uint32_t rows : {1u, 128u, 129u, 1000u, 4096u}) {
       for (const std::uint32_t columns : {8u, 112u, 120u, 1792u}) check(schedule, {}, rows, columns);
