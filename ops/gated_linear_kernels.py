@@ -5,8 +5,8 @@
 gated_linear_out: both products and the activation in one kernel, see csrc/gated_linear. x [R, D], bfloat16 or float16,
 any row stride that is a multiple of 16 bytes; weights [F, D], adjacent along D (any such row stride, so halves and
 every second row of a packed weight are taken as they are) or along F (a transposed view); D and F multiples of 8;
-biases [F]; out [R, F], which without gate_up is rounded once. gate_up [R, 2 F], contiguous: gate, then up, rounded; out
-is then computed from these, and act is rounded before it is multiplied, as infuse::swiglu does.
+biases [F]; out [R, F]. gate_up [R, 2 F], contiguous: gate, then up, rounded; out is then computed from these, and act
+is rounded before it is multiplied, as infuse::swiglu does. Without gate_up some kernels do the same, others round once.
 
 With offsets (int32 [E] on the device, ends of groups of rows, as torch._grouped_mm takes them) group e of the rows
 meets weights[e] of [E, F, D]; no biases; rows behind the last end are not written.
