@@ -150,8 +150,7 @@ Prepared prepare(const Arguments& a) {
   check(a.x.sizes[1] > 0, kOp, "last dimension of x, got 0, expected at least 8");
   prepared.params = make_params(a);
   const Problem problem{a.x.sizes[0], a.out.sizes[1], a.x.sizes[1], prepared.params.groups, a.has_groups,
-                        prepared.params.by_columns, a.gate_bias != nullptr || a.up_bias != nullptr,
-                        a.gate_up != nullptr};
+                        prepared.params.by_columns};
   const Device device = describe(a.x.device);
   prepared.config = a.config == kHeuristic ? choose(problem, device) : static_cast<int>(a.config);
   const Config& config = kConfigs[prepared.config];
@@ -166,8 +165,6 @@ void launch_as(const Prepared& prepared, cudaStream_t stream) {
   const Config& config = kConfigs[prepared.config];
   if (config.is_mma) {
     launch_mma<kDType>(config, prepared.params, prepared.device, stream);
-  } else if (config.is_handed) {
-    launch_handed<kDType>(config, prepared.params, prepared.device, stream);
   } else {
     launch_wgmma<kDType>(config, prepared.params, prepared.device, stream);
   }

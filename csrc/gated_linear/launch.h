@@ -50,9 +50,6 @@ void launch_wgmma(const Config& config, const Params& params, int device, cudaSt
 template <DType kDType>
 void launch_mma(const Config& config, const Params& params, int device, cudaStream_t stream);
 
-template <DType kDType>
-void launch_handed(const Config& config, const Params& params, int device, cudaStream_t stream);
-
 // Whether this library has code of launch_wgmma that the device runs.
 bool has_wgmma(int device);
 

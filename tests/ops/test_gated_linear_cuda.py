@@ -24,12 +24,10 @@ SHAPES = (
 Weights = tuple[Tensor, Tensor]
 
 
-def configs(by_columns: bool = False, is_plain: bool = True) -> list[int]:
-    """What the launcher chooses and every configuration that takes such weights; is_plain: no biases, no groups."""
-    names = list(enumerate(library.configurations(gated_linear_kernels.NAME)))
-    if by_columns:
-        names = [(i, name) for i, name in names if name.startswith(("wgmma_128x128", "mma"))]
-    return [-1, *(i for i, name in names if not name.endswith("handed") or (is_plain and not by_columns))]
+def configs(by_columns: bool = False) -> list[int]:
+    """What the launcher chooses and every configuration that takes such weights."""
+    names = library.configurations(gated_linear_kernels.NAME)
+    return [-1, *(i for i, name in enumerate(names) if not by_columns or name.startswith(("wgmma_128x128", "mma")))]
 
 
 def make(rows: int, dim: int, columns: int, dtype: torch.dtype = BF16, scale: float = 1.0) -> tuple[Tensor, Weights]:
@@ -75,7 +73,7 @@ def check(
     want = swiglu_ref(gate, up, activation)
     rows, columns = want.shape
     largest = [float(value.nan_to_num().abs().max().clamp(min=1.0)) for value in (gate, up)]
-    for config in configs(weights[0].stride(-1) != 1, all(bias is None for bias in biases)):
+    for config in configs(weights[0].stride(-1) != 1):
         runs = []
         for _ in range(2):
             out = x.new_full((rows, columns), math.nan)
@@ -172,7 +170,7 @@ def test_groups_of_rows(sizes: tuple[int, ...], by_columns: bool) -> None:
         rows_of = slice(sum(sizes[:i]), sum(sizes[:i]) + len(part))
         gate[rows_of], up[rows_of] = exact(x[rows_of], (weights[0][i], weights[1][i]))
     want, both = swiglu_ref(gate, up), torch.cat([gate, up], 1)
-    for config in configs(by_columns, is_plain=False):
+    for config in configs(by_columns):
         out = x.new_full((rows, columns), math.nan)
         gated_linear_kernels.gated_linear(x, *weights, None, None, ends, out, config=config)
         assert_close(out, want, rounded_between(gate, up, want, 100.0, BF16))

@@ -1,7 +1,0 @@
-#include "gated_linear/launch_handed.cuh"
-
-namespace infuse::gated_linear {
-
-template void launch_handed<DType::kBFloat16>(const Config&, const Params&, int, cudaStream_t);
-
-}  // namespace infuse::gated_linear
