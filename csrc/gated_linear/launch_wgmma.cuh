@@ -9,8 +9,8 @@
 namespace infuse::gated_linear {
 
 template <typename T, int kColumns, bool kByColumns>
-using Traits =
-    gemm::GemmTraits<T, 2 * kColumns, kByColumns, gemm::kTileRows * kColumns * static_cast<int>(sizeof(T))>;
+using Traits = gemm::GemmTraits<T, 2 * kColumns, kByColumns, gemm::Operands::kSideBySide,
+                                gemm::kTileRows * kColumns * static_cast<int>(sizeof(T))>;
 
 template <typename T, int kColumns>
 EpilogueParams make_epilogue(DType dtype, const Params& base) {
@@ -35,7 +35,7 @@ void launch_tiles(const Config& config, const Params& base, int device, cudaStre
   using T = Element<kDType>;
   using Shape = Traits<T, kColumns, kByColumns>;
   gemm::KernelParams<Epilogue<T, kColumns>> params{};
-  params.gemm.a = gemm::map_a(kOp, kDType, base.x, base.rows, base.dim, base.x_stride);
+  params.gemm.a[0] = gemm::map_a(kOp, kDType, base.x, base.rows, base.dim, base.x_stride);
   params.gemm.b[0] = gemm::map_b<Shape>(kOp, kDType, base.gate_weight, base.groups, base.columns, base.dim,
                                         base.gate_group_stride, base.gate_stride);
   params.gemm.b[1] = gemm::map_b<Shape>(kOp, kDType, base.up_weight, base.groups, base.columns, base.dim,
@@ -43,7 +43,9 @@ void launch_tiles(const Config& config, const Params& base, int device, cudaStre
   params.gemm.order =
       gemm::order_tiles({config.cluster_rows, config.cluster_columns, config.section}, base.rows,
                         base.columns, gemm::kTileRows, kColumns, base.ends, base.groups);
-  params.gemm.chunks = static_cast<std::uint32_t>(ceil_div(base.dim, gemm::kChunk));
+  gemm::set_chunks<Shape>(&params.gemm, base.dim);
+  params.gemm.keep_a = L2::kEvictLast;  // while a section's columns pass by
+  params.gemm.keep_b = L2::kNormal;
   params.epilogue = make_epilogue<T, kColumns>(kDType, base);
   gemm::launch_gemm<Shape>(kOp, config.name, params, device, stream);
 }

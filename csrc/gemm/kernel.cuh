@@ -1,5 +1,5 @@
-// Pairs of matrix products on Hopper's tensor cores, epilogue(A B[0]^T, A B[1]^T): persistent CTAs, alone or in clusters
-// of two that share loads; one warp loads by TMA into a ring of stages, two warpgroups of 64 rows each multiply by wgmma.
+// Matrix products on Hopper's tensor cores, result = epilogue(A B^T): persistent CTAs, alone or in clusters of two that
+// share loads; one warp loads by TMA into a ring of stages, two warpgroups of 64 rows each multiply by wgmma.
 // The tensor cores do not stop between tiles: an epilogue takes what it needs of a tile's sums, rounded, into registers
 // of its own and does its work in steps beside the first products of the next tile. The second warpgroup begins each
 // tile behind the first, so that one multiplies while the other gives its sums away. On an H200 a tile takes 1% longer
@@ -98,7 +98,7 @@ struct Multiplier {
       work_beside(sums, epilogue, std::make_integer_sequence<int, Epilogue::kSteps>());
       chunk += Epilogue::kSteps;
     }
-    for (; chunk < params.chunks; ++chunk) next_chunk(sums);
+    for (; chunk < params.chunks_of_tile; ++chunk) next_chunk(sums);
     wait_for_products<0>();
     pin(sums);
     release(ring.stage);
@@ -131,7 +131,7 @@ __device__ __forceinline__ void multiply_tiles(const KernelParams<Epilogue>& par
                                 is_writer};
   Epilogue epilogue(params.epilogue, shared.epilogue() + group * (Traits::kEpilogueBytes / kGroups), group);
   constexpr std::make_integer_sequence<int, Epilogue::kSteps> kSteps{};
-  const bool overlaps = params.gemm.chunks > Epilogue::kSteps;  // the next tile is long enough
+  const bool overlaps = params.gemm.chunks_of_tile > Epilogue::kSteps;  // the next tile is long enough
   bool is_pending = false;
   Tile tile, next;
   for (bool more = walk.next(tile); more; tile = next) {

@@ -23,6 +23,13 @@ CUtensorMap map_b(const char* op, DType dtype, const void* data, std::int64_t gr
   return make_tensor_map(op, {data, dtype, 1, groups, columns, k, 0, group_stride, stride}, Traits::kN / 2, kChunk);
 }
 
+// k: of each matrix.
+template <typename Traits>
+void set_chunks(GemmParams* params, std::int64_t k) {
+  params->chunks = static_cast<std::uint32_t>(ceil_div(k, kChunk));
+  params->chunks_of_tile = params->chunks * (Traits::kOperands == Operands::kInSequence ? 2 : 1);
+}
+
 // Fewer CTAs than the device holds if there are fewer tiles; how many groups of rows need is not known here.
 template <typename Traits, typename Epilogue>
 void launch_gemm(const char* op, const char* name, KernelParams<Epilogue> params, int device, cudaStream_t stream) {

@@ -32,55 +32,61 @@ struct Loader {
     }
   }
 
-  __device__ __forceinline__ void load_a(const Tile& tile, std::uint32_t k) const {
+  __device__ __forceinline__ void load_a(const Tile& tile, std::uint32_t part, std::uint32_t k) const {
     const bool for_both = params.order.cluster_columns > 1;
 #pragma unroll
     for (std::uint32_t half = 0; half < kGroups; ++half) {
       if (for_both && half != rank) continue;
-      load(for_both, shared.a(ring.stage) + half * (Traits::kABytes / 2), params.a, L2::kEvictLast, k,
+      load(for_both, shared.a(ring.stage) + half * (Traits::kABytes / 2), params.a[part], params.keep_a, k,
            tile.row + half * kGroupRows, 0);
     }
   }
 
-  __device__ __forceinline__ void load_b(const Tile& tile, std::uint32_t k) const {
+  __device__ __forceinline__ void load_b(const Tile& tile, std::uint32_t part, std::uint32_t k) const {
     const bool for_both = params.order.cluster_rows > 1;
 #pragma unroll
     for (std::uint32_t half = 0; half < 2; ++half) {
       if (for_both && half != rank) continue;
-      const CUtensorMap& map = params.b[half];
+      constexpr bool kBeside = Traits::kOperands == Operands::kSideBySide;
+      const CUtensorMap& map = params.b[kBeside ? half : part];
+      const std::uint32_t column = tile.column + (kBeside ? 0 : half * (Traits::kN / 2));
       const SharedAddress place = shared.b(ring.stage) + half * (Traits::kBBytes / 2);
       if constexpr (Traits::kByColumns) {
 #pragma unroll
         for (std::uint32_t block = 0; block < Traits::kN / 128; ++block) {
-          load(for_both, place + block * (kChunk * kSwizzledRowBytes), map, L2::kNormal,
-               tile.column + block * kSwizzledColumns, k, tile.group);
+          load(for_both, place + block * (kChunk * kSwizzledRowBytes), map, params.keep_b,
+               column + block * kSwizzledColumns, k, tile.group);
         }
       } else {
-        load(for_both, place, map, L2::kNormal, k, tile.column, tile.group);
+        load(for_both, place, map, params.keep_b, k, column, tile.group);
       }
     }
   }
 
-  __device__ __forceinline__ void load_stage(const Tile& tile, std::uint32_t k) const {
+  __device__ __forceinline__ void load_stage(const Tile& tile, std::uint32_t part, std::uint32_t k) const {
     wait(shared.empty(ring.stage), ring.parity ^ 1);
     arrive_expecting(shared.full(ring.stage), Traits::kStageBytes);
-    load_a(tile, k);
-    load_b(tile, k);
+    load_a(tile, part, k);
+    load_b(tile, part, k);
   }
 
   __device__ __forceinline__ void prefetch_maps() const {
     if (!is_leader) return;
-    prefetch_map(params.a);
-    prefetch_map(params.b[0]);
-    prefetch_map(params.b[1]);
+    constexpr int kMatrices = Traits::kOperands == Operands::kOne ? 1 : 2;
+    prefetch_map(params.a[0]);
+#pragma unroll
+    for (int i = 0; i < kMatrices; ++i) prefetch_map(params.b[i]);
   }
 
   __device__ __forceinline__ void run(TileWalk walk) {
+    constexpr std::uint32_t kParts = Traits::kOperands == Operands::kInSequence ? 2 : 1;
     for (Tile tile; walk.next(tile);) {
-      for (std::uint32_t chunk = 0; chunk < params.chunks; ++chunk) {
-        if (is_leader) load_stage(tile, chunk * kChunk);
-        __syncwarp();  // or the other lanes run ahead to the last tile, for which the leader has to wait
-        ring.advance();
+      for (std::uint32_t part = 0; part < kParts; ++part) {
+        for (std::uint32_t chunk = 0; chunk < params.chunks; ++chunk) {
+          if (is_leader) load_stage(tile, part, chunk * kChunk);
+          __syncwarp();  // or the other lanes run ahead to the last tile, for which the leader has to wait
+          ring.advance();
+        }
       }
     }
   }

@@ -7,6 +7,7 @@
 
 #include "gemm/order.cuh"
 #include "infuse/mbarrier.cuh"
+#include "infuse/tma.cuh"
 #include "infuse/wgmma.cuh"
 
 namespace infuse::gemm {
@@ -18,14 +19,22 @@ constexpr int kTileRows = kGroups * kGroupRows;  // of A and of the result
 constexpr int kChunk = kSwizzledColumns;         // along K, of a stage
 constexpr int kMaxSharedBytes = 227 * 1024;
 
-// Two results beside each other: A [rows, K] times B[0] and B[1] [columns, K] transposed. kN: columns of a tile, the first
-// half of B[0] and the second, at the same place, of B[1]. kByColumns: B lies in memory as [K, columns]; otherwise K is
-// what is adjacent. kEpilogueBytes: shared memory that the epilogue has.
-template <typename T_, int kN_, bool kByColumns_, int kEpilogueBytes_>
+// What B is.
+enum class Operands {
+  kOne,         // one matrix
+  kSideBySide,  // two: the first half of a tile's columns is of b[0], the second of b[1], at the same place of both
+  kInSequence,  // two, one after the other along K, as is A
+};
+
+// The result is A [rows, K] times B [columns, K] transposed. kN: columns of B of a tile. kByColumns: B lies in memory as
+// [K, columns]; otherwise K is what is adjacent. EpilogueBytes: shared memory that the epilogue has.
+template <typename T_, int kN_, bool kByColumns_, Operands kOperands_, int kEpilogueBytes_>
 struct GemmTraits {
   using T = T_;
   static constexpr int kN = kN_;
   static constexpr bool kByColumns = kByColumns_;
+  static constexpr Operands kOperands = kOperands_;
+  static constexpr int kTileColumns = kOperands == Operands::kSideBySide ? kN / 2 : kN;
   static constexpr int kABytes = kTileRows * kSwizzledRowBytes;
   static constexpr int kBBytes = kN * kSwizzledRowBytes;
   static constexpr int kStageBytes = kABytes + kBBytes;
@@ -39,10 +48,11 @@ struct GemmTraits {
 };
 
 struct GemmParams {
-  CUtensorMap a;     // boxes of kGroupRows x kChunk
+  CUtensorMap a[2];  // boxes of kGroupRows x kChunk
   CUtensorMap b[2];  // boxes of kN / 2 rows x kChunk, by columns of kChunk rows x 64; the third dimension are groups
   TileOrder order;
-  std::uint32_t chunks;  // along K
+  std::uint32_t chunks, chunks_of_tile;  // along K: of each matrix, of all of them
+  L2 keep_a, keep_b;     // how long their lines stay
 };
 
 // Stages, what the epilogue has, barriers.
