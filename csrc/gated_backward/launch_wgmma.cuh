@@ -26,16 +26,15 @@ handed_gemm::Params<typename Finisher::Params> make_params(const GemmProblem& p)
 template <DType kDType>
 void launch_wgmma(const GemmProblem& p, cudaStream_t stream) {
   using T = Element<kDType>;
-  using handed_gemm::Pair;
   if (p.dx != nullptr) {
     auto params = make_params<PlainFinisher>(p);
     params.finisher.c = handed_gemm::map_matrix(kGemmOp, kDType, p.dx, p.rows, p.columns, p.columns, kTileRows);
-    handed_gemm::launch<T, Pair::kInSequence, PlainFinisher>(kGemmOp, p.config.name, params, p.device, stream);
+    handed_gemm::launch<T, PlainFinisher>(kGemmOp, p.config.name, params, p.device, stream);
   } else {
     auto params = make_params<GatedFinisher>(p);
     params.finisher = {p.gate_up, p.dgate_up, p.out, p.gate_up_stride, static_cast<std::uint32_t>(p.rows),
                        static_cast<std::uint32_t>(p.columns), p.activation};
-    handed_gemm::launch<T, Pair::kInSequence, GatedFinisher>(kGemmOp, p.config.name, params, p.device, stream);
+    handed_gemm::launch<T, GatedFinisher>(kGemmOp, p.config.name, params, p.device, stream);
   }
 }
 

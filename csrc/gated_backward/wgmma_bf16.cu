@@ -5,8 +5,7 @@ namespace infuse::gated_backward {
 template void launch_wgmma<DType::kBFloat16>(const GemmProblem&, cudaStream_t);
 
 bool has_wgmma(int device) {
-  using T = Element<DType::kBFloat16>;
-  return handed_gemm::is_compiled<T, handed_gemm::Pair::kInSequence, GatedFinisher>(kGemmOp, device);
+  return handed_gemm::is_compiled<Element<DType::kBFloat16>, GatedFinisher>(kGemmOp, device);
 }
 
 }  // namespace infuse::gated_backward

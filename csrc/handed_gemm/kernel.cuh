@@ -24,32 +24,13 @@ namespace infuse::handed_gemm {
 
 #if defined(__CUDA_ARCH_FEAT_SM90_ALL)
 
-// A stage of b.
-template <Pair kPair>
-__device__ __forceinline__ void load_b(const CUtensorMap (&maps)[2], int pair, SharedAddress to, SharedAddress full,
-                                       const TilePlace& tile, std::int32_t depth) {
-  if constexpr (kPair == Pair::kSideBySide) {
-#pragma unroll
-    for (int half = 0; half < 2; ++half) {
-      load_box(to + half * (kBBytes / 2), maps[half], full, L2::kNormal, depth,
-               static_cast<std::int32_t>(tile.column / 2), 0, 0);
-    }
-  } else {
-#pragma unroll
-    for (int block = 0; block < kColumnBlocks; ++block) {
-      load_box(to + block * kBBlockBytes, maps[pair], full, L2::kNormal,
-               static_cast<std::int32_t>(tile.column + block * kSwizzledColumns), depth, 0, 0);
-    }
-  }
-}
-
 // By one thread.
-template <Pair kPair, typename Finisher>
+template <typename Finisher>
 __device__ __forceinline__ void load_tiles(const Params<Finisher>& params, const Shared& shared) {
   RingPlace<kStages> place;
   for (std::uint32_t number = blockIdx.x; number < params.order.tiles; number += gridDim.x) {
     const TilePlace tile = place_of_tile(params.order, number);
-    for (int pair = 0; pair < (kPair == Pair::kSideBySide ? 1 : 2); ++pair) {
+    for (int pair = 0; pair < 2; ++pair) {
       for (std::uint32_t step = 0; step < params.steps[pair]; ++step) {
         wait(shared.empty(place.stage), place.parity ^ 1);
         const SharedAddress full = shared.full(place.stage);
@@ -57,15 +38,19 @@ __device__ __forceinline__ void load_tiles(const Params<Finisher>& params, const
         const std::int32_t depth = static_cast<std::int32_t>(step * kDepth);
         load_box(shared.a(place.stage), params.a[pair], full, L2::kNormal, depth, static_cast<std::int32_t>(tile.row),
                  0, 0);
-        load_b<kPair>(params.b, pair, shared.b(place.stage), full, tile, depth);
+#pragma unroll
+        for (int block = 0; block < kColumnBlocks; ++block) {
+          load_box(shared.b(place.stage) + block * kBBlockBytes, params.b[pair], full, L2::kNormal,
+                   static_cast<std::int32_t>(tile.column + block * kSwizzledColumns), depth, 0, 0);
+        }
         place.advance();
       }
     }
   }
 }
 
-// A warpgroup that multiplies 64 rows of each tile. kByRows: what is adjacent in b runs along the depth.
-template <typename T, bool kByRows>
+// A warpgroup that multiplies 64 rows of each tile.
+template <typename T>
 struct Multiplier {
   const Shared shared;
   const std::uint32_t group;
@@ -79,13 +64,12 @@ struct Multiplier {
 
   __device__ __forceinline__ void multiply_stage(bool is_first) {
     const std::uint64_t a = matrix_by_rows(shared.a(place.stage) + group * 64 * kSwizzledRowBytes);
-    const std::uint64_t b = kByRows ? matrix_by_rows(shared.b(place.stage))
-                                    : matrix_by_columns(shared.b(place.stage), kBBlockBytes);
-    constexpr std::uint32_t kStep = kByRows ? 32 : 16 * kSwizzledRowBytes;
+    const std::uint64_t b = matrix_by_columns(shared.b(place.stage), kBBlockBytes);
     fence_products();
 #pragma unroll
     for (int i = 0; i < kDepth / 16; ++i) {
-      multiply<T, kTileColumns, false, !kByRows>(sums, moved(a, 32 * i), moved(b, kStep * i), !is_first || i > 0);
+      multiply<T, kTileColumns, false, true>(sums, moved(a, 32 * i), moved(b, 16 * i * kSwizzledRowBytes),
+                                             !is_first || i > 0);
     }
     end_products();
   }
@@ -105,7 +89,7 @@ struct Multiplier {
     pin(sums);
   }
 
-  // Rounds the sums and leaves them for the warpgroup that finishes them.
+  // Rounds the sums and leaves them for the warps that finish them.
   __device__ __forceinline__ void hand_over(std::uint32_t round) const {
     wait(shared.result_empty(), round % 2 ^ 1);
     const std::uint32_t lane = threadIdx.x % 32, row = group * 64 + threadIdx.x % kWarpgroup / 32 * 16 + lane % 16;
@@ -141,7 +125,7 @@ __device__ __forceinline__ void init_barriers(const Shared& shared) {
 
 #endif
 
-template <typename T, Pair kPair, typename Finisher>
+template <typename T, typename Finisher>
 __global__ void __launch_bounds__(threads_of_kernel(), 1)
     handed_gemm_kernel(const __grid_constant__ Params<typename Finisher::Params> params) {
 #if defined(__CUDA_ARCH_FEAT_SM90_ALL)
@@ -158,12 +142,12 @@ __global__ void __launch_bounds__(threads_of_kernel(), 1)
         Finisher::template finish<T>(params.finisher, shared, place_of_tile(params.order, number), round);
       }
     } else if (threadIdx.x == 0) {
-      load_tiles<kPair>(params, shared);
+      load_tiles(params, shared);
       let_next_kernel_start();
     }
   } else {
     take_registers<kMultiplierRegisters>();
-    Multiplier<T, kPair == Pair::kSideBySide> multiplier{shared, group - 1};
+    Multiplier<T> multiplier{shared, group - 1};
     multiplier.run(params.steps[0] + params.steps[1], params.order.tiles);
   }
 #endif

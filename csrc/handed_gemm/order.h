@@ -10,7 +10,7 @@ namespace infuse::handed_gemm {
 
 constexpr int kTileRows = 128, kTileColumns = 256;
 
-// A tile's first row and, of the kTileColumns columns of all b together, its first column.
+// A tile's first row and column.
 struct TilePlace {
   std::uint32_t row, column;
 };
@@ -21,7 +21,7 @@ struct TileOrder {
   FastDivisor band_tiles, band_rows, last_band_rows;
 };
 
-// rows, columns: of the result, columns those of all b together; neither is 0. band: tiles along the rows, at most.
+// rows, columns: of the result, neither is 0. band: tiles along the rows, at most.
 inline TileOrder order_tiles(std::int64_t rows, std::int64_t columns, int band) {
   TileOrder order;
   const auto column_tiles = static_cast<std::uint32_t>(ceil_div(columns, kTileColumns));
