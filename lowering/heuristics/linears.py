@@ -9,10 +9,13 @@ from infuse.lowering.heuristics import H200
 from infuse.ops.linear_kernels import Sizes
 
 MOST_SKINNY_ROWS = 64
-# From here on, where gate and up together are at least so large.
-FEWEST_GATED_ROWS, FEWEST_TRAINED_ROWS = 128, 2048
-LARGE_INPUTS, LARGE_OUTPUTS = 2048, 8192
-LARGE_EXPERT = 1024  # inputs, and outputs of gate and up together
+# Sizes of linears with few rows: from those of Qwen2.5 0.5B to those of Llama 8B.
+SKINNY_INPUTS, SKINNY_OUTPUTS = range(896, 14337), range(896, 28673)
+# Gate and up together, from where their tiles fill the device: 128 rows of Llama 8B.
+LARGE_INPUTS, LARGE_OUTPUTS, FILLING_RESULTS = 2048, 8192, 128 * 28672
+FEWEST_TRAINED_ROWS = 2048
+# Qwen3 30B-A3B's.
+EXPERT_ROWS, EXPERT_INPUTS, EXPERT_OUTPUTS = 4096, 2048, 1536
 
 
 def runs_well(kind: str, family: str, sizes: Sizes, capability: tuple[int, int]) -> bool:
@@ -20,12 +23,15 @@ def runs_well(kind: str, family: str, sizes: Sizes, capability: tuple[int, int])
     if capability != H200:
         return False
     if kind == "grouped_linear_swiglu":
-        return min(sizes.inputs, sizes.outputs) >= LARGE_EXPERT
-    return family == "skinny" or (_is_large(sizes) and sizes.rows >= FEWEST_GATED_ROWS)
+        return sizes.rows >= EXPERT_ROWS and sizes.inputs >= EXPERT_INPUTS and sizes.outputs >= EXPERT_OUTPUTS
+    if family == "skinny":
+        return sizes.inputs in SKINNY_INPUTS and sizes.outputs in SKINNY_OUTPUTS
+    return _is_large(sizes)
 
 
 def _is_large(sizes: Sizes) -> bool:
-    return sizes.inputs >= LARGE_INPUTS and sizes.outputs >= LARGE_OUTPUTS
+    fills = sizes.rows * sizes.outputs >= FILLING_RESULTS
+    return sizes.inputs >= LARGE_INPUTS and sizes.outputs >= LARGE_OUTPUTS and fills
 
 
 def packs_well(rows: int, capability: tuple[int, int]) -> bool:

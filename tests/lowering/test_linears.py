@@ -12,6 +12,7 @@ from torch import Tensor
 import infuse
 from infuse.lowering import decisions, linears
 from infuse.lowering.heuristics import H200
+from infuse.lowering.heuristics import linears as heuristics
 from infuse.lowering.policy import place
 from infuse.ops import library, linear_kernels
 from infuse.settings import Settings
@@ -116,6 +117,7 @@ def test_the_policy_knows_what_no_kernel_computes(calls: list[str]) -> None:
 
 def test_by_stored_measurements_few_rows_take_the_kernel(calls: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(library, "capability", lambda device: H200)
+    monkeypatch.setattr(heuristics, "runs_well", lambda kind, family, sizes, capability: family == "skinny")
     function, tensors = sites(rows=6)["linear_add"]
     out, _ = compiled_code(function, *tensors)
     torch.testing.assert_close(out, function(*tensors), atol=3e-2, rtol=3e-2)
@@ -149,3 +151,16 @@ def test_max_autotune_measures_every_configuration(
     families = {"linear_swiglu": ["skinny", "gated"], "grouped_linear_swiglu": ["gated"]}.get(kind, ["skinny"])
     assert timed[0] == {linears.FORMULA, *(f"{family}_{config}" for family in families for config in (-1, 0, 1))}
     assert (f"infuse.{kind}_kernel" in code) == (winner != linears.FORMULA)
+
+
+def test_without_a_measurement_only_what_was_measured_takes_a_kernel() -> None:
+    def runs(kind: str, family: str, *sizes: int) -> bool:
+        assert not heuristics.runs_well(kind, family, linear_kernels.Sizes(*sizes), (8, 6))
+        return heuristics.runs_well(kind, family, linear_kernels.Sizes(*sizes), H200)
+
+    assert runs("norm_linear", "skinny", 1, 896, 1152) and runs("linear_add", "skinny", 64, 14336, 4096)
+    assert not runs("norm_linear", "skinny", 1, 4096, 128256) and not runs("norm_linear", "skinny", 1, 256, 1152)
+    assert runs("linear_swiglu", "gated", 128, 4096, 28672) and runs("linear_swiglu", "gated", 512, 2048, 8192)
+    assert not runs("linear_swiglu", "gated", 128, 4096, 11008) and not runs("linear_swiglu", "gated", 8192, 896, 9728)
+    assert runs("grouped_linear_swiglu", "gated", 4096, 2048, 1536)
+    assert not runs("grouped_linear_swiglu", "gated", 64, 2048, 1536)
