@@ -6,23 +6,9 @@
 #include "attention_forward/result.cuh"
 #include "attention_forward/wgmma_scores.cuh"
 #include "infuse/memory.cuh"
+#include "infuse/transpose.cuh"
 
 namespace infuse::attention_forward {
-
-// Turns words[i] of lane j into words[j] of lane i, within each four lanes.
-__device__ __forceinline__ void transpose_in_four(std::uint32_t (&words)[4]) {
-#pragma unroll
-  for (int distance = 1; distance <= 2; distance *= 2) {
-    const bool is_upper = (threadIdx.x & distance) != 0;
-#pragma unroll
-    for (int i = 0; i < 4; ++i) {
-      if ((i & distance) != 0) continue;
-      const std::uint32_t other = __shfl_xor_sync(kFullMask, is_upper ? words[i] : words[i + distance], distance);
-      (is_upper ? words[i] : words[i + distance]) = other;
-    }
-  }
-}
-
 
 // Rounds and writes a thread's two rows, 16 bytes at a time.
 template <typename Traits>
