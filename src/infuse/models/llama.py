@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
-import logging
-from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
 from torch import nn
+
+from infuse.models.extras import import_extra, quiet_imports
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,8 +60,7 @@ def torchtune_llama3(config: LlamaConfig, seed: int = 0) -> nn.Module:
 
     Raises ModuleNotFoundError when torchtune (extra `models`) is not installed.
     """
-    with _quiet_imports():
-        from torchtune.models.llama3 import llama3
+    llama3 = import_extra("torchtune.models.llama3").llama3
     with torch.random.fork_rng(devices=()):
         torch.manual_seed(seed)
         model: nn.Module = llama3(
@@ -86,8 +84,7 @@ def hugging_face_llama(config: LlamaConfig, seed: int = 0) -> nn.Module:
 
     Raises ModuleNotFoundError when transformers (extra `models`) is not installed.
     """
-    with _quiet_imports():
-        import transformers
+    transformers = import_extra("transformers")
     sizes = transformers.LlamaConfig(
         vocab_size=config.vocab_size,
         num_hidden_layers=config.num_layers,
@@ -101,7 +98,7 @@ def hugging_face_llama(config: LlamaConfig, seed: int = 0) -> nn.Module:
         attn_implementation="sdpa",
         use_cache=False,
     )
-    with torch.random.fork_rng(devices=()), _quiet_imports():  # it imports torchao when it makes a model
+    with torch.random.fork_rng(devices=()), quiet_imports():  # it imports torchao when it makes a model
         torch.manual_seed(seed)
         model: nn.Module = transformers.LlamaForCausalLM(sizes)
     return model
@@ -109,17 +106,3 @@ def hugging_face_llama(config: LlamaConfig, seed: int = 0) -> nn.Module:
 
 def num_parameters(model: nn.Module) -> int:
     return sum(parameter.numel() for parameter in model.parameters())
-
-
-@contextlib.contextmanager
-def _quiet_imports() -> Iterator[None]:
-    """Hides what importing torchao logs: GPU libraries that a CPU can't load, a call that torch has deprecated."""
-    loggers = [logging.getLogger(name) for name in ("torchao", "torch.utils._pytree")]
-    levels = [logger.level for logger in loggers]
-    try:
-        for logger in loggers:
-            logger.setLevel(logging.ERROR)
-        yield
-    finally:
-        for logger, level in zip(loggers, levels):
-            logger.setLevel(level)
