@@ -1,0 +1,140 @@
+"""A shard's weights from and to a Hugging Face checkpoint folder: config.json and safetensors files."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+import torch
+
+from infuse.models.checkpoint_files import INDEX, SINGLE, CheckpointFiles
+from infuse.models.checkpoint_layout import EMBEDDING, HEAD, Entry, entries, unknown_names
+from infuse.models.config import ModelConfig, has_tied_head
+from infuse.models.extras import import_extra
+from infuse.models.hugging_face_config import FILE, hugging_face_config, load_model_config
+from infuse.models.shard import Shard, check_tiling, whole_model
+from infuse.models.sharded import ShardedGeneralModel
+
+_FLOATS = ("F64", "F32", "BF16", "F16")
+_LISTED = 20  # of each kind of problem
+
+
+def load_sharded_model(
+    folder: str | Path,
+    shard: Shard | None = None,
+    *,
+    device: torch.device | str | None = None,
+    dtype: torch.dtype | None = None,
+    use_cache: bool = True,
+    max_generated_tokens: int = 1024,
+) -> ShardedGeneralModel:
+    """The model of a Hugging Face Llama, Qwen2 or Mistral folder, or one shard of it. See `ShardedGeneralModel`.
+
+    shard: None for all layers. Raises what `load_model_config` and `load_weights` raise.
+    """
+    config = load_model_config(folder)
+    shard = shard or whole_model(Path(folder).name, config.num_layers)
+    model = ShardedGeneralModel(config, shard, device, dtype, use_cache, max_generated_tokens)
+    load_weights(model, folder)
+    return model
+
+
+@torch.no_grad()
+def load_weights(model: ShardedGeneralModel, folder: str | Path) -> None:
+    """Fills a shard from a checkpoint, reading only its own tensors, which take the model's dtype and device.
+
+    Raises ValueError, before anything is changed, which lists the tensors that are missing, that belong to no layer of
+    the model, that have another shape or are not of floating point, the files that are truncated or otherwise broken;
+    and for pickles. Raises FileNotFoundError when there is no checkpoint.
+    """
+    needed = entries(model.model, model.config, model.shard)
+    with CheckpointFiles(folder) as files:
+        problems = _problems(files, needed, model.config, model.shard)
+        if any(problems.values()):
+            raise ValueError(f"{folder}: a checkpoint that does not fit the model.{_listing(problems)}")
+        for entry in needed:
+            entry.parameter.copy_(entry.from_checkpoint(files.read(entry.name)))
+
+
+def save_checkpoint(models: Sequence[ShardedGeneralModel], folder: str | Path) -> None:
+    """Writes config.json and a file for each shard, with an index when there are several; makes the folder.
+
+    Raises ValueError when the shards don't hold every layer once; FileExistsError when a checkpoint is there already.
+    """
+    check_tiling([model.shard for model in models])
+    path = Path(folder)
+    path.mkdir(parents=True, exist_ok=True)
+    there = sorted(file.name for file in path.iterdir() if ".safetensors" in file.name)
+    if there:
+        raise FileExistsError(f"save_checkpoint: got {folder} with {', '.join(there)}, expected no checkpoint in it")
+    keys = hugging_face_config(models[0].config, models[0].shard.model_id) | {"dtype": _dtype_name(models[0])}
+    files = {}
+    size = 0
+    for number, model in enumerate(models, 1):
+        name = SINGLE if len(models) == 1 else f"model-{number:05d}-of-{len(models):05d}.safetensors"
+        tensors = {entry.name: entry.to_checkpoint() for entry in _own(model)}
+        import_extra("safetensors.torch").save_file(tensors, path / name, metadata={"format": "pt"})
+        files.update(dict.fromkeys(tensors, name))
+        size += sum(tensor.nbytes for tensor in tensors.values())
+    if len(models) > 1:
+        _write_json(path / INDEX, {"metadata": {"total_size": size}, "weight_map": files})
+    _write_json(path / FILE, keys)
+
+
+def _own(model: ShardedGeneralModel) -> Iterable[Entry]:
+    """What this shard writes: a tied head that stands alone is the first shard's embedding."""
+    for entry in entries(model.model, model.config, model.shard):
+        if entry.name != EMBEDDING or model.shard.is_first_layer:
+            yield entry
+
+
+def _problems(files: CheckpointFiles, needed: list[Entry], config: ModelConfig, shard: Shard) -> dict[str, list[str]]:
+    missing, shapes, dtypes = [], [], []
+    for entry in needed:
+        spec = files.spec(entry.name) if entry.name in files.files else None
+        if spec is None:
+            missing.append(entry.name)
+            continue
+        shape, dtype = spec
+        if shape != list(entry.parameter.shape):
+            shapes.append(f"{entry.name}: got {shape}, expected {list(entry.parameter.shape)}")
+        if dtype not in _FLOATS:
+            dtypes.append(f"{entry.name}: got {dtype}, expected one of {', '.join(_FLOATS)}")
+    broken = set(files.broken)
+    unreadable = (
+        missing if broken and not files.files else []
+    )  # a single file that can't be opened: nothing is known of its tensors
+    return {
+        "broken or truncated files": [f"{name}: {error}" for name, error in sorted(files.broken.items())],
+        "missing": [name for name in missing if name not in unreadable and files.files.get(name) not in broken],
+        "not in this model": unknown_names(set(files.files), needed, config, shard),
+        "of another shape": shapes,
+        "of another dtype": dtypes,
+        "contradictory": [] if shapes or missing else _head_that_is_not_tied(files, config, shard),
+    }
+
+
+def _head_that_is_not_tied(files: CheckpointFiles, config: ModelConfig, shard: Shard) -> list[str]:
+    """A tied checkpoint may hold its head as well, as long as it is the embedding."""
+    if not (shard.is_last_layer and has_tied_head(config, shard.model_id) and HEAD in files.files):
+        return []
+    same = files.spec(HEAD) == files.spec(EMBEDDING) and torch.equal(files.read(HEAD), files.read(EMBEDDING))
+    return [] if same else [f"{HEAD} differs from {EMBEDDING}, but the configuration ties them"]
+
+
+def _listing(problems: dict[str, list[str]]) -> str:
+    text = ""
+    for kind, items in problems.items():
+        if items:
+            more = f"\n    and {len(items) - _LISTED} more" if len(items) > _LISTED else ""
+            text += f"\n  {kind}:" + "".join(f"\n    {item}" for item in items[:_LISTED]) + more
+    return text
+
+
+def _dtype_name(model: ShardedGeneralModel) -> str:
+    return str(model.dtype).removeprefix("torch.")
+
+
+def _write_json(path: Path, content: object) -> None:
+    path.write_text(json.dumps(content, indent=2) + "\n")
