@@ -8,18 +8,8 @@ from typing import Any
 import pytest
 import torch
 
-from infuse.models.config import ModelConfig, has_attention_bias, has_tied_head, rotates_halves
-
-CONFIG = ModelConfig(
-    vocab_size=64,
-    embed_dim=48,
-    num_heads=4,
-    num_kv_heads=2,
-    head_dim=12,
-    max_seq_len=64,
-    intermediate_dim=96,
-    num_layers=3,
-)
+from infuse.models.config import has_attention_bias, has_tied_head, rotates_halves
+from tests.models.configs import CONFIG
 
 
 @pytest.mark.parametrize(

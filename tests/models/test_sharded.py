@@ -18,7 +18,7 @@ pytest.importorskip("safetensors")
 
 from infuse.models.checkpoint import load_sharded_model
 from infuse.models.shard import Shard
-from infuse.models.sharded import ShardChain, ShardedGeneralModel
+from infuse.models.sharded import ShardChain
 from tests.models.hugging_face import FAMILIES, SIZES, make_model, reference_logits, save_model
 
 LAYERS = SIZES["num_hidden_layers"]

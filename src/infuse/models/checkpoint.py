@@ -102,9 +102,8 @@ def _problems(files: CheckpointFiles, needed: list[Entry], config: ModelConfig, 
         if dtype not in _FLOATS:
             dtypes.append(f"{entry.name}: got {dtype}, expected one of {', '.join(_FLOATS)}")
     broken = set(files.broken)
-    unreadable = (
-        missing if broken and not files.files else []
-    )  # a single file that can't be opened: nothing is known of its tensors
+    # Of a single file that can't be opened nothing is known; of several, what the index says.
+    unreadable = missing if broken and not files.files else []
     return {
         "broken or truncated files": [f"{name}: {error}" for name, error in sorted(files.broken.items())],
         "missing": [name for name in missing if name not in unreadable and files.files.get(name) not in broken],

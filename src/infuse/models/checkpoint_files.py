@@ -64,7 +64,7 @@ class CheckpointFiles:
             return _read_index(self.folder / INDEX)
         pickles = sorted(path.name for pattern in _PICKLES for path in self.folder.glob(pattern))
         if pickles:
-            remedy = "pickles run code when they are opened and are refused; convert them to safetensors where you trust them"
+            remedy = "a pickle runs code when it is opened and is refused; convert those that you trust"
             raise ValueError(f"{self.folder}: got {', '.join(pickles)}, expected {SINGLE} or {INDEX}; {remedy}")
         raise FileNotFoundError(f"{self.folder}: got no checkpoint, expected {SINGLE} or {INDEX} in this folder")
 
@@ -85,9 +85,8 @@ def _read_index(path: Path) -> dict[str, str]:
         if not all(isinstance(name, str) and isinstance(file, str) for name, file in files.items()):
             raise TypeError("a file's name that is no string")
     except (ValueError, TypeError, KeyError, AttributeError) as error:
-        raise ValueError(
-            f"{path}: expected a JSON object with weight_map, tensor names to file names: {error!r}"
-        ) from error
+        expected = "expected a JSON object with weight_map, tensor names to file names"
+        raise ValueError(f"{path}: {expected}: {error!r}") from error
     wrong = sorted({file for file in files.values() if Path(file).name != file or not file.endswith(".safetensors")})
     if wrong:
         raise ValueError(f"{path}: got {', '.join(wrong)}, expected names of *.safetensors files in the same folder")

@@ -34,7 +34,7 @@ _COMPUTED = re.compile(r"\.rotary_emb\.inv_freq$")  # older checkpoints hold wha
 
 @dataclass(frozen=True, slots=True)
 class Entry:
-    """One parameter and the tensor it is in the checkpoint. reordered_heads: 0, or how many heads' rows change order."""
+    """A parameter and the tensor it is in the checkpoint. reordered_heads: 0, or how many heads' rows change order."""
 
     name: str
     parameter: nn.Parameter
@@ -51,7 +51,7 @@ class Entry:
 
 
 def entries(decoder: nn.Module, config: ModelConfig, shard: Shard) -> list[Entry]:
-    """Every parameter of a shard's decoder. A tied head that has no embedding beside it is read from the embedding's."""
+    """Every parameter of a shard's decoder. A tied head with no embedding beside it is read from the embedding's."""
     heads = {"q_proj": config.num_heads, "k_proj": config.num_kv_heads}
     found = []
     for name, parameter in decoder.named_parameters():
@@ -84,7 +84,8 @@ def _checkpoint_name(name: str, start_layer: int) -> str:
 
 
 def _reorder(tensor: Tensor, num_heads: int, *, to_pairs: bool) -> Tensor:
-    """Rows of each head from halves (i, i + D/2) to pairs (2i, 2i + 1), or back; [heads * D] or [heads * D, columns]."""
+    """Rows of each head from halves (i, i + D/2) to pairs (2i, 2i + 1), or back; [heads * D, ...] in and out."""
     half = tensor.shape[0] // num_heads // 2
     split = (num_heads, 2, half) if to_pairs else (num_heads, half, 2)
-    return tensor.unflatten(0, split).transpose(1, 2).flatten(0, 2)
+    reordered: Tensor = tensor.unflatten(0, split).transpose(1, 2).flatten(0, 2)
+    return reordered

@@ -1,7 +1,8 @@
-"""A Llama-like decoder, or a range of its layers, from torchtune's modules. Written plainly: compiling makes it fast."""
+"""A Llama-like decoder, or a range of its layers, from torchtune's modules; plain, since compiling makes it fast."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 from torch import Tensor, nn
@@ -11,7 +12,7 @@ from infuse.models.extras import import_extra
 from infuse.models.shard import Shard
 
 modules = import_extra("torchtune.modules")
-_ACTIVATIONS = {
+_ACTIVATIONS: dict[str, Callable[[], nn.Module]] = {
     "silu": nn.SiLU,
     "gelu": nn.GELU,
     "gelu_pytorch_tanh": lambda: nn.GELU(approximate="tanh"),
@@ -42,10 +43,10 @@ class ShardTransformerDecoder(modules.TransformerDecoder):  # type: ignore[misc,
         h: Tensor = tokens if self.tok_embeddings is None else self.tok_embeddings(tokens)
         for layer in self.layers:
             h = layer(h, mask=mask, input_pos=input_pos)
-        return self.unembed(h) if self.shard.is_last_layer else h  # type: ignore[no-any-return]
+        return self.unembed(h) if self.shard.is_last_layer else h
 
 
-def GeneralMHA(config: ModelConfig, shard: Shard) -> ShardTransformerDecoder:  # noqa: N802  (the name users know)
+def GeneralMHA(config: ModelConfig, shard: Shard) -> ShardTransformerDecoder:
     """The decoder of this shard, with torch's initial weights in the default dtype and on the default device.
 
     What the configuration leaves open follows from shard.model_id: "qwen" takes torchtune's Qwen2 rotary embedding and
