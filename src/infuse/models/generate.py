@@ -12,6 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from infuse.models.sampling import Sampling, choose
+
 Step = Callable[[Tensor, Tensor, Tensor], Tensor]
 """(tokens [B, 1] int64, mask [B, 1, T] bool, input_pos [1] int64) -> logits [B, 1, V]; T is the cache's length."""
 
@@ -67,6 +69,7 @@ def generate(
     if prompt.shape[1] < 1 or top_k < 1 or temperature <= 0:
         got = f"got {prompt.shape[1]} prompt tokens, top_k={top_k}, temperature={temperature}"
         raise ValueError(f"generate: {got}, expected at least 1, at least 1, more than 0")
+    sampling = Sampling(temperature, top_k)
     model.reset_caches()  # type: ignore[operator]
     tokens = torch.empty(prompt.shape[0], prompt.shape[1] + num_tokens, dtype=torch.int64, device=prompt.device)
     tokens[:, : prompt.shape[1]] = prompt
@@ -81,16 +84,7 @@ def generate(
         logits = step(token, mask, input_pos)
         if position + 1 < prompt.shape[1]:
             continue
-        tokens[:, position + 1] = _choose(logits[:, -1], top_k, temperature, generator)
+        tokens[:, position + 1] = choose(logits[:, -1], sampling, generator)
         if keep_logits:
             kept.append(logits[:, -1].clone())
     return Generated(tokens, torch.stack(kept, 1) if kept else None)
-
-
-def _choose(logits: Tensor, top_k: int, temperature: float, generator: torch.Generator | None) -> Tensor:
-    """[B, V] -> [B]."""
-    if top_k == 1:
-        return logits.argmax(-1)
-    best, index = logits.topk(min(top_k, logits.shape[-1]), -1)
-    drawn = torch.multinomial(torch.softmax(best.float() / temperature, -1), 1, generator=generator)
-    return index.gather(-1, drawn).squeeze(-1)
