@@ -19,8 +19,8 @@ def import_extra(module: str) -> Any:
             return importlib.import_module(module)
     except ModuleNotFoundError as error:
         package = module.partition(".")[0]
-        if error.name is None or error.name.partition(".")[0] != package:
-            raise
+        if error.name != package:
+            raise  # the package is there, something in it or under it is not
         message = f"infuse.models: {package} is not installed, expected it for this; pip install 'infuse[models]'"
         raise ModuleNotFoundError(message, name=error.name) from error
 
