@@ -14,15 +14,16 @@ def import_extra(module: str) -> Any:
 
     Raises ModuleNotFoundError, which says what to install, when its package is not there.
     """
-    try:
-        with quiet_imports():
-            return importlib.import_module(module)
-    except ModuleNotFoundError as error:
-        package = module.partition(".")[0]
-        if error.name != package:
-            raise  # the package is there, something in it or under it is not
-        message = f"infuse.models: {package} is not installed, expected it for this; pip install 'infuse[models]'"
-        raise ModuleNotFoundError(message, name=error.name) from error
+    package = module.partition(".")[0]
+    with quiet_imports():
+        try:
+            importlib.import_module(package)
+        except ModuleNotFoundError as error:
+            if error.name != package:
+                raise  # it is there, something that it needs is not
+            message = f"infuse.models: {package} is not installed, expected it for this; pip install 'infuse[models]'"
+            raise ModuleNotFoundError(message, name=package) from error
+        return importlib.import_module(module)
 
 
 @contextlib.contextmanager
