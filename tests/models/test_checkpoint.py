@@ -242,3 +242,11 @@ def test_shards_that_are_not_the_whole_model_are_not_saved(folder: Path, tmp_pat
     with pytest.raises(ValueError, match="layers 2-2 are missing"):
         save_checkpoint([load_sharded_model(folder, Shard("m", 0, 1, 3))], tmp_path / "ours")
     assert not (tmp_path / "ours").exists()
+
+
+def test_shards_of_different_dtypes_are_not_saved(folder: Path, tmp_path: Path) -> None:
+    first, last = split_layers("m", 3, 2)
+    models = [load_sharded_model(folder, first), load_sharded_model(folder, last, dtype=torch.bfloat16)]
+    with pytest.raises(ValueError, match="different configurations or dtypes"):
+        save_checkpoint(models, tmp_path / "ours")
+    assert not (tmp_path / "ours").exists()

@@ -60,9 +60,12 @@ def load_weights(model: ShardedGeneralModel, folder: str | Path) -> None:
 def save_checkpoint(models: Sequence[ShardedGeneralModel], folder: str | Path) -> None:
     """Writes config.json and a file for each shard, with an index when there are several; makes the folder.
 
-    Raises ValueError when the shards don't hold every layer once; FileExistsError when a checkpoint is there already.
+    Raises ValueError when the shards don't hold every layer once or differ in configuration or dtype; FileExistsError
+    when a checkpoint is there already.
     """
     check_tiling([model.shard for model in models])
+    if any((model.config, model.dtype) != (models[0].config, models[0].dtype) for model in models):
+        raise ValueError("save_checkpoint: got shards of different configurations or dtypes, expected one")
     path = Path(folder)
     path.mkdir(parents=True, exist_ok=True)
     there = sorted(file.name for file in path.iterdir() if ".safetensors" in file.name)
