@@ -79,15 +79,17 @@ class MetaAttentionKernel(nn.Module):
         q, k, v = (self._heads(tensor) for tensor in (self.q(h + self.state(h)), self.k(h), self.v(h)))
         scores = q @ k.transpose(-2, -1) / math.sqrt(q.shape[-1])
         out: Tensor = torch.softmax(scores, -1) @ v
-        return x + self.out(out.transpose(1, 2).flatten(2))
+        out = self.out(out.transpose(1, 2).flatten(2))
+        return x + out
 
     def state(self, h: Tensor) -> Tensor:
         """The state at each position, [B, L, D], of normed inputs [B, L, D]."""
         logits: Tensor = self.forget(h).transpose(1, 2)  # [B, H, L]
         new = self._heads(self.update(h)) * torch.sigmoid(-logits).unsqueeze(-1)
-        state = decayed_sum(new, F.logsigmoid(logits)).transpose(1, 2).flatten(2)
+        state: Tensor = decayed_sum(new, F.logsigmoid(logits)).transpose(1, 2).flatten(2)
         return state.detach() if self.during_distillation else state
 
     def _heads(self, x: Tensor) -> Tensor:
         """[B, L, D] -> [B, H, L, D / H]"""
-        return x.unflatten(-1, (self.num_heads, -1)).transpose(1, 2)
+        heads: Tensor = x.unflatten(-1, (self.num_heads, -1)).transpose(1, 2)
+        return heads

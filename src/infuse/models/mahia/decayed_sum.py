@@ -27,7 +27,8 @@ def decayed_sum(values: Tensor, log_decay: Tensor, chunk_size: int = 64) -> Tens
     until = within[..., -1].cumsum(-1)  # the decay from the start to each chunk's end, [..., N]
     carried = _decays(until - within[..., -1], until, diagonal=-1) @ local[..., -1, :]  # into each chunk, [..., N, D]
     total = local + within.exp().unsqueeze(-1) * carried.unsqueeze(-2)
-    return total.flatten(-3, -2)[..., :length, :].to(values.dtype)
+    result: Tensor = total.flatten(-3, -2)[..., :length, :].to(values.dtype)
+    return result
 
 
 def _decays(later: Tensor, earlier: Tensor, diagonal: int) -> Tensor:

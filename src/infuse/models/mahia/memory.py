@@ -1,4 +1,4 @@
-"""GraphDiffusionMemory: rows look up memory nodes and a small cache of what was seen; both change in steps of their own.
+"""GraphDiffusionMemory: rows look up nodes and a small cache of what was seen; both change in steps of their own.
 
     r = softmax(x M^T) M + softmax(x C^T) C          each is attention with K = V, one head and no scale
     read: W [x, r] + b

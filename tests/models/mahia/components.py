@@ -1,0 +1,101 @@
+"""One small case of every component: how it is made, what it takes, and the sites that it has."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from infuse.models.mahia import (
+    DynamicNeuroFabric,
+    FusionLayer,
+    GraphDiffusionMemory,
+    HybridEfficientModel,
+    HyenaBlock,
+    MetaAttentionKernel,
+    SparseMoETopK,
+    TabularEncoder,
+    TextEncoder,
+)
+
+DIM, LENGTH, VOCAB = 16, 9, 20
+
+
+@dataclass(frozen=True)
+class Case:
+    """shapes: of the inputs; an empty one stands for tokens. sites: what Infuse rewrites, in every mode.
+
+    unread: parameters that the forward does not read.
+    """
+
+    make: Callable[[], nn.Module]
+    shapes: tuple[tuple[int, ...], ...]
+    sites: Mapping[str, int]
+    unread: tuple[str, ...] = ()
+
+    def module(self, dtype: torch.dtype = torch.float32, seed: int = 0) -> nn.Module:
+        torch.manual_seed(seed)
+        module = self.make().to(dtype)
+        for memory in module.modules():
+            if isinstance(memory, GraphDiffusionMemory):  # a cache that holds something
+                memory.store(memory.write(torch.randn(3, DIM, dtype=dtype)))
+        return module
+
+    def parameters(self, module: nn.Module) -> dict[str, nn.Parameter]:
+        """Those that the forward reads."""
+        return {name: parameter for name, parameter in module.named_parameters() if name not in self.unread}
+
+    def inputs(self, dtype: torch.dtype = torch.float32, *, grad: bool = False) -> tuple[Tensor, ...]:
+        generator = torch.Generator().manual_seed(1)
+        return tuple(
+            torch.randn(shape, generator=generator).to(dtype).requires_grad_(grad)
+            if shape
+            else torch.randint(VOCAB, (2, LENGTH), generator=generator)
+            for shape in self.shapes
+        )
+
+
+class DiffusedMemory(nn.Module):
+    """Reads a memory as it is after two steps of diffusion and a write, all in one graph."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.memory = GraphDiffusionMemory(DIM, 6)
+
+    def forward(self, x: Tensor) -> Tensor:
+        out: Tensor = self.memory(x, self.memory.write(x, self.memory.diffuse(steps=2)))
+        return out
+
+
+SEQUENCE, ROWS = (2, LENGTH, DIM), (5, DIM)
+CASES = {
+    "attention": Case(lambda: MetaAttentionKernel(DIM, num_heads=2), (SEQUENCE,), {"rms_norm": 1, "attention": 1}),
+    "attention without Fourier features": Case(
+        lambda: MetaAttentionKernel(DIM, use_fourier=False), (SEQUENCE,), {"rms_norm": 1, "attention": 1}
+    ),
+    "memory of rows": Case(lambda: GraphDiffusionMemory(DIM, 6), (ROWS,), {"attention": 2}, ("adjacency",)),
+    "memory of sequences": Case(lambda: GraphDiffusionMemory(DIM, 6), (SEQUENCE,), {"attention": 2}, ("adjacency",)),
+    "memory and its steps": Case(DiffusedMemory, (SEQUENCE,), {"attention": 2}),
+    "fabric": Case(lambda: DynamicNeuroFabric(DIM, 3), (SEQUENCE,), {"rms_norm": 1, "add_rms_norm": 2, "swiglu": 3}),
+    "experts": Case(lambda: SparseMoETopK(DIM, 4, 2), (SEQUENCE,), {"swiglu": 1}),
+    "hyena": Case(lambda: HyenaBlock(DIM, 5), (SEQUENCE,), {"rms_norm": 1, "swiglu": 1}),
+    "hyena with attention": Case(
+        lambda: HyenaBlock(DIM, 5, use_attention=True),
+        (SEQUENCE,),
+        {"rms_norm": 1, "swiglu": 1, "add_rms_norm": 1, "attention": 1},
+    ),
+    "fusion": Case(lambda: FusionLayer(DIM), (ROWS, ROWS), {"swiglu": 1}),
+    "text encoder": Case(
+        lambda: TextEncoder(VOCAB, LENGTH, DIM, kernel_size=5),
+        ((),),
+        {"rms_norm": 1, "swiglu": 1, "add_rms_norm": 2, "attention": 1},
+    ),
+    "tabular encoder": Case(lambda: TabularEncoder(7, DIM), ((5, 7),), {"rms_norm": 1, "swiglu": 1, "add_rms_norm": 1}),
+    "hybrid": Case(
+        lambda: HybridEfficientModel(VOCAB, LENGTH, 7, DIM, num_classes=3, memory_size=6, kernel_size=5),
+        ((), (2, 7)),
+        {"rms_norm": 2, "swiglu": 6, "add_rms_norm": 6, "attention": 3},
+    ),
+}
