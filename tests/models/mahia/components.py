@@ -69,8 +69,8 @@ class DiffusedMemory(nn.Module):
         return out
 
 
-# The cases that hold all others' parts: each is compiled for real.
-COMPILED = ("attention", "memory and its steps", "fabric", "experts", "hyena with attention", "fusion", "hybrid")
+# The components that the others are made of: each is compiled for real.
+COMPILED = ("attention", "memory and its steps", "fabric", "experts", "hyena with attention", "fusion")
 SEQUENCE, ROWS = (2, LENGTH, DIM), (5, DIM)
 CASES = {
     "attention": Case(lambda: MetaAttentionKernel(DIM, num_heads=2), (SEQUENCE,), {"rms_norm": 1, "attention": 1}),

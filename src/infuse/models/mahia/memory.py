@@ -80,7 +80,7 @@ class GraphDiffusionMemory(nn.Module):
         nodes, cache, position = self.state() if state is None else self._checked(state)
         neighbours = torch.softmax(self.adjacency, -1)
         for _ in range(steps):
-            nodes = torch.lerp(nodes, neighbours @ nodes, self.diffusion_rate)
+            nodes = (1 - self.diffusion_rate) * nodes + self.diffusion_rate * (neighbours @ nodes)
         return MemoryState(nodes, cache, position)
 
     def write(self, x: Tensor, state: MemoryState | None = None) -> MemoryState:
