@@ -69,8 +69,7 @@ class ShardedGeneralModel(nn.Module):
         x = self._input(tokens, hidden_state)
         batch_size, length = x.shape[:2]
         self._check_place(batch_size, length, curr_pos)
-        num_slots = self._num_slots(length) if self.use_cache and curr_pos == 0 else self.cache_length
-        num_slots = num_slots if self.use_cache else length
+        num_slots = self._num_slots(length, curr_pos)
         mask = self._mask(mask, batch_size, length, curr_pos, num_slots)
         input_pos = self._positions(input_pos, batch_size, length, curr_pos)
         if self.use_cache and curr_pos == 0:
@@ -80,13 +79,24 @@ class ShardedGeneralModel(nn.Module):
         self._filled = curr_pos + length
         return (None, output) if self.shard.is_last_layer else (output, None)
 
+    def check(
+        self, tokens: Tensor, mask: Tensor | None = None, input_pos: Tensor | None = None, curr_pos: int = 0
+    ) -> None:
+        """Raises what `generate` would for the whole model's arguments, whichever shard this is; runs nothing."""
+        _check_tokens("generate", tokens)
+        batch_size, length = tokens.shape
+        self._check_place(batch_size, length, curr_pos)
+        if mask is not None:
+            _check_mask(mask, batch_size, length, curr_pos + length, self._num_slots(length, curr_pos))
+        if input_pos is not None:
+            _check_positions(input_pos, batch_size, length)
+
     def _input(self, tokens: Tensor | None, hidden_state: Tensor | None) -> Tensor:
         where = f"generate, layers {self.shard.start_layer}-{self.shard.end_layer}"
         if self.shard.is_first_layer:
             if tokens is None or hidden_state is not None:
                 raise ValueError(f"{where}: expected tokens and no hidden_state, this is the first shard")
-            if tokens.ndim != 2 or 0 in tokens.shape or tokens.dtype not in (torch.int64, torch.int32):
-                raise ValueError(f"{where}: got tokens {_spec(tokens)}, expected [B, S] of int64, neither of them 0")
+            _check_tokens(where, tokens)
             return tokens.to(self.device)
         if hidden_state is None:
             raise ValueError(f"{where}: got no hidden_state, expected what the shard before gave")
@@ -112,7 +122,12 @@ class ShardedGeneralModel(nn.Module):
             remedy = "a larger max_generated_tokens gives longer caches" if curr_pos else "max_seq_len is the limit"
             raise ValueError(f"generate: got {what}, expected no more than {holder}, {limit}; {remedy}")
 
-    def _num_slots(self, length: int) -> int:
+    def _num_slots(self, length: int, curr_pos: int) -> int:
+        """How many slots a mask tells of."""
+        if not self.use_cache:
+            return length
+        if curr_pos:
+            return self.cache_length
         return max(self.cache_length, min(length + self.max_generated_tokens, self.config.max_seq_len))
 
     def _mask(self, mask: Tensor | None, batch_size: int, length: int, curr_pos: int, num_slots: int) -> Tensor | None:
@@ -120,19 +135,13 @@ class ShardedGeneralModel(nn.Module):
             if not self.use_cache and self.config.sliding_window is None:
                 return None  # torchtune's attention is causal then
             return attention_mask(curr_pos, length, num_slots, window=self.config.sliding_window).to(self.device)
-        so_far = curr_pos + length
-        fits = mask.ndim == 3 and mask.shape[0] in (1, batch_size) and mask.shape[1] == length
-        if not fits or mask.shape[2] not in (so_far, num_slots) or mask.dtype != torch.bool:
-            expected = f"expected bool [{batch_size}, {length}, {so_far} or {num_slots}]"
-            raise ValueError(f"generate: got a mask {_spec(mask)}, {expected}")
+        _check_mask(mask, batch_size, length, curr_pos + length, num_slots)
         return F.pad(mask.to(self.device), (0, num_slots - mask.shape[2]))
 
     def _positions(self, input_pos: Tensor | None, batch_size: int, length: int, curr_pos: int) -> Tensor:
         if input_pos is None:
             return positions(curr_pos, length, device=self.device)
-        if input_pos.shape not in ((length,), (1, length), (batch_size, length)) or input_pos.is_floating_point():
-            expected = f"expected int64 [{batch_size}, {length}]"
-            raise ValueError(f"generate: got input_pos {_spec(input_pos)}, {expected}")
+        _check_positions(input_pos, batch_size, length)
         return input_pos.to(self.device)
 
     def _empty_caches(self, batch_size: int, num_slots: int) -> None:
@@ -168,6 +177,24 @@ class ShardChain:
             hidden_state, logits = model.generate(tokens if first else None, mask, input_pos, hidden_state, curr_pos)
         assert logits is not None
         return logits
+
+
+def _check_tokens(where: str, tokens: Tensor) -> None:
+    if tokens.ndim != 2 or 0 in tokens.shape or tokens.dtype not in (torch.int64, torch.int32):
+        raise ValueError(f"{where}: got tokens {_spec(tokens)}, expected [B, S] of int64, neither of them 0")
+
+
+def _check_mask(mask: Tensor, batch_size: int, length: int, so_far: int, num_slots: int) -> None:
+    fits = mask.ndim == 3 and mask.shape[0] in (1, batch_size) and mask.shape[1] == length
+    if not fits or mask.shape[2] not in (so_far, num_slots) or mask.dtype != torch.bool:
+        expected = f"expected bool [{batch_size}, {length}, {so_far} or {num_slots}]"
+        raise ValueError(f"generate: got a mask {_spec(mask)}, {expected}")
+
+
+def _check_positions(input_pos: Tensor, batch_size: int, length: int) -> None:
+    if input_pos.shape not in ((length,), (1, length), (batch_size, length)) or input_pos.is_floating_point():
+        expected = f"expected int64 [{batch_size}, {length}]"
+        raise ValueError(f"generate: got input_pos {_spec(input_pos)}, {expected}")
 
 
 @contextlib.contextmanager
