@@ -14,6 +14,10 @@ from infuse.lowering.heuristics import attention as heuristics
 from infuse.ops import attention as op
 from infuse.ops import library
 
+# Places among the tensors of a site. Few query rows read a cache that was last read a step ago; a static one, of which
+# a mask opens what is there, is half full on average over its use.
+_CACHES, _MASK = (1, 2), 3
+
 
 def _measured(candidates: dict[str, Candidate], args: tuple[Any, ...], layout: Any) -> tuple[str, dict[str, float]]:
     """The fastest of the kernels and torch's backends, and the time of each; the default if there is but one."""
@@ -21,7 +25,10 @@ def _measured(candidates: dict[str, Candidate], args: tuple[Any, ...], layout: A
     if len(formulas) + len(candidates) == 1:
         return backends.DEFAULT, {}
     kernels = {label: candidate.kernel((args[3], None, args[7])) for label, candidate in candidates.items()}
-    timings = inductor.measure("infuse_attention", kernels, formulas, args, layout)
+    of_cache = any(label.startswith("decode") for label in candidates)
+    values = {_MASK: inductor.half_open} if of_cache and args[3] is not None else {}
+    cold = _CACHES if of_cache else ()
+    timings = inductor.measure("infuse_attention", kernels, formulas, args, layout, values=values, cold=cold)
     return min(timings, key=timings.__getitem__, default=backends.DEFAULT), timings
 
 

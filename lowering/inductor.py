@@ -11,7 +11,7 @@ import itertools
 import logging
 import math
 import operator
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,7 +22,6 @@ from torch._inductor.custom_graph_pass import CustomGraphPass as CustomGraphPass
 from torch._inductor.decomposition import fast_random_decomps, register_decomposition, select_decomp_table
 from torch._inductor.graph import GraphLowering
 from torch._inductor.lowering import needs_realized_inputs, register_lowering
-from torch._inductor.runtime.benchmarking import benchmarker
 from torch._inductor.select_algorithm import (
     ExternKernelChoice,
     create_inputs_key,
@@ -32,6 +31,7 @@ from torch._inductor.virtualized import V
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils import _pytree as pytree
 
+from infuse.lowering import inductor_timing
 from infuse.report import SITE_KEY
 from infuse.settings import Settings, resolve
 
@@ -217,12 +217,14 @@ def measure(
     *,
     tune_products: bool = False,
     values: Mapping[int, Callable[[Node], torch.Tensor]] | None = None,
+    cold: Collection[int] = (),
 ) -> dict[str, float]:
     """Milliseconds of every candidate on stand-in inputs, through Inductor's autotuning (its log and its cache).
 
     The graph under construction is not touched: nothing is realised and no buffer is added. A candidate that fails is
     left out. tune_products: the products in the formulas are tuned too, Inductor's templates among them, as they would
-    be in the graph. values: what makes a tensor whose contents matter, by its place among the tensors of `args`.
+    be in the graph. values: what makes a tensor whose contents matter, by its place among the tensors of `args`. cold:
+    the places of those that a model reads once a step, so that they come from memory.
     """
     tensors = [stand_in(tensor) for tensor in tensors_of(args)]
     choices: dict[str, Any] = {label: kernel.bind(tensors, layout) for label, kernel in kernels.items()}
@@ -237,11 +239,12 @@ def measure(
             make_fx_graph=functools.partial(_formula_graph, bind(formula, args)[0]),
             description=label,
         )
+    inputs = inductor_timing.ColdInputs(cold)
     for choice in choices.values():
         if tune_products and isinstance(choice, SubgraphChoiceCaller):
             # The instance's own, which torch calls too where it times a choice itself.
             vars(choice)["_compile_for_benchmarking"] = functools.partial(_compile_as_in_graph, choice)
-        timed = _graph_benchmark(choice) if layout.device.type == "cuda" else choice.benchmark
+        timed = inductor_timing.graph_benchmark(choice, inputs) if layout.device.type == "cuda" else choice.benchmark
         choice.benchmark = _never_where_refused(timed)
     masks = {index: _all_true for index, tensor in enumerate(tensors) if tensor.get_dtype() == torch.bool}
     timings = get_algorithm_selector_cache().do_autotuning(
@@ -253,8 +256,22 @@ def measure(
 
 def _all_true(node: Node) -> torch.Tensor:
     """A mask that hides nothing: Inductor's own stand-in is False throughout, which a kernel need not look behind."""
-    mask: torch.Tensor = get_algorithm_selector_cache().benchmark_example_value(node)
-    return mask.fill_(True)
+    return example_value(node).fill_(True)
+
+
+def half_open(node: Node) -> torch.Tensor:
+    """A mask, bool or of numbers, that opens the first half of the keys, its last dimension."""
+    mask = example_value(node)
+    if mask.dtype != torch.bool:
+        mask.fill_(-math.inf)
+    mask[..., : -(-mask.shape[-1] // 2)] = mask.dtype == torch.bool
+    return mask
+
+
+def example_value(node: Node) -> torch.Tensor:
+    """Inductor's stand-in for a tensor."""
+    value: torch.Tensor = get_algorithm_selector_cache().benchmark_example_value(node)
+    return value
 
 
 def _never_where_refused(benchmark: Callable[..., float]) -> Callable[..., float]:
@@ -291,45 +308,6 @@ def _compile_as_in_graph(choice: SubgraphChoiceCaller) -> Any:
     with V.set_graph_handler(module):
         module.run(*inputs)
         return module.compile_to_module()
-
-
-_CALLS_A_GRAPH = 10
-
-
-def _graph_benchmark(choice: Any) -> Callable[..., float]:
-    """A choice's `benchmark` that counts device time alone.
-
-    A formula is called through a generated Python module and a kernel directly; without a CUDA graph the difference in
-    launch overhead, tens of microseconds, would decide for small tensors.
-    """
-    direct = choice.benchmark
-
-    def benchmark(*args: torch.Tensor, out: torch.Tensor) -> float:
-        if isinstance(choice, SubgraphChoiceCaller):
-            module = choice._compile_for_benchmarking()
-            symbols = choice.sym_input_values
-
-            def call() -> object:
-                return module.call([*symbols, *args])
-        else:
-            run = choice.to_callable()
-
-            def call() -> object:
-                return run(*args, out=out)
-
-        try:
-            call()
-            torch.cuda.synchronize()
-            graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(graph):
-                for _ in range(_CALLS_A_GRAPH):
-                    call()
-        except RuntimeError as error:
-            log.info("%s cannot be captured in a CUDA graph (%s); timed by its launches", choice.name, error)
-            return float(direct(*args, out=out))
-        return float(benchmarker.benchmark_gpu(graph.replay)) / _CALLS_A_GRAPH
-
-    return benchmark
 
 
 def _for_kernel(tensor: Node) -> Node:

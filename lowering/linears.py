@@ -72,8 +72,11 @@ def _measure(kind: str, args: Sequence[Any], found: Iterable[str], formula: Call
     layout = inductor.output_layout(formula, args)
     tensors = inductor.tensors_of(args)
     ends = {i: _ends_of(args[0]) for i, tensor in enumerate(tensors) if tensor.get_dtype() == torch.int32}
+    # Activations were written a moment ago; weights were last read a step ago.
+    rows = inductor.hints(args[0])[:-1]
+    weights = [i for i, tensor in enumerate(tensors) if inductor.hints(tensor)[:-1] != rows]
     return inductor.measure(
-        f"infuse_{kind}", kernels, {FORMULA: formula}, args, layout, tune_products=True, values=ends
+        f"infuse_{kind}", kernels, {FORMULA: formula}, args, layout, tune_products=True, values=ends, cold=weights
     )
 
 

@@ -44,7 +44,12 @@ RANKS = {
 # What the package needs at import time; all else is an optional extra and imported where it is used.
 REQUIRED = {"torch", "numpy", "ninja", "filelock"}
 OPTIONAL_AT_IMPORT = ("infuse.models", "infuse.cli", "infuse.__main__")
-INDUCTOR_IMPORTERS = ("infuse.lowering.inductor", "infuse.lowering.inductor_sums", "infuse.backend")
+INDUCTOR_IMPORTERS = (
+    "infuse.lowering.inductor",
+    "infuse.lowering.inductor_sums",
+    "infuse.lowering.inductor_timing",
+    "infuse.backend",
+)
 MATCHER = re.compile(r"torch\._inductor\.(pattern_matcher|fx_passes)\b|torch\.fx\.(.*\.)?_|torch\.fx\.passes\b")
 
 

@@ -106,7 +106,7 @@ def test_a_mask_with_a_gradient_is_the_formulas(calls: list[str]) -> None:
 def test_max_autotune_chooses_each_pass_by_itself(calls: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
     timed: dict[str, set[str]] = {}
 
-    def measure(name: str, kernels: Any, formulas: Any, *rest: Any) -> dict[str, float]:
+    def measure(name: str, kernels: Any, formulas: Any, *rest: Any, **how: Any) -> dict[str, float]:
         timed[name] = {*kernels, *formulas}
         return {"kernel_0": 1.0, "kernel_1": 2.0 if "fwd" in name else 0.5, **dict.fromkeys(formulas, 1.5)}
 

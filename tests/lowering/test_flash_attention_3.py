@@ -44,7 +44,7 @@ def candidates(monkeypatch: pytest.MonkeyPatch, tensors: tuple[Tensor, ...], *re
     """Which formulas are timed for infuse::attention(*tensors, *rest)."""
     timed: set[str] = set()
 
-    def measure(name: str, kernels: Any, formulas: Any, *_: Any) -> dict[str, float]:
+    def measure(name: str, kernels: Any, formulas: Any, *_: Any, **how: Any) -> dict[str, float]:
         timed.update(formulas)
         return dict.fromkeys(formulas, 1.0) | ({backends.FLASH_3: 0.5} if backends.FLASH_3 in formulas else {})
 
