@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from infuse import build
+from infuse.build.arch_list import front_ends
 
 
 @pytest.mark.parametrize(
@@ -66,3 +67,20 @@ def test_architecture_covers(arch: str, covered: list[tuple[int, int]], not_cove
 @pytest.mark.parametrize("capability", [(8, 0), (8, 6), (8, 9), (9, 0), (10, 0), (12, 0)])
 def test_a_gpus_own_architecture_covers_it(capability: tuple[int, int]) -> None:
     assert build.archs_cover([build.architecture_of(capability)], capability)
+
+
+@pytest.mark.parametrize(
+    ("archs", "expected"),
+    [
+        (build.DEFAULT_ARCHITECTURES, {"compute_80": ["sm_80", "sm_86", "compute_80"], "compute_90a": ["sm_90a"]}),
+        (("sm_86", "compute_80"), {"compute_86": ["sm_86"], "compute_80": ["compute_80"]}),
+        (("sm_89", "sm_86", "compute_89"), {"compute_86": ["sm_89", "sm_86"], "compute_89": ["compute_89"]}),
+        (("sm_90", "sm_90a"), {"compute_90": ["sm_90"], "compute_90a": ["sm_90a"]}),
+        (
+            ("sm_100f", "sm_103", "sm_120"),
+            {"compute_100f": ["sm_100f"], "compute_103": ["sm_103"], "compute_120": ["sm_120"]},
+        ),
+    ],
+)
+def test_one_generation_is_compiled_once(archs: tuple[str, ...], expected: dict[str, list[str]]) -> None:
+    assert front_ends(archs) == expected

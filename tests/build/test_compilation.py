@@ -24,7 +24,7 @@ def test_build_makes_one_library_and_then_reuses_it(nvcc: FakeNvcc, cache: Path)
     compiled = [call for call in nvcc.calls() if " -c " in call]
     assert len(compiled) == sum(source.suffix in (".cu", ".cpp") for source in build.source_files())
     for call in compiled:
-        assert "-gencode=arch=compute_90a,code=sm_90a -gencode=arch=compute_80,code=sm_80" in call
+        assert "-gencode=arch=compute_90a,code=[sm_90a] -gencode=arch=compute_80,code=[sm_80]" in call
     calls = len(nvcc.calls())
     assert build.build(["9.0a", "8.0"]) == path
     assert len(nvcc.calls()) == calls

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import subprocess
 import sys
 import types
@@ -52,3 +53,14 @@ def test_build_is_a_module_not_hidden_by_a_name() -> None:
     import infuse
 
     assert isinstance(infuse.build, types.ModuleType)
+
+
+def test_no_source_tells_gpus_of_one_generation_apart() -> None:
+    """sm_86 gets machine code from the PTX of compute_80, where __CUDA_ARCH__ is 800."""
+    compared = {
+        (path.name, number)
+        for path in build.source_files()
+        for number in re.findall(r"__CUDA_ARCH__\s*[<>=!]=?\s*(\w+)", path.read_text())
+    }
+    assert compared  # the expression still finds them
+    assert not {(name, number) for name, number in compared if int(number) % 100}

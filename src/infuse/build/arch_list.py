@@ -59,6 +59,21 @@ def parse_architectures(entries: Iterable[str]) -> tuple[str, ...]:
     return tuple(names)
 
 
+def front_ends(archs: Iterable[str]) -> dict[str, list[str]]:
+    """What is compiled to PTX, and the architectures that are made of each: {"compute_80": ["sm_80", "sm_86"]}.
+
+    Machine code of one generation comes from the PTX of its oldest member among `archs`: the sources tell none of them
+    apart, so the code for sm_86 is the same to the byte as from PTX of its own, for two thirds of the time.
+    """
+    archs = tuple(archs)
+    made_of: dict[str, list[str]] = {}
+    for arch in archs:
+        plain = re.fullmatch(r"(sm_\d+)\d", arch)  # sm_90a and PTX stand for themselves
+        relatives = [other for other in archs if re.fullmatch(rf"{plain[1]}\d", other)] if plain else [arch]
+        made_of.setdefault(min(relatives).replace("sm_", "compute_"), []).append(arch)
+    return made_of
+
+
 def architecture_of(capability: tuple[int, int]) -> str:
     """The architecture to compile for when the library is to run on one GPU of this compute capability."""
     major, minor = capability

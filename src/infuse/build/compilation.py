@@ -14,7 +14,7 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from . import sources, toolchain
-from .arch_list import architectures, parse_architectures
+from .arch_list import architectures, front_ends, parse_architectures
 from .library_file import LIBRARY_NAME, cache_directory, directory_lock, seal, usable_library
 from .sources import COMPILE_FLAGS, LINK_FLAGS
 from .toolchain import BuildError
@@ -45,10 +45,8 @@ def build_id(archs: Iterable[str] | None = None) -> str:
 
 
 def _gencode_flags(archs: Iterable[str]) -> list[str]:
-    return [
-        f"-gencode=arch=compute_{arch.partition('_')[2]},code={arch}"  # code=compute_80 keeps the PTX
-        for arch in archs
-    ]
+    """One flag for each PTX that `front_ends` names; code=compute_80 keeps it, code=sm_86 is machine code from it."""
+    return [f"-gencode=arch={ptx},code=[{','.join(codes)}]" for ptx, codes in front_ends(archs).items()]
 
 
 def _write_ninja_file(work: Path, nvcc: Path, archs: tuple[str, ...]) -> None:
