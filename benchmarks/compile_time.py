@@ -26,12 +26,13 @@ from answers import Output, bounds, check, tensors
 from command import options_of, parser
 from device import Device, describe_device
 from harness import Row, Unavailable, load
-from implementations import compiled, infuse_backend, optional
-from models import Model, Shape, logits_of, loss_of, with_backward
+from implementations import compiled, infuse_backend, optional, warm_up_compiler
+from model_shapes import Shape
+from model_sources import TORCHTUNE_LLAMA, Model
 from report import print_case
 from rows import append, new_run_id, results_file
 from timing import summarise
-from torch import Tensor
+from training_cases import Step
 
 __all__ = ["load", "main"]
 
@@ -80,21 +81,22 @@ def child(device_type: str, kind: str, impl: str, quick: bool) -> Measurement:
     device = describe_device(device_type)
     shape = shape_for(device_type, quick)
     torch.manual_seed(0)
-    model = Model(shape, device, LENGTH, is_hugging_face=False)
+    model = Model(TORCHTUNE_LLAMA, shape, device, LENGTH)
     module = model.get()
     tokens, targets = (torch.randint(shape.vocab_size, (1, LENGTH), device=device.torch_device) for _ in range(2))
     training = kind == "training"
     args = (tokens, targets) if training else (tokens,)
 
     def step(forward: Callable[..., Output], owner: Any) -> Callable[..., Output]:
-        return with_backward(forward, owner) if training else forward
+        return Step(forward, owner) if training else forward
 
-    plain = (loss_of if training else logits_of)(module, False)
+    call = model.loss if training else model.logits
+    plain = call()
     exact = model.exact()
     with torch.set_grad_enabled(training):
-        expected = step((loss_of if training else logits_of)(exact, False), exact)(*args)
+        expected = step(call(exact), exact)(*args)
         allowed = bounds(step(plain, module)(*args), expected, shape.dtype, factor=3.0)
-        warm_up(device)
+        warm_up_compiler(device.torch_device)
         begin = time.perf_counter()
         durations: list[float] = []
         if impl == "infuse":
@@ -121,18 +123,6 @@ def child(device_type: str, kind: str, impl: str, quick: bool) -> Measurement:
 def cpu_seconds() -> float:
     used = os.times()
     return used.user + used.system + used.children_user + used.children_system
-
-
-def warm_up(device: Device) -> None:
-    """Inductor's own imports, its pool of processes, and its search for a compiler and vector instructions."""
-
-    def unrelated(x: Tensor) -> Tensor:
-        return (x.sin() + 1).sum()
-
-    with torch.enable_grad():
-        x = torch.randn(64, 64, device=device.torch_device, requires_grad=True)
-        torch.compile(unrelated, dynamic=False)(x).backward()
-    device.synchronize()
 
 
 def measure(device: Device, kind: str, impl: str, quick: bool) -> Measurement:

@@ -19,7 +19,7 @@ import torch
 import torch._dynamo
 from answers import Function, Output, WrongAnswer, bounds, check
 from device import Ceilings, Device, describe_device
-from implementations import Impl, Unavailable, compiled, compiled_pairs, eager
+from implementations import Impl, Unavailable, compiled, compiled_pairs, eager, empty_caches, warm_up_compiler
 from rows import CACHE_RESIDENT, RESULTS, ROOFLINE_PERCENT, Row, append, load, new_run_id, results_file
 from timing import Calls, Inputs, Replay, Sampler, Stats, Timed, paired_ratio
 from torch import Tensor
@@ -99,7 +99,9 @@ class Case:
     grad: bool = False
     tolerance_factor: float = 2.0
     reset: Callable[[], None] = lambda: None  # puts back what a call changes, outside the clock
+    release: Callable[[], None] = lambda: None  # called when the case is done: gives back memory that it holds
     cache_resident: bool = False
+    cold: bool = False  # each implementation is compiled with empty caches, and the time of that is recorded
 
 
 @dataclass(frozen=True, slots=True)
@@ -110,6 +112,8 @@ class Contestant:
     function: Function  # a method `remark` of it, if there is one, adds to the rows' notes
     timed: Timed
     peak_bytes: int | None
+    compile_s: float | None
+    saved_bytes: int | None
 
 
 class Session:
@@ -123,6 +127,7 @@ class Session:
         root = options.output
         self.path = None if root is None else results_file(root, self.device.name, benchmark)
         self._recorded_ceilings: dict[str, float] = {}
+        self._compiler_is_warm = False
 
     def measure(self, case: Case) -> list[Row]:
         """Times a case and records it. Raises CaseFailed, after recording the others, when an implementation failed."""
@@ -136,6 +141,7 @@ class Session:
         except Exception as error:  # the other cases must not be lost
             failures["inputs, reference or timing"] = error
         torch._dynamo.reset()
+        case.release()
         gc.collect()
         if self.device.type == "cuda":
             torch.cuda.empty_cache()
@@ -149,7 +155,7 @@ class Session:
         if self.path is not None and rows:
             append(self.path, [*self._ceiling_rows(), *rows])
 
-    def row(self, case: Case, impl: str, stats: Stats, error: float | None, peak_bytes: int | None, note: str) -> Row:
+    def row(self, case: Case, found: Contestant, stats: Stats, error: float | None, note: str) -> Row:
         """Raises AboveRoofline."""
         resident = self._cache_resident(case)
         percent = self._percent_of_limit(case, stats)
@@ -161,7 +167,7 @@ class Session:
         return Row(
             run_id=self.run_id,
             case=case.name,
-            impl=impl,
+            impl=found.impl.name,
             median_ms=_round(stats.median_ms),
             p20_ms=_round(stats.p20_ms),
             p80_ms=_round(stats.p80_ms),
@@ -169,11 +175,13 @@ class Session:
             flops=case.flops,
             percent_of_limit=_round(percent),
             max_error=None if error is None else _round(error),
-            peak_bytes=peak_bytes,
+            peak_bytes=found.peak_bytes,
             gpu=self.device.name,
             torch=self.device.torch_version,
             commit=self.device.commit,
             note=", ".join(filter(None, [note, CACHE_RESIDENT if resident else ""])),
+            compile_s=None if found.compile_s is None else _round(found.compile_s),
+            saved_bytes=found.saved_bytes,
         )
 
     def _percent_of_limit(self, case: Case, stats: Stats) -> float:
@@ -208,7 +216,7 @@ class Session:
                 error = max(check("timed run", found, right, allowed) for found, right in answers)
                 remark = getattr(contestant.function, "remark", str)
                 note = ", ".join(filter(None, [contestant.impl.note, remark(), _paired_note(name, stats)]))
-                rows.append(self.row(case, name, stats[name], error, contestant.peak_bytes, note))
+                rows.append(self.row(case, contestant, stats[name], error, note))
             except (WrongAnswer, AboveRoofline) as failure:
                 failures[name] = failure
 
@@ -217,13 +225,14 @@ class Session:
     ) -> Contestant:
         """Compiles, warms up and checks."""
         begin = time.perf_counter()
-        function = impl.prepare()
-        for _ in range(3):  # compile; record CUDA graphs, where the mode has them; replay
-            case.reset()
-            answer = function(*inputs[0])
+        function, compile_s = self._compile(case, impl, inputs[0])
+        # The second call records CUDA graphs, where the mode has them: their memory is taken then.
+        peak_bytes = self._peak_bytes(case, function, inputs[0])
+        case.reset()
+        answer = function(*inputs[0])
         check("first run", answer, expected, allowed)
         del answer
-        peak_bytes = None if impl.own_graphs else self._peak_bytes(case, function, inputs[0])
+        saved_bytes = self._saved_bytes(case, function, inputs[0])
         case.reset()
         with torch._dynamo.config.patch(error_on_recompile=True):
             if impl.capture and self.device.type == "cuda":
@@ -233,7 +242,25 @@ class Session:
             timed.run()
         self.device.synchronize()
         print(f"  {impl.name}: ready in {time.perf_counter() - begin:.1f} s", flush=True)
-        return Contestant(impl, function, timed, peak_bytes)
+        return Contestant(impl, function, timed, peak_bytes, compile_s, saved_bytes)
+
+    def _compile(self, case: Case, impl: Impl, inputs: Inputs) -> tuple[Function, float | None]:
+        """The function after its first call, and the seconds of that where the case asks for them."""
+        case.reset()
+        if not (case.cold and impl.compiles):
+            function = impl.prepare()
+            function(*inputs)
+            return function, None
+        with empty_caches():
+            if not self._compiler_is_warm:
+                warm_up_compiler(self.device.torch_device)
+                self._compiler_is_warm = True
+            self.device.synchronize()
+            begin = time.perf_counter()
+            function = impl.prepare()
+            function(*inputs)
+            self.device.synchronize()
+            return function, time.perf_counter() - begin
 
     def _input_sets(self, case: Case) -> list[Inputs]:
         """Enough sets that a sample takes a while and no set is still in the last-level cache when its turn comes."""
@@ -271,6 +298,14 @@ class Session:
         function(*inputs)
         self.device.synchronize()
         return torch.cuda.max_memory_allocated() - before
+
+    def _saved_bytes(self, case: Case, function: Function, inputs: Inputs) -> int | None:
+        """Of a function that can tell."""
+        measure: Callable[..., int] | None = getattr(function, "saved_bytes", None)
+        if measure is None or self.device.type != "cuda":
+            return None
+        case.reset()
+        return measure(*inputs)
 
     def _ceiling_rows(self) -> list[Row]:
         """The ceilings measured since the last call, as rows of their own, so that percentages can be traced."""

@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 import importlib
+import tempfile
 import types
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 import torch._dynamo
 from answers import Function, Output
+from torch import Tensor
 
+# Pairs (suffix of the implementation's name, torch.compile's mode).
+Modes = Sequence[tuple[str, str | None]]
 NO_CUDAGRAPHS = "max-autotune-no-cudagraphs"
 # Modes that record CUDA graphs of their own.
 _OWN_GRAPHS = ("max-autotune", "reduce-overhead")
@@ -45,6 +50,7 @@ class Impl:
     prepare: Callable[[], Function]
     capture: bool = True  # only kernels and nothing from the host: may be captured into the harness's CUDA graph
     own_graphs: bool = False  # replays CUDA graphs of its own: its memory lies in their pool
+    compiles: bool = False  # its first call compiles
     note: str = ""
 
 
@@ -68,7 +74,7 @@ def compiled(
     note = "mode " + (mode or "default")
     if own_graphs and capture:
         note += ", inputs copied into its CUDA graph"
-    return Impl(name, prepare, capture=capture and not own_graphs, own_graphs=own_graphs, note=note)
+    return Impl(name, prepare, capture=capture and not own_graphs, own_graphs=own_graphs, compiles=True, note=note)
 
 
 def compiled_pairs(function: Function, *modes: tuple[str, str | None], capture: bool = True) -> list[Impl]:
@@ -95,6 +101,35 @@ def fresh(function: Function, name: str) -> Function:
     copy = types.FunctionType(code, function.__globals__, code.co_name, function.__defaults__, function.__closure__)
     copy.__kwdefaults__ = function.__kwdefaults__
     return copy
+
+
+@contextmanager
+def empty_caches() -> Iterator[None]:
+    """Inductor's and Triton's caches on disk and in memory are new ones. Nobody's kernels are shared with what is
+    compiled here; its files stay until the process ends, since kernels may be loaded from them at a later call."""
+    from torch._inductor.utils import fresh_cache
+
+    global _folders
+    _folders = _folders or tempfile.TemporaryDirectory(prefix="infuse-benchmark-", ignore_cleanup_errors=True)
+    with fresh_cache(dir=_folders.name, delete=False):
+        yield
+
+
+_folders: tempfile.TemporaryDirectory[str] | None = None
+
+
+def warm_up_compiler(device: torch.device) -> None:
+    """Inductor's own imports, its pool of processes, and its search for a compiler and vector instructions: what a
+    process pays once is in no implementation's compile time."""
+
+    def unrelated(x: Tensor) -> Tensor:
+        return (x.sin() + 1).sum()
+
+    with torch.enable_grad():
+        x = torch.randn(64, 64, device=device, requires_grad=True)
+        torch.compile(unrelated, dynamic=False)(x).backward()
+    if device.type == "cuda":
+        torch.cuda.synchronize()
 
 
 def _step(function: Function) -> Function:

@@ -7,7 +7,18 @@ from collections.abc import Sequence
 
 from rows import Row
 
-COLUMNS = ("impl", "median", "p20 .. p80", "% of limit", "max error", "peak", "vs best baseline", "note")
+COLUMNS = (
+    "impl",
+    "median",
+    "p20 .. p80",
+    "% of limit",
+    "max error",
+    "peak",
+    "saved",
+    "compile",
+    "vs best baseline",
+    "note",
+)
 
 
 def is_infuse(impl: str) -> bool:
@@ -35,6 +46,8 @@ def table(rows: Sequence[Row]) -> list[tuple[str, ...]]:
             "" if row.percent_of_limit is None else f"{row.percent_of_limit:.1f}",
             "" if row.max_error is None else f"{row.max_error:.1e}",
             "" if row.peak_bytes is None else f"{row.peak_bytes / 2**20:.0f} MiB",
+            "" if row.saved_bytes is None else f"{row.saved_bytes / 2**20:.0f} MiB",
+            "" if row.compile_s is None else f"{row.compile_s:.1f} s",
             "" if baseline is None else f"{baseline.median_ms / row.median_ms:.3f}x",
             row.note,
         )

@@ -19,7 +19,9 @@ RESULTS = Path(__file__).resolve().parent / "results"
 ROOFLINE_PERCENT = 105.0
 # In a note: the case's data fits in a cache, so the bandwidth of the memory is no limit to it.
 CACHE_RESIDENT = "cache-resident"
-_MAY_BE_NONE = ("percent_of_limit", "max_error", "peak_bytes")
+_MAY_BE_NONE = ("percent_of_limit", "max_error", "peak_bytes", "compile_s", "saved_bytes")
+# Left out of a line where there is nothing to say; rows of earlier versions have only some of them.
+_OPTIONAL = ("note", "compile_s", "saved_bytes")
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,6 +43,8 @@ class Row:
     torch: str
     commit: str
     note: str = ""
+    compile_s: float | None = None  # the first call, with Inductor's and Triton's caches empty
+    saved_bytes: int | None = None  # device memory that a training forward leaves allocated for the backward
 
     def __post_init__(self) -> None:
         for field in fields(self):
@@ -53,8 +57,9 @@ class Row:
         if not 0 < self.p20_ms <= self.median_ms <= self.p80_ms:
             got = f"{self.p20_ms}, {self.median_ms}, {self.p80_ms}"
             raise ValueError(f"Row: p20_ms, median_ms, p80_ms: got {got}, expected 0 < p20 <= median <= p80")
-        if self.bytes < 0 or self.flops < 0 or (self.peak_bytes or 0) < 0 or (self.max_error or 0) < 0:
-            raise ValueError(f"Row: bytes, flops, peak_bytes, max_error: got a negative one in {self}")
+        sizes = ("bytes", "flops", "peak_bytes", "max_error", "compile_s", "saved_bytes")
+        if any((getattr(self, name) or 0) < 0 for name in sizes):
+            raise ValueError(f"Row: {', '.join(sizes)}: got a negative one in {self}")
         limit = self.percent_of_limit
         if limit is not None and (limit <= 0 or (limit > ROOFLINE_PERCENT and CACHE_RESIDENT not in self.note)):
             raise ValueError(
@@ -63,10 +68,8 @@ class Row:
             )
 
     def to_json(self) -> str:
-        """The row as one line, without the note if there is none."""
-        values = asdict(self)
-        if not self.note:
-            del values["note"]
+        """The row as one line, without what is optional and not there."""
+        values = {name: value for name, value in asdict(self).items() if value or name not in _OPTIONAL}
         return json.dumps(values, allow_nan=False)
 
     @classmethod
@@ -75,7 +78,7 @@ class Row:
         values: dict[str, Any] = json.loads(line)
         known = [field.name for field in fields(cls)]
         unknown = sorted(set(values) - set(known))
-        missing = [name for name in known if name not in values and name != "note"]
+        missing = [name for name in known if name not in values and name not in _OPTIONAL]
         if unknown or missing:
             raise ValueError(f"Row: unknown fields {unknown}, missing fields {missing}; known are {known}")
         return cls(**values)

@@ -18,7 +18,8 @@ import torch
 from command import main
 from harness import Case, Device, Function, Impl, Inputs, compiled_pairs, eager
 from implementations import Later
-from models import SMALL, TINY, Shape, llama_8b, randomise
+from model_shapes import SMALL, TINY, Shape, llama_8b
+from model_sources import randomise
 from norm_functions import hugging_face
 from norms import random
 from torch import Tensor, nn

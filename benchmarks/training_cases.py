@@ -1,0 +1,83 @@
+"""A training step: the loss of one sequence and all gradients."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from harness import Case, Function, Impl, compiled_pairs
+from implementations import Later, Modes
+from model_sources import Model
+from prefill_cases import random_tokens
+from torch import Tensor, nn
+
+
+@dataclass(slots=True)
+class Step:
+    """The training step around a compiled or eager loss: all gradients are computed, those of some weights returned."""
+
+    loss: Function
+    model: nn.Module
+
+    def __call__(self, *args: Tensor) -> list[Tensor]:
+        value = self._forward(*args)
+        value.backward()
+        return [value.detach(), *self._chosen_gradients()]
+
+    def saved_bytes(self, *args: Tensor) -> int:
+        """Device memory that the forward leaves allocated for the backward, beyond inputs, weights and the loss."""
+        device = next(self.model.parameters()).device
+        self.model.zero_grad(set_to_none=True)
+        torch.cuda.synchronize(device)
+        before = torch.cuda.memory_allocated(device)
+        value = self._forward(*args)
+        torch.cuda.synchronize(device)
+        return max(torch.cuda.memory_allocated(device) - before - value.untyped_storage().nbytes(), 0)
+
+    def _forward(self, *args: Tensor) -> Tensor:
+        self.model.zero_grad(set_to_none=True)
+        value = self.loss(*args)
+        assert isinstance(value, Tensor)
+        return value
+
+    def _chosen_gradients(self) -> list[Tensor]:
+        parameters = list(self.model.parameters())
+        vectors = [parameter for parameter in parameters if parameter.dim() == 1]
+        matrices = [parameter for parameter in parameters if parameter.dim() == 2]
+        gradients = [parameter.grad for parameter in (vectors[0], vectors[-1], matrices[1], matrices[-2])]
+        assert all(gradient is not None for gradient in gradients)
+        return [gradient for gradient in gradients if gradient is not None]
+
+
+def train(model: Model, length: int, modes: Modes) -> Case:
+    shape = model.shape
+    loss = Later(model.loss)
+    step = Later(lambda: Step(loss.get(), model.get()))
+
+    def reference(*args: Tensor) -> Any:
+        module = model.exact()
+        return Step(model.loss(module), module)(*args)
+
+    def training(impl: Impl) -> Impl:
+        return dataclasses.replace(impl, prepare=lambda: Step(impl.prepare(), model.get()))
+
+    return Case(
+        name=f"{model.name} train {length}",
+        inputs=lambda g: tuple(random_tokens(g, shape.vocab_size, length) for _ in range(2)),
+        eager=step,
+        reference=reference,
+        impls=[
+            Impl("eager", step.get, capture=False),
+            *(training(impl) for impl in compiled_pairs(loss, *modes, capture=False)),
+        ],
+        bytes=3 * shape.matmul_weights() * shape.dtype.itemsize,
+        flops=3 * (2 * shape.matmul_weights() * length + shape.attention_flops(length * length // 2)),
+        dtype=shape.dtype,
+        sets=2,
+        grad=True,
+        tolerance_factor=3.0,
+        release=model.release,
+        cold=True,
+    )
