@@ -69,7 +69,9 @@ class Row:
 
     def to_json(self) -> str:
         """The row as one line, without what is optional and not there."""
-        values = {name: value for name, value in asdict(self).items() if value or name not in _OPTIONAL}
+        values = {
+            name: value for name, value in asdict(self).items() if value not in ("", None) or name not in _OPTIONAL
+        }
         return json.dumps(values, allow_nan=False)
 
     @classmethod
