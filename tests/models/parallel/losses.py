@@ -1,9 +1,10 @@
 """Jobs whose processes die, stop, fail or never start; `test_lost_peers.py` reads how the others ended.
 
-    python -m tests.models.parallel.losses FOLDER TIMEOUT_S
+    python -m tests.models.parallel.losses FOLDER TIMEOUT_S PORT...
 
-All jobs run at once, their processes forked from this one, which has imported torch for them. Each survivor writes to
-FOLDER/<job>.<rank>, and how it ended and after how many seconds to FOLDER/<job>.<rank>.json.
+All jobs run at once, their processes forked from this one, which has imported torch for them; it has no threads that a
+fork would lose, so another process holds the jobs' stores, at these ports. Each survivor writes to FOLDER/<job>.<rank>,
+and how it ended and after how many seconds to FOLDER/<job>.<rank>.json.
 """
 
 from __future__ import annotations
@@ -83,14 +84,13 @@ def run_rank(name: str, rank: int, port: int, folder: Path, timeout_s: float) ->
     os._exit(0)
 
 
-def main(folder: Path, timeout_s: float) -> None:
-    stores = {name: dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False) for name in JOBS}
+def main(folder: Path, timeout_s: float, ports: list[int]) -> None:
     begin, running = time.monotonic(), {}
-    for name, (_, _, started) in JOBS.items():
+    for (name, (_, _, started)), port in zip(JOBS.items(), ports, strict=True):
         for rank in range(started):
             process = os.fork()
             if process == 0:
-                run_rank(name, rank, stores[name].port, folder, timeout_s)
+                run_rank(name, rank, port, folder, timeout_s)
             running[process] = (name, rank)
     lost = {process for process, (name, rank) in running.items() if name == "stopped" and rank == 1}
     while set(running) - lost and time.monotonic() < begin + 10 * timeout_s:
@@ -105,4 +105,4 @@ def main(folder: Path, timeout_s: float) -> None:
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]), float(sys.argv[2]))
+    main(Path(sys.argv[1]), float(sys.argv[2]), [int(port) for port in sys.argv[3:]])

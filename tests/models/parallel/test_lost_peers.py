@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch.distributed as dist
 
+from tests.models.parallel import losses
 from tests.models.parallel.job import ROOT
 
 pytestmark = pytest.mark.skipif(not dist.is_available(), reason="this torch has no torch.distributed")
@@ -20,7 +21,9 @@ GRACE_S = 7.0  # starting, a moment to end by itself, and a machine that is busy
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("losses")
-    command = [sys.executable, "-m", "tests.models.parallel.losses", str(path), str(TIMEOUT_S)]
+    stores = [dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False) for _ in losses.JOBS]
+    ports = [str(store.port) for store in stores]
+    command = [sys.executable, "-m", "tests.models.parallel.losses", str(path), str(TIMEOUT_S), *ports]
     subprocess.run(command, cwd=ROOT, check=True, timeout=120)
     return path
 

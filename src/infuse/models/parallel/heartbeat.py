@@ -45,7 +45,7 @@ class Heartbeat:
         store.set_timeout(timedelta(seconds=timeout_s))
 
     def meet(self, name: str) -> None:
-        """Waits for every rank, then starts. name: what this process is. Raises PeerLostError for ranks that stay away."""
+        """Waits for every rank, then starts. name: what this process is. Raises PeerLostError for absent ranks."""
         self.rename(name)
         self._store.set(f"beat/{self._rank}", "0")
         keys = [f"beat/{other}" for other in self._others]

@@ -8,7 +8,7 @@ import socket
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -72,7 +72,8 @@ def process_group(
     rank, world_size, own = _place(device)
     limit = timedelta(seconds=timeout_s)
     store, _, _ = next(rendezvous("env://", timeout=limit))
-    heartbeat = Heartbeat(PrefixStore("infuse/peers", store).clone(), rank, world_size, timeout_s)
+    beats: Any = PrefixStore("infuse/peers", store)
+    heartbeat = Heartbeat(beats.clone(), rank, world_size, timeout_s)
     heartbeat.meet(_name(f"rank {rank} of {world_size}"))
     try:
         dist.init_process_group(
