@@ -54,7 +54,7 @@ def load_weights(model: ShardedGeneralModel, folder: str | Path) -> None:
         if any(problems.values()):
             raise ValueError(f"{folder}: a checkpoint that does not fit the model.{_listing(problems)}")
         for entry in needed:
-            entry.parameter.copy_(entry.from_checkpoint(files.read(entry.name)))
+            entry.local.copy_(entry.from_checkpoint(files.read(entry.name, entry.part)))
 
 
 def save_checkpoint(models: Sequence[ShardedGeneralModel], folder: str | Path) -> None:

@@ -51,9 +51,10 @@ class CheckpointFiles:
         part = file.get_slice(name)
         return part.get_shape(), part.get_dtype()
 
-    def read(self, name: str) -> Tensor:
-        """The tensor, on the CPU. `spec` has found it before."""
-        tensor: Tensor = self._open[self.files[name]].get_tensor(name)
+    def read(self, name: str, part: tuple[slice, ...] = ()) -> Tensor:
+        """The tensor, on the CPU, or a part of it, which is all that is read then. `spec` has found it before."""
+        file = self._open[self.files[name]]
+        tensor: Tensor = file.get_slice(name)[part] if part else file.get_tensor(name)
         return tensor
 
     def _find(self) -> dict[str, str]:

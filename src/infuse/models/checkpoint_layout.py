@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from torch import Tensor, nn
 
 from infuse.models.config import ModelConfig, has_tied_head, rotates_halves
+from infuse.models.cut_parameters import gathered, held, is_cut, own_part
 from infuse.models.shard import Shard
 
 EMBEDDING = "model.embed_tokens.weight"
@@ -34,19 +35,36 @@ _COMPUTED = re.compile(r"\.rotary_emb\.inv_freq$")  # older checkpoints hold wha
 
 @dataclass(frozen=True, slots=True)
 class Entry:
-    """A parameter and the tensor it is in the checkpoint. reordered_heads: 0, or how many heads' rows change order."""
+    """A parameter and the tensor it is in the checkpoint. reordered_heads: 0, or how many heads' rows change order.
+
+    Of a parameter that is cut over ranks (a DTensor) `local` and `part` are what this rank holds.
+    """
 
     name: str
     parameter: nn.Parameter
     reordered_heads: int
 
+    @property
+    def local(self) -> Tensor:
+        """This process's part of the parameter: the memory to fill."""
+        return held(self.parameter)
+
+    @property
+    def part(self) -> tuple[slice, ...]:
+        """Which of the checkpoint's tensor this process holds; all of it unless the parameter is cut."""
+        return own_part(self.parameter) if is_cut(self.parameter) else ()
+
     def from_checkpoint(self, tensor: Tensor) -> Tensor:
-        """The parameter's value, of the tensor's shape and dtype."""
-        return _reorder(tensor, self.reordered_heads, to_pairs=True) if self.reordered_heads else tensor
+        """The value of `local` from that part, of the tensor's shape and dtype. A part has whole heads."""
+        heads = self.reordered_heads * tensor.shape[0] // self.parameter.shape[0]
+        return _reorder(tensor, heads, to_pairs=True) if heads else tensor
 
     def to_checkpoint(self) -> Tensor:
-        """What to write: contiguous, on the CPU, sharing no memory with the parameter when reordered."""
-        tensor = self.parameter.detach().cpu()
+        """What to write: contiguous, on the CPU, sharing no memory with the parameter when reordered.
+
+        Every rank that holds a part must call it, in the same order: the parts are gathered.
+        """
+        tensor = gathered(self.parameter).detach().cpu()
         return (_reorder(tensor, self.reordered_heads, to_pairs=False) if self.reordered_heads else tensor).contiguous()
 
 

@@ -45,15 +45,15 @@ def start(world_size: int, *arguments: str) -> Iterator[list[subprocess.Popen[st
             process.communicate()
 
 
-def results(world_size: int, module: str, folder: Path, timeout_s: float = 180.0) -> dict[str, str]:
-    """Each `check_*` of a module, run by every rank in one job: "" where it passed, else who failed and how.
+def results(world_size: int, names: list[str], folder: Path, timeout_s: float = 240.0) -> dict[str, str]:
+    """Checks "module.function", each run by every rank of one job: "" where it passed, else who failed and how.
 
     A check gets the process's `Peers` and the folder. After one has failed on some rank those behind it don't run.
     """
-    with start(world_size, "-m", __name__, module, str(folder)) as processes:
+    with start(world_size, "-m", __name__, str(folder), *names) as processes:
         logs = [process.communicate(timeout=timeout_s)[0] for process in processes]
     found: dict[str, str] = {}
-    for name in checks(module):
+    for name in names:
         found[name] = ""
         for rank, log in enumerate(logs):
             file = folder / f"{name}.{rank}"
@@ -63,29 +63,31 @@ def results(world_size: int, module: str, folder: Path, timeout_s: float = 180.0
 
 
 def checks(module: str) -> list[str]:
-    return [name for name in vars(importlib.import_module(module)) if name.startswith("check_")]
+    """The `check_*` that a module of this folder defines."""
+    found = importlib.import_module(f"{__package__}.{module}")
+    return [f"{module}.{name}" for name in vars(found) if name.startswith("check_")]
 
 
-def main(module: str, folder: Path) -> None:
+def main(folder: Path, names: list[str]) -> None:
     import torch
 
     from infuse.models.parallel.process_group import process_group
 
     torch.set_num_threads(1)
     torch._inductor.config.force_disable_caches = True
-    rank = os.environ["RANK"]
     with process_group("cpu") as peers:
-        for name in checks(module):
+        for name in names:
+            module, _, function = name.partition(".")
             torch.manual_seed(0)
             said = ""
             try:
-                getattr(importlib.import_module(module), name)(peers, folder)
+                getattr(importlib.import_module(f"tests.models.parallel.{module}"), function)(peers, folder)
             except BaseException:
                 said = traceback.format_exc()
                 raise
             finally:
-                (folder / f"{name}.{rank}").write_text(json.dumps(said))
+                (folder / f"{name}.{peers.rank}").write_text(json.dumps(said))
 
 
 if __name__ == "__main__":
-    main(sys.argv[1], Path(sys.argv[2]))
+    main(Path(sys.argv[1]), sys.argv[2:])

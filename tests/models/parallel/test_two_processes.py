@@ -14,10 +14,10 @@ pytest.importorskip("transformers")
 pytest.importorskip("safetensors")
 
 from tests.models.hugging_face import make_model, save_model
-from tests.models.parallel import job
+from tests.models.parallel import job, pipeline, tensor_parallel
 
 pytestmark = pytest.mark.skipif(not dist.is_available(), reason="this torch has no torch.distributed")
-MODULE = "tests.models.parallel.two_processes"
+CHECKS = [name for module in ("pipeline", "tensor_parallel") for name in job.checks(module)]
 
 
 @pytest.fixture(scope="module")
@@ -25,13 +25,13 @@ def outcome(tmp_path_factory: pytest.TempPathFactory) -> Callable[[], dict[str, 
     @functools.cache
     def run() -> dict[str, str]:
         folder: Path = tmp_path_factory.mktemp("job")
-        for family in ("llama", "qwen2_tied"):
+        for family in {*pipeline.FAMILIES, *tensor_parallel.FAMILIES}:
             save_model(make_model(family), folder / family)
-        return job.results(2, MODULE, folder)
+        return job.results(2, CHECKS, folder)
 
     return run
 
 
-@pytest.mark.parametrize("name", job.checks(MODULE))
+@pytest.mark.parametrize("name", CHECKS)
 def test_two_processes(outcome: Callable[[], dict[str, str]], name: str) -> None:
     assert outcome()[name] == ""

@@ -1,0 +1,130 @@
+"""Tensor parallel: how the weights of a decoder's shard are cut over the ranks of a mesh, as plans for DTensor.
+
+q, k, v, gate and up are cut by rows of their weights, so that a rank holds whole heads and whole hidden units; the
+projections behind attention and MLP by columns, whose products are summed over the ranks; embedding and head by
+vocabulary. The residual stream and the norms are whole on every rank. With the sequence cut instead ("sequence
+parallel") a norm would see a DTensor where the sum before it is a tensor, and the two would no longer be one operator.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import DTensor, Partial, Replicate, Shard
+from torch.distributed.tensor.parallel import (
+    ColwiseParallel,
+    ParallelStyle,
+    PrepareModuleInputOutput,
+    RowwiseParallel,
+    parallelize_module,
+)
+
+from infuse.models.config import ModelConfig
+from infuse.models.decoder import ShardTransformerDecoder
+from infuse.models.sharded import ShardedGeneralModel
+
+_BY_ROWS = ("attn.q_proj", "attn.k_proj", "attn.v_proj", "mlp.w1", "mlp.w3")
+_BY_COLUMNS = ("attn.output_proj", "mlp.w2")
+
+
+def check_ways(config: ModelConfig, ways: int) -> None:
+    """Raises ValueError unless that many ranks can share the heads and the hidden units evenly."""
+    for name in ("num_heads", "num_kv_heads", "intermediate_dim"):
+        if ways < 1 or getattr(config, name) % ways:
+            got = f"got {ways} ranks and {name}={getattr(config, name)}"
+            raise ValueError(f"tensor parallel: {got}, expected the ranks to share them evenly; take fewer ranks")
+
+
+def tensor_parallel_plan(decoder: ShardTransformerDecoder) -> dict[str, ParallelStyle]:
+    """Module name -> how it is cut, for the modules that this shard has. A tied head is none, see `parallelize`."""
+    plan: dict[str, ParallelStyle] = {f"layers.*.{name}": ColwiseParallel() for name in _BY_ROWS}
+    plan |= {f"layers.*.{name}": RowwiseParallel() for name in _BY_COLUMNS}
+    if decoder.tok_embeddings is not None:
+        plan["tok_embeddings"] = RowwiseParallel(input_layouts=Replicate())
+    if isinstance(decoder.output, nn.Module):
+        plan["output"] = ColwiseParallel(output_layouts=Replicate())
+    return plan
+
+
+def parallelize(decoder: ShardTransformerDecoder, config: ModelConfig, mesh: DeviceMesh) -> None:
+    """Cuts the weights of a decoder, in place, over a mesh of one dimension: they become DTensors.
+
+    Each rank keeps its part of the values that it has. Inputs and outputs are whole tensors, the same on every rank.
+    Attention and its caches have the rank's own heads from then on. To train with this alone, without FSDP2 on top,
+    give the optimiser `foreach=False`: it finds DTensors and, for the norms, tensors.
+    Raises ValueError, before anything is changed, when the heads or hidden units don't divide.
+    """
+    ways = mesh.size()
+    check_ways(config, ways)
+    parallelize_module(decoder, mesh, tensor_parallel_plan(decoder), src_data_rank=None)
+    if decoder.output is not None and not isinstance(decoder.output, nn.Module):
+        parallelize_module(decoder.output.linear, mesh, _tied_head())
+    for layer in decoder.layers:
+        layer.attn.num_heads //= ways
+        layer.attn.num_kv_heads //= ways
+
+
+def _tied_head() -> ParallelStyle:
+    """torchtune's tied head is a call (x, weight), whose weight is the embedding's and cut already."""
+    return PrepareModuleInputOutput(
+        input_layouts=(Replicate(), None),
+        desired_input_layouts=(Replicate(), None),
+        use_local_input=False,
+        output_layouts=Shard(-1),
+        desired_output_layouts=Replicate(),
+    )
+
+
+def parallel_model(
+    config: ModelConfig, shard: Any, mesh: DeviceMesh, device: torch.device, **options: Any
+) -> ShardedGeneralModel:
+    """A `ShardedGeneralModel` cut over a mesh, of which this rank never holds more than its part.
+
+    Its weights are not initialised: they are to be loaded. options: dtype, use_cache, max_generated_tokens.
+    Raises ValueError when the heads or hidden units don't divide.
+    """
+    check_ways(config, mesh.size())
+    model = ShardedGeneralModel(config, shard, "meta", **options)
+    parallelize(model.model, config, mesh)
+    model.model.to_empty(device=device)
+    model.device = device
+    with device:
+        for module in model.model.modules():
+            if hasattr(module, "rope_init"):
+                module.rope_init()  # its tables are computed, no checkpoint has them
+    return model
+
+
+def keep_local_weights(decoder: ShardTransformerDecoder, mesh: DeviceMesh) -> None:
+    """Turns the cut weights of the layers into plain tensors, for inference: only sums over ranks remain DTensor's.
+
+    A compiler sees linears of the rank's own sizes then, which it may fuse with what is around them as in one process;
+    a linear of DTensors it leaves alone. Embedding and head stay as they are. Training, saving and loading need the
+    DTensors: do those before.
+    """
+    for layer in decoder.layers:
+        for name in (*_BY_ROWS, *_BY_COLUMNS):
+            linear = layer.get_submodule(name)
+            linear._forward_pre_hooks.clear()
+            linear._forward_hooks.clear()
+            for key, parameter in list(linear.named_parameters()):
+                local = parameter.to_local() if isinstance(parameter, DTensor) else parameter
+                linear.register_parameter(key, nn.Parameter(local.detach(), requires_grad=False))
+            if name in _BY_COLUMNS:
+                bias, linear.bias = linear.bias, None  # added once, to the sum
+                linear.register_forward_hook(_sum_over(mesh, bias))
+
+
+def _sum_over(mesh: DeviceMesh, bias: Tensor | None) -> Any:
+    def hook(module: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor:
+        total: Tensor = (
+            DTensor.from_local(output, mesh, [Partial()], run_check=False)
+            .redistribute(placements=[Replicate()])
+            .to_local()
+        )
+        return total if bias is None else total + bias
+
+    return hook
