@@ -14,9 +14,9 @@ from infuse.lowering.heuristics import H200
 
 _QUERIES = range(2, 17)
 _FEWEST_KEYS = 2048
-_MOST_CACHES = 32  # batch times K/V heads, for one query
 _DECODED_HEAD_DIM = 128
 _HEAD_DIMS = (64, 128)
+_SMALL_HEAD_DIM = 64
 _LEAST = ((1024, 1024), (512, 16384))  # queries and keys
 
 
@@ -43,8 +43,14 @@ def inference(site: Site, capability: tuple[int, int]) -> str:
 
 
 def trains(site: Site, capability: tuple[int, int]) -> bool:
-    """Whether both passes of training run in Infuse's kernels. With dropout those are torch's, unless it has none."""
+    """Whether both passes of training run in Infuse's kernels. With dropout those are torch's, unless it has none.
+
+    With small heads and every key open cuDNN's backward is 24% faster (16 x 16 heads of 64, 4,096 tokens).
+    """
     if site.has_dropout and not site.only_formula:
+        return False
+    nothing_to_skip = site.mask is None and not site.is_causal
+    if site.q[-1] == _SMALL_HEAD_DIM and nothing_to_skip and not site.only_formula:
         return False
     return _has_many_rows(site, capability) and _mask_is_no_bias(site)
 
@@ -66,13 +72,13 @@ def _mask_is_no_bias(site: Site) -> bool:
 def decodes_well(site: Site, capability: tuple[int, int]) -> bool:
     """Whether the kernel for few query rows is taken, always for heads that share K and V.
 
-    For several queries, where torch's kernels read K and V once for each head; for one behind a mask, of few caches:
-    with a full cache of many, torch's kernels are up to 7% faster.
+    For several queries, where torch's kernels read K and V once for each head, and for one behind a mask: over a cache
+    that is half full it takes 0.55 of the time of torch's kernels, which read all of it; over a full one up to 1.09.
     """
-    batch, heads, queries, head_dim = site.q
+    _, heads, queries, head_dim = site.q
     _, kv_heads, keys, _ = site.k
     if capability != H200 or head_dim != _DECODED_HEAD_DIM or heads == kv_heads or not isinstance(keys, int):
         return False
-    if queries == 1 and isinstance(batch, int) and isinstance(kv_heads, int):
-        return site.mask is torch.bool and keys >= 1024 and batch * kv_heads <= _MOST_CACHES
+    if queries == 1:
+        return site.mask is torch.bool and keys >= 1024
     return queries in _QUERIES and keys >= _FEWEST_KEYS

@@ -138,7 +138,7 @@ CACHE = (1, 8, 2048, 128)
         ((1, 32, 2, 128), CACHE, None, True),
         ((1, 32, 1, 128), CACHE, torch.bool, True),
         ((1, 32, 1, 128), CACHE, None, False),
-        ((16, 32, 1, 128), (16, 8, 2048, 128), torch.bool, False),
+        ((16, 32, 1, 128), (16, 8, 2048, 128), torch.bool, True),
         ((64, 3, 49, 128), (64, 1, 2048, 128), None, False),
         ((1, 32, 2, 128), (1, 32, 2048, 128), None, False),
         ((1, 32, 2, 128), (1, 8, 128, 128), None, False),
@@ -203,6 +203,9 @@ LONG, HEADS = (1, 32, 4096, 128), (1, 8, 4096, 128)
         ((1, 32, 512, 128), (1, 8, 512, 128), {}, False, False),
         ((1, 32, 512, 128), (1, 8, 16384, 128), {"mask": torch.bool}, True, True),
         ((1, 32, 4096, 80), (1, 8, 4096, 80), {}, False, False),
+        ((1, 32, 4096, 64), (1, 8, 4096, 64), {}, True, False),
+        ((1, 32, 4096, 64), (1, 8, 4096, 64), {"is_causal": True}, True, True),
+        ((1, 32, 4096, 64), (1, 8, 4096, 64), {"mask": torch.bool}, True, True),
     ],
 )
 def test_many_rows_run_in_the_kernel_where_it_was_measured(

@@ -153,6 +153,26 @@ def test_max_autotune_measures_every_configuration(
     assert (f"infuse.{kind}_kernel" in code) == (winner != linears.FORMULA)
 
 
+def test_what_is_known_to_be_slower_is_not_timed(calls: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    decisions.clear()
+    monkeypatch.setattr(heuristics, "beats_tuned", lambda kind, family, sizes, capability: family == "skinny")
+    function, tensors = sites(rows=6)["linear_swiglu"]
+    out, _ = compiled_code(function, *tensors, mode="max-autotune-no-cudagraphs")
+    torch.testing.assert_close(out, function(*tensors), atol=3e-2, rtol=3e-2)
+    (decision,) = decisions.decisions()
+    assert set(decision.timings_ms) == {"skinny_-1", "skinny_0", "skinny_1"}
+    assert set(calls) == {"skinny"}
+
+
+def test_products_of_a_residual_are_timed_from_where_they_are_as_fast() -> None:
+    def known(kind: str, family: str, *sizes: int) -> bool:
+        return heuristics.beats_tuned(kind, family, linear_kernels.Sizes(*sizes), H200)
+
+    assert known("linear_add", "skinny", 32, 4096, 4096) and known("norm_linear", "skinny", 64, 4096, 6144)
+    assert not known("linear_add", "skinny", 33, 4096, 4096) and not known("norm_linear", "skinny", 1, 4096, 128256)
+    assert not known("linear_swiglu", "gated", 512, 4096, 28672)
+
+
 def test_without_a_measurement_only_what_was_measured_takes_a_kernel() -> None:
     def runs(kind: str, family: str, *sizes: int) -> bool:
         assert not heuristics.runs_well(kind, family, linear_kernels.Sizes(*sizes), (8, 6))
