@@ -24,12 +24,13 @@ def parser(description: str) -> argparse.ArgumentParser:
     result.add_argument("--list", action="store_true", help="print cases and implementations, measure nothing")
     result.add_argument("--device", choices=("cpu", "cuda"), help="default: the GPU if there is one")
     result.add_argument("--budget", type=float, default=float("inf"), metavar="S", help="start no case after S seconds")
+    result.add_argument("--warm", action="store_true", help="use the compiler's caches; records no compile time")
     return result
 
 
 def options_of(arguments: argparse.Namespace) -> Options:
     output = arguments.output or (None if arguments.quick else RESULTS)
-    return Options(output, arguments.quick, arguments.cases, arguments.impl, arguments.budget)
+    return Options(output, arguments.quick, arguments.cases, arguments.impl, arguments.budget, arguments.warm)
 
 
 def start(benchmark: str, options: Options, device: Device) -> Session:

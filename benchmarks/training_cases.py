@@ -20,6 +20,7 @@ class Step:
 
     loss: Function
     model: nn.Module
+    gradient_bytes: int = 0  # of what the forward keeps: gradients that it has computed already
 
     def __call__(self, *args: Tensor) -> list[Tensor]:
         value = self._forward(*args)
@@ -34,7 +35,20 @@ class Step:
         before = torch.cuda.memory_allocated(device)
         value = self._forward(*args)
         torch.cuda.synchronize(device)
-        return max(torch.cuda.memory_allocated(device) - before - value.untyped_storage().nbytes(), 0)
+        kept = torch.cuda.memory_allocated(device) - before - value.untyped_storage().nbytes()
+        self.gradient_bytes = self._gradients_in(value)
+        return max(kept, 0)
+
+    def remark(self) -> str:
+        return f"{self.gradient_bytes} of the saved bytes are the head's gradient" if self.gradient_bytes else ""
+
+    def _gradients_in(self, loss: Tensor) -> int:
+        """Bytes of tensors of the head's shape, but the head itself, that a compiled forward keeps."""
+        weights = [parameter for parameter in self.model.parameters() if parameter.dim() == 2]
+        pointers = {weight.data_ptr() for weight in weights}
+        kept = getattr(loss.grad_fn, "saved_tensors", ())
+        head = max(weights, key=Tensor.numel).shape
+        return sum(t.nbytes for t in kept if t.shape == head and t.data_ptr() not in pointers)
 
     def _forward(self, *args: Tensor) -> Tensor:
         self.model.zero_grad(set_to_none=True)
@@ -77,6 +91,7 @@ def train(model: Model, length: int, modes: Modes) -> Case:
         dtype=shape.dtype,
         sets=2,
         grad=True,
+        reset=lambda: model.get().zero_grad(set_to_none=True),
         tolerance_factor=3.0,
         release=model.release,
         cold=True,
