@@ -3,16 +3,17 @@
     python benchmarks/models.py [--quick] [--cases REGEX] [--impl REGEX] [--output DIR] [--list]
 
 On a GPU, in bf16: Llama-3.1-8B's shapes with few layers and Qwen2.5-0.5B from torchtune, a Hugging Face Llama with
-either of its attentions, and a Llama in gpt-fast's style. On a CPU a small decoder in fp32, which shows that enabling
-Infuse costs nothing where it has no kernels: the notes hold its time over stock's from the same rounds. Weights are
-random. The fp64 reference keeps the statistics and rotations that a model's code forces to fp32. Every implementation
-is compiled with empty caches; rows have the seconds that this took.
+either of its attentions, a Llama in gpt-fast's style, and MAHIA-X with its components. On a CPU small models in fp32,
+which show that enabling Infuse costs nothing where it has no kernels: the notes hold its time over stock's from the
+same rounds. Weights are random. The fp64 reference keeps the statistics and rotations that a model's code forces to
+fp32. Every implementation is compiled with empty caches; rows have the seconds that this took.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 
+import mahia_cases
 from command import main
 from decode_cases import decode
 from harness import Case, Device
@@ -42,6 +43,7 @@ def cases(device: Device, quick: bool) -> Iterator[Case]:
         yield from training_cases(device)
     else:
         yield from small_cases(device, quick)
+    yield from mahia_cases.cases(device, quick)
 
 
 def decode_cases(device: Device) -> Iterator[Case]:
