@@ -17,7 +17,7 @@ from tests.models.hugging_face import make_model, save_model
 from tests.models.parallel import job, pipeline, tensor_parallel
 
 pytestmark = pytest.mark.skipif(not dist.is_available(), reason="this torch has no torch.distributed")
-CHECKS = [name for module in ("pipeline", "tensor_parallel") for name in job.checks(module)]
+CHECKS = [name for module in ("pipeline", "tensor_parallel", "training") for name in job.checks(module)]
 
 
 @pytest.fixture(scope="module")
@@ -34,4 +34,6 @@ def outcome(tmp_path_factory: pytest.TempPathFactory) -> Callable[[], dict[str, 
 
 @pytest.mark.parametrize("name", CHECKS)
 def test_two_processes(outcome: Callable[[], dict[str, str]], name: str) -> None:
-    assert outcome()[name] == ""
+    failure = outcome()[name]
+    if failure:
+        pytest.fail(failure, pytrace=False)
