@@ -114,7 +114,7 @@ class Contestant:
     timed: Timed
     peak_bytes: int | None
     compile_s: float | None
-    saved_bytes: int | None
+    saved: tuple[int, int] | None  # bytes of activations and of gradients between forward and backward
 
 
 class Session:
@@ -182,7 +182,8 @@ class Session:
             commit=self.device.commit,
             note=", ".join(filter(None, [note, CACHE_RESIDENT if resident else ""])),
             compile_s=None if found.compile_s is None else _round(found.compile_s),
-            saved_bytes=found.saved_bytes,
+            saved_bytes=found.saved and found.saved[0],
+            saved_gradient_bytes=found.saved and found.saved[1],
         )
 
     def _percent_of_limit(self, case: Case, stats: Stats) -> float:
@@ -190,10 +191,12 @@ class Session:
 
     def _measure(self, case: Case, rows: list[Row], failures: dict[str, Exception]) -> None:
         """Fills `rows` and `failures`."""
+        begin = time.perf_counter()
         inputs = self._input_sets(case)
         expected = {index: case.reference(*map(_fp64, inputs[index])) for index in {0, len(inputs) - 1}}
         case.reset()
         allowed = bounds(case.eager(*inputs[0]), expected[0], case.dtype, case.tolerance_factor)
+        print(f"  inputs and answers in fp64 in {time.perf_counter() - begin:.1f} s", flush=True)
         contestants: list[Contestant] = []
         for impl in case.impls:
             if re.search(self.options.impl, impl.name):
@@ -233,7 +236,7 @@ class Session:
         answer = function(*inputs[0])
         check("first run", answer, expected, allowed)
         del answer
-        saved_bytes = self._saved_bytes(case, function, inputs[0])
+        saved = self._saved(case, function, inputs[0])
         case.reset()
         with torch._dynamo.config.patch(error_on_recompile=True):
             if impl.capture and self.device.type == "cuda":
@@ -243,7 +246,7 @@ class Session:
             timed.run()
         self.device.synchronize()
         print(f"  {impl.name}: ready in {time.perf_counter() - begin:.1f} s", flush=True)
-        return Contestant(impl, function, timed, peak_bytes, compile_s, saved_bytes)
+        return Contestant(impl, function, timed, peak_bytes, compile_s, saved)
 
     def _compile(self, case: Case, impl: Impl, inputs: Inputs) -> tuple[Function, float | None]:
         """The function after its first call, and the seconds of that where the case asks for them."""
@@ -300,9 +303,9 @@ class Session:
         self.device.synchronize()
         return torch.cuda.max_memory_allocated() - before
 
-    def _saved_bytes(self, case: Case, function: Function, inputs: Inputs) -> int | None:
+    def _saved(self, case: Case, function: Function, inputs: Inputs) -> tuple[int, int] | None:
         """Of a function that can tell."""
-        measure: Callable[..., int] | None = getattr(function, "saved_bytes", None)
+        measure: Callable[..., tuple[int, int]] | None = getattr(function, "saved", None)
         if measure is None or self.device.type != "cuda":
             return None
         case.reset()

@@ -19,9 +19,10 @@ RESULTS = Path(__file__).resolve().parent / "results"
 ROOFLINE_PERCENT = 105.0
 # In a note: the case's data fits in a cache, so the bandwidth of the memory is no limit to it.
 CACHE_RESIDENT = "cache-resident"
-_MAY_BE_NONE = ("percent_of_limit", "max_error", "peak_bytes", "compile_s", "saved_bytes")
+_MEASURED_BESIDE = ("compile_s", "saved_bytes", "saved_gradient_bytes")
+_MAY_BE_NONE = ("percent_of_limit", "max_error", "peak_bytes", *_MEASURED_BESIDE)
 # Left out of a line where there is nothing to say; rows of earlier versions have only some of them.
-_OPTIONAL = ("note", "compile_s", "saved_bytes")
+_OPTIONAL = ("note", *_MEASURED_BESIDE)
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,7 +45,10 @@ class Row:
     commit: str
     note: str = ""
     compile_s: float | None = None  # the first call, with Inductor's and Triton's caches empty
-    saved_bytes: int | None = None  # device memory that a training forward leaves allocated for the backward
+    # Device memory that a training forward leaves allocated for the backward: activations, and weights' gradients that
+    # it has computed already, which are no activations. Inputs, weights and the loss are in neither.
+    saved_bytes: int | None = None
+    saved_gradient_bytes: int | None = None
 
     def __post_init__(self) -> None:
         for field in fields(self):
@@ -57,7 +61,7 @@ class Row:
         if not 0 < self.p20_ms <= self.median_ms <= self.p80_ms:
             got = f"{self.p20_ms}, {self.median_ms}, {self.p80_ms}"
             raise ValueError(f"Row: p20_ms, median_ms, p80_ms: got {got}, expected 0 < p20 <= median <= p80")
-        sizes = ("bytes", "flops", "peak_bytes", "max_error", "compile_s", "saved_bytes")
+        sizes = ("bytes", "flops", "peak_bytes", "max_error", *_MEASURED_BESIDE)
         if any((getattr(self, name) or 0) < 0 for name in sizes):
             raise ValueError(f"Row: {', '.join(sizes)}: got a negative one in {self}")
         limit = self.percent_of_limit

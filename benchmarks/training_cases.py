@@ -20,15 +20,14 @@ class Step:
 
     loss: Function
     model: nn.Module
-    gradient_bytes: int = 0  # of what the forward keeps: gradients that it has computed already
 
     def __call__(self, *args: Tensor) -> list[Tensor]:
         value = self._forward(*args)
         value.backward()
         return [value.detach(), *self._chosen_gradients()]
 
-    def saved_bytes(self, *args: Tensor) -> int:
-        """Device memory that the forward leaves allocated for the backward, beyond inputs, weights and the loss."""
+    def saved(self, *args: Tensor) -> tuple[int, int]:
+        """Bytes of activations that the forward leaves allocated for the backward, and of gradients that are ready."""
         device = next(self.model.parameters()).device
         self.model.zero_grad(set_to_none=True)
         torch.cuda.synchronize(device)
@@ -36,14 +35,12 @@ class Step:
         value = self._forward(*args)
         torch.cuda.synchronize(device)
         kept = torch.cuda.memory_allocated(device) - before - value.untyped_storage().nbytes()
-        self.gradient_bytes = self._gradients_in(value)
-        return max(kept, 0)
-
-    def remark(self) -> str:
-        return f"{self.gradient_bytes} of the saved bytes are the head's gradient" if self.gradient_bytes else ""
+        gradients = self._gradients_in(value)
+        return max(kept - gradients, 0), gradients
 
     def _gradients_in(self, loss: Tensor) -> int:
-        """Bytes of tensors of the head's shape, but the head itself, that a compiled forward keeps."""
+        """Bytes of tensors of the head's shape, but the head itself, that a compiled forward keeps: a loss that is
+        fused with the head computes the head's gradient at once."""
         weights = [parameter for parameter in self.model.parameters() if parameter.dim() == 2]
         pointers = {weight.data_ptr() for weight in weights}
         kept = getattr(loss.grad_fn, "saved_tensors", ())
