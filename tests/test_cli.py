@@ -66,7 +66,7 @@ def error_of(capsys: pytest.CaptureFixture[str], *argv: str) -> str:
 @pytest.mark.parametrize(
     ("argv", "message"),
     [
-        ([], "command: got none, expected one of demo, explain, lock, doctor, build, bench"),
+        ([], "command: got none, expected one of demo, generate, explain, lock, doctor, build, bench"),
         (["tune"], "command: got tune, expected one of"),
         (["--verbose"], "--verbose"),
         (["demo", "--steps", "0"], "--steps: got '0', expected a positive integer"),

@@ -12,6 +12,7 @@ from infuse.cli.arguments import Parser, UserError
 # Name, module with a `main(argv) -> exit code`, what it does.
 COMMANDS = (
     ("demo", "infuse.cli.demo", "rewrite, train and run a Llama with and without Infuse, on a CPU or a GPU"),
+    ("generate", "infuse.cli.generate", "continue a text with a Hugging Face Llama, Qwen2 or Mistral folder"),
     ("explain", "infuse.cli.explain", "show what is rewritten in a model, and what not and why"),
     ("lock", "infuse.cli.lock", "compare what is rewritten in a model with a lock file"),
     ("doctor", "infuse.cli.doctor", "check the installation: torch, compilers, GPU, kernels, settings"),

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
+from torch import Tensor
+from torch.overrides import TorchFunctionMode
 
 from infuse.models.checkpoint_files import INDEX, SINGLE, CheckpointFiles
 from infuse.models.checkpoint_layout import EMBEDDING, HEAD, Entry, entries, unknown_names
@@ -17,7 +20,23 @@ from infuse.models.shard import Shard, check_tiling, whole_model
 from infuse.models.sharded import ShardedGeneralModel
 
 _FLOATS = ("F64", "F32", "BF16", "F16")
-_LISTED = 20  # of each kind of problem
+_LISTED = 20  # of each kind of problem, and in one line
+_LISTED_BRIEFLY = 3
+
+
+class CheckpointMismatch(ValueError):
+    """A checkpoint that does not fit the model. problems: by kind, such as "missing", those that there are."""
+
+    def __init__(self, folder: str | Path, problems: Mapping[str, list[str]]) -> None:
+        self.folder = folder
+        self.problems = {kind: items for kind, items in problems.items() if items}
+        listing = "".join(f"\n  {kind}:{_listing(items, _LISTED)}" for kind, items in self.problems.items())
+        super().__init__(f"{folder}: a checkpoint that does not fit the model.{listing}")
+
+    def one_line(self) -> str:
+        """The first few problems of each kind."""
+        kinds = [f"{kind}: {_listing(items, _LISTED_BRIEFLY, ', ')[2:]}" for kind, items in self.problems.items()]
+        return f"{self.folder}: a checkpoint that does not fit the model: {'; '.join(kinds)}"
 
 
 def load_sharded_model(
@@ -28,33 +47,53 @@ def load_sharded_model(
     dtype: torch.dtype | None = None,
     use_cache: bool = True,
     max_generated_tokens: int = 1024,
+    on_tensor: Callable[[Tensor], None] | None = None,
 ) -> ShardedGeneralModel:
     """The model of a Hugging Face Llama, Qwen2 or Mistral folder, or one shard of it. See `ShardedGeneralModel`.
+
+    shard: None for all layers. on_tensor: called with each parameter once it is loaded. Raises what `check_checkpoint`
+    raises, before there is memory for a weight.
+    """
+    config = load_model_config(folder)
+    shard = shard or whole_model(Path(folder).name, config.num_layers)
+    check_checkpoint(folder, shard)
+    with _WithoutInitialValues():
+        model = ShardedGeneralModel(config, shard, device, dtype, use_cache, max_generated_tokens)
+    load_weights(model, folder, on_tensor)
+    return model
+
+
+def check_checkpoint(folder: str | Path, shard: Shard | None = None) -> int:
+    """Reads what a folder says about its tensors, and no tensor; returns how many numbers a shard's parameters are.
 
     shard: None for all layers. Raises what `load_model_config` and `load_weights` raise.
     """
     config = load_model_config(folder)
     shard = shard or whole_model(Path(folder).name, config.num_layers)
-    model = ShardedGeneralModel(config, shard, device, dtype, use_cache, max_generated_tokens)
-    load_weights(model, folder)
-    return model
+    model = ShardedGeneralModel(config, shard, "meta")
+    with CheckpointFiles(folder) as files:
+        _check(files, entries(model.model, config, shard), config, shard)
+    return sum(parameter.numel() for parameter in model.parameters())
 
 
 @torch.no_grad()
-def load_weights(model: ShardedGeneralModel, folder: str | Path) -> None:
+def load_weights(
+    model: ShardedGeneralModel, folder: str | Path, on_tensor: Callable[[Tensor], None] | None = None
+) -> None:
     """Fills a shard from a checkpoint, reading only its own tensors, which take the model's dtype and device.
 
-    Raises ValueError, before anything is changed, which lists the tensors that are missing, that belong to no layer of
-    the model, that have another shape or are not of floating point, the files that are truncated or otherwise broken;
-    and for pickles. Raises FileNotFoundError when there is no checkpoint.
+    on_tensor: called with each parameter once it is filled. Raises CheckpointMismatch (a ValueError), before anything
+    is changed, which lists the tensors that are missing, that belong to no layer of the model, that have another shape
+    or are not of floating point, the files that are truncated or otherwise broken. Raises ValueError for pickles,
+    FileNotFoundError when there is no checkpoint.
     """
     needed = entries(model.model, model.config, model.shard)
     with CheckpointFiles(folder) as files:
-        problems = _problems(files, needed, model.config, model.shard)
-        if any(problems.values()):
-            raise ValueError(f"{folder}: a checkpoint that does not fit the model.{_listing(problems)}")
+        _check(files, needed, model.config, model.shard)
         for entry in needed:
             entry.local.copy_(entry.from_checkpoint(files.read(entry.name, entry.part)))
+            if on_tensor is not None:
+                on_tensor(entry.local)
 
 
 def save_checkpoint(models: Sequence[ShardedGeneralModel], folder: str | Path) -> None:
@@ -92,6 +131,12 @@ def _own(model: ShardedGeneralModel) -> Iterable[Entry]:
             yield entry
 
 
+def _check(files: CheckpointFiles, needed: list[Entry], config: ModelConfig, shard: Shard) -> None:
+    problems = _problems(files, needed, config, shard)
+    if any(problems.values()):
+        raise CheckpointMismatch(files.folder, problems)
+
+
 def _problems(files: CheckpointFiles, needed: list[Entry], config: ModelConfig, shard: Shard) -> dict[str, list[str]]:
     missing, shapes, dtypes = [], [], []
     for entry in needed:
@@ -125,13 +170,21 @@ def _head_that_is_not_tied(files: CheckpointFiles, config: ModelConfig, shard: S
     return [] if same else [f"{HEAD} differs from {EMBEDDING}, but the configuration ties them"]
 
 
-def _listing(problems: dict[str, list[str]]) -> str:
-    text = ""
-    for kind, items in problems.items():
-        if items:
-            more = f"\n    and {len(items) - _LISTED} more" if len(items) > _LISTED else ""
-            text += f"\n  {kind}:" + "".join(f"\n    {item}" for item in items[:_LISTED]) + more
-    return text
+def _listing(items: list[str], limit: int, separator: str = "\n    ") -> str:
+    shown = [*items[:limit], *([f"and {len(items) - limit} more"] if len(items) > limit else [])]
+    return "".join(separator + item for item in shown)
+
+
+class _WithoutInitialValues(TorchFunctionMode):
+    """Modules are made without drawing the numbers that a checkpoint replaces: for 8B parameters minutes of a CPU."""
+
+    def __torch_function__(
+        self, func: Any, types: Sequence[type], args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
+    ) -> Any:
+        keywords = dict(kwargs or {})
+        if getattr(func, "__module__", None) == "torch.nn.init":
+            return keywords["tensor"] if "tensor" in keywords else args[0]
+        return func(*args, **keywords)
 
 
 def _dtype_name(model: ShardedGeneralModel) -> str:

@@ -11,15 +11,24 @@ from torch import Tensor
 
 
 def attention_mask(
-    start: int, length: int, num_slots: int, *, padding: Tensor | None = None, window: int | None = None
+    start: int,
+    length: int,
+    num_slots: int,
+    *,
+    padding: Tensor | None = None,
+    window: int | None = None,
+    device: torch.device | None = None,
 ) -> Tensor:
     """bool [B, length, num_slots] (B is 1 without padding): what the tokens in slots start, start + 1, ... see.
 
     A token sees itself and what came before, not the padding, and with a window only its last `window` slots.
     padding: [B] int64, how many slots on the left of each row hold no token. A padding slot sees itself alone, so that
     its softmax has a term: without one the row would be 0 / 0, and what it leaves in a cache would spoil others' sums.
+    device: of the mask; None for the padding's.
     """
-    device = None if padding is None else padding.device
+    if padding is not None:
+        padding = padding if device is None else padding.to(device)
+        device = padding.device
     query = torch.arange(start, start + length, device=device)[:, None]
     key = torch.arange(num_slots, device=device)[None, :]
     seen = key <= query

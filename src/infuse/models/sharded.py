@@ -97,7 +97,9 @@ class ShardedGeneralModel(nn.Module):
             if tokens is None or hidden_state is not None:
                 raise ValueError(f"{where}: expected tokens and no hidden_state, this is the first shard")
             _check_tokens(where, tokens)
-            return tokens.to(self.device)
+            # A column of a longer text has that text's stride, for which compiled code would be made anew.
+            dense: Tensor = tokens.flatten().unflatten(0, tokens.shape)
+            return dense.to(self.device)
         if hidden_state is None:
             raise ValueError(f"{where}: got no hidden_state, expected what the shard before gave")
         if hidden_state.ndim != 3 or 0 in hidden_state.shape or hidden_state.shape[2] != self.config.embed_dim:
@@ -134,7 +136,7 @@ class ShardedGeneralModel(nn.Module):
         if mask is None:
             if not self.use_cache and self.config.sliding_window is None:
                 return None  # torchtune's attention is causal then
-            return attention_mask(curr_pos, length, num_slots, window=self.config.sliding_window).to(self.device)
+            return attention_mask(curr_pos, length, num_slots, window=self.config.sliding_window, device=self.device)
         _check_mask(mask, batch_size, length, curr_pos + length, num_slots)
         return F.pad(mask.to(self.device), (0, num_slots - mask.shape[2]))
 

@@ -1,0 +1,158 @@
+"""How `infuse generate` runs: loads weights, compiles the step of one token and warms it up, writes texts."""
+
+from __future__ import annotations
+
+import contextlib
+import importlib
+import os
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+import torch._dynamo.config as dynamo_config
+from torch import Tensor, nn
+
+from infuse.cli.arguments import UserError
+from infuse.cli.generate_progress import counting, note, waiting
+from infuse.cli.generate_request import Request
+from infuse.history import last_report
+from infuse.models.checkpoint import load_sharded_model
+from infuse.models.sharded import ShardChain
+from infuse.models.writing import Engine, pieces, stream_tokens
+
+# With CUDA graphs the first step warms up, the second records and the third replays.
+WARM_UP_STEPS = 3
+
+
+@dataclass(slots=True)
+class Timing:
+    """When a text was begun and when each of its tokens was there, in seconds."""
+
+    begin: float = field(default_factory=time.perf_counter)
+    tokens: list[float] = field(default_factory=list)
+
+    @property
+    def first_token_s(self) -> float:
+        return self.tokens[0] - self.begin
+
+    @property
+    def tokens_per_s(self) -> float | None:
+        """Of the tokens after the first; None when there are none."""
+        return (len(self.tokens) - 1) / (self.tokens[-1] - self.tokens[0]) if len(self.tokens) > 1 else None
+
+
+def run(request: Request) -> None:
+    """Writes the texts to the output, and what it took to the error output. Raises UserError where memory runs out."""
+    speaks = os.environ.get("RANK", "0") == "0"
+    try:
+        with _engine(request) as engine:
+            warm_up(request, engine)
+            for tokens in request.prompts:
+                write(request, engine, tokens, speaks=speaks)
+    except torch.OutOfMemoryError as error:
+        remedy = "--shards under torchrun spreads a model over several GPUs"
+        reason = str(error).partition(".")[0]
+        raise UserError(f"--device: got {request.device}, expected more memory: {reason}; {remedy}") from error
+
+
+@contextlib.contextmanager
+def _engine(request: Request) -> Iterator[Engine]:
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        launch: Any = importlib.import_module("infuse.models.parallel.launch")
+        with (
+            waiting("loading"),
+            launch.open_engine(
+                request.folder,
+                num_shards=len(request.shards),
+                tensor_parallel=request.tensor_parallel,
+                device=request.device,
+                dtype=request.dtype,
+                max_generated_tokens=request.max_generated_tokens,
+                compile_with=lambda module: compile_decoder(request, module),
+            ) as engine,
+        ):
+            yield engine
+    else:
+        yield load_chain(request)
+
+
+def load_chain(request: Request) -> ShardChain:
+    """The shards of one process, compiled lazily: at their first step."""
+    itemsize = torch.empty((), dtype=request.dtype).itemsize
+    with counting("loading", request.num_parameters * itemsize) as advance:
+        models = [
+            load_sharded_model(
+                request.folder,
+                shard,
+                device=request.device,
+                dtype=request.dtype,
+                max_generated_tokens=request.max_generated_tokens,
+                on_tensor=lambda tensor: advance(tensor.nbytes),
+            )
+            for shard in request.shards
+        ]
+    for model in models:
+        compile_decoder(request, model.model)
+    return ShardChain(models)
+
+
+def compile_decoder(request: Request, decoder: nn.Module) -> None:
+    """Shapes are static: a step takes one token, and the caches have one length for all prompts."""
+    if request.backend is not None:
+        decoder.compile(backend=request.backend, mode=request.mode, dynamic=False, fullgraph=True)
+
+
+def warm_up(request: Request, engine: Engine) -> None:
+    """Makes caches for the longest prompt and compiles the step, so that no text waits for it."""
+    tokens = torch.zeros(1, request.longest, dtype=torch.int64)
+    steps = min(request.max_tokens, 1 + WARM_UP_STEPS)
+    what = "warming up" if request.backend is None else f"compiling with {request.backend}, mode {request.mode}"
+    with waiting(what), _one_compilation_a_shard(request):
+        for _ in stream_tokens(engine, tokens, steps, eager_prompt=True):
+            pass
+    if request.backend == "infuse":
+        counts = last_report(recompilations=True).rewritten
+        note("rewritten: " + (", ".join(f"{kind} {count}" for kind, count in sorted(counts.items())) or "nothing"))
+
+
+def _one_compilation_a_shard(request: Request) -> contextlib.AbstractContextManager[object]:
+    """All shards share the decoder's code, which Dynamo would compile for the first few of them only."""
+    limit = max(dynamo_config.recompile_limit, 2 * len(request.shards))
+    patched: contextlib.AbstractContextManager[object] = dynamo_config.patch(recompile_limit=limit)
+    return patched
+
+
+def write(request: Request, engine: Engine, tokens: list[int], *, speaks: bool = True) -> Timing:
+    """Continues one prompt. speaks: whether this process prints."""
+    timing = Timing()
+    generator = torch.Generator(engine.models[-1].device).manual_seed(request.seed)
+    steps = stream_tokens(
+        engine,
+        torch.tensor([tokens]),
+        request.max_tokens,
+        sampling=request.sampling,
+        stop_tokens=request.stop_tokens,
+        generator=generator,
+        eager_prompt=True,
+    )
+    for piece in pieces(_timed(steps, timing), request.tokenizer, request.stop_tokens):
+        if speaks:
+            print(piece, end="", flush=True)
+    if speaks:
+        print(flush=True)
+        note(_summary(len(tokens), timing))
+    return timing
+
+
+def _timed(steps: Iterator[Tensor], timing: Timing) -> Iterator[Tensor]:
+    for chosen in steps:
+        timing.tokens.append(time.perf_counter())
+        yield chosen
+
+
+def _summary(prompt_length: int, timing: Timing) -> str:
+    first = f"prompt of {prompt_length} tokens; first token after {timing.first_token_s:.3f} s"
+    speed = timing.tokens_per_s
+    return first if speed is None else f"{first}; {len(timing.tokens) - 1} more at {speed:.1f} tokens/s"
