@@ -4,14 +4,21 @@ from __future__ import annotations
 
 import contextlib
 import importlib.util
+import os
 import sys
 import time
 from collections.abc import Callable, Iterator
 
 
+def speaks() -> bool:
+    """Whether this process prints: of several that write one text together, the first."""
+    return os.environ.get("RANK", "0") == "0"
+
+
 def note(line: str) -> None:
     """One line of the error output."""
-    print(line, file=sys.stderr, flush=True)
+    if speaks():
+        print(line, file=sys.stderr, flush=True)
 
 
 @contextlib.contextmanager
@@ -52,4 +59,4 @@ def _bar(what: str, total: int | None, *columns: object) -> Iterator[Callable[[i
 
 
 def _has_bars() -> bool:
-    return sys.stderr.isatty() and importlib.util.find_spec("rich") is not None
+    return speaks() and sys.stderr.isatty() and importlib.util.find_spec("rich") is not None

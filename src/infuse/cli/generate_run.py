@@ -15,7 +15,7 @@ import torch._dynamo.config as dynamo_config
 from torch import Tensor, nn
 
 from infuse.cli.arguments import UserError
-from infuse.cli.generate_progress import counting, note, waiting
+from infuse.cli.generate_progress import counting, note, speaks, waiting
 from infuse.cli.generate_request import Request
 from infuse.history import last_report
 from infuse.models.checkpoint import load_sharded_model
@@ -45,12 +45,11 @@ class Timing:
 
 def run(request: Request) -> None:
     """Writes the texts to the output, and what it took to the error output. Raises UserError where memory runs out."""
-    speaks = os.environ.get("RANK", "0") == "0"
     try:
         with _engine(request) as engine:
             warm_up(request, engine)
             for tokens in request.prompts:
-                write(request, engine, tokens, speaks=speaks)
+                write(request, engine, tokens)
     except torch.OutOfMemoryError as error:
         remedy = "--shards under torchrun spreads a model over several GPUs"
         reason = str(error).partition(".")[0]
@@ -124,8 +123,8 @@ def _one_compilation_a_shard(request: Request) -> contextlib.AbstractContextMana
     return patched
 
 
-def write(request: Request, engine: Engine, tokens: list[int], *, speaks: bool = True) -> Timing:
-    """Continues one prompt. speaks: whether this process prints."""
+def write(request: Request, engine: Engine, tokens: list[int]) -> Timing:
+    """Continues one prompt, printing the text as it comes, and then how long it took."""
     timing = Timing()
     generator = torch.Generator(engine.models[-1].device).manual_seed(request.seed)
     steps = stream_tokens(
@@ -138,11 +137,11 @@ def write(request: Request, engine: Engine, tokens: list[int], *, speaks: bool =
         eager_prompt=True,
     )
     for piece in pieces(_timed(steps, timing), request.tokenizer, request.stop_tokens):
-        if speaks:
+        if speaks():
             print(piece, end="", flush=True)
-    if speaks:
+    if speaks():
         print(flush=True)
-        note(_summary(len(tokens), timing))
+    note(_summary(len(tokens), timing))
     return timing
 
 
