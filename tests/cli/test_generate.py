@@ -9,7 +9,6 @@ import re
 import shutil
 import subprocess
 import sys
-import types
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -23,6 +22,7 @@ pytest.importorskip("transformers")
 from infuse.cli import generate_request, generate_run, main
 from infuse.models.checkpoint import load_sharded_model
 from infuse.models.extras import import_extra
+from infuse.models.parallel import launch
 from infuse.models.shard import split_layers
 from infuse.models.sharded import ShardChain
 from infuse.models.writing import Engine
@@ -169,9 +169,7 @@ def test_under_torchrun_the_engine_of_all_processes_writes_and_the_first_one_pri
             [load_sharded_model(folder, each, max_generated_tokens=limit) for each in split_layers("m", 3, 2)]
         )
 
-    launch = types.ModuleType("infuse.models.parallel.launch")
-    launch.open_engine = open_engine  # type: ignore[attr-defined]
-    monkeypatch.setitem(sys.modules, "infuse.models.parallel.launch", launch)
+    monkeypatch.setattr(launch, "open_engine", open_engine)
     for rank, text in (("0", expected[0] + "\n"), ("1", "")):
         for name, value in {"WORLD_SIZE": "4", "RANK": rank, "LOCAL_RANK": rank, "LOCAL_WORLD_SIZE": "4"}.items():
             monkeypatch.setenv(name, value)

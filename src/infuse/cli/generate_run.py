@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import contextlib
-import importlib
 import os
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from typing import Any
 
 import torch
 import torch._dynamo.config as dynamo_config
@@ -59,19 +57,20 @@ def run(request: Request) -> None:
 @contextlib.contextmanager
 def _engine(request: Request) -> Iterator[Engine]:
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        launch: Any = importlib.import_module("infuse.models.parallel.launch")
-        with (
-            waiting("loading"),
-            launch.open_engine(
-                request.folder,
-                num_shards=len(request.shards),
-                tensor_parallel=request.tensor_parallel,
-                device=request.device,
-                dtype=request.dtype,
-                max_generated_tokens=request.max_generated_tokens,
-                compile_with=lambda module: compile_decoder(request, module),
-            ) as engine,
-        ):
+        from infuse.models.parallel import launch
+
+        processes = launch.open_engine(
+            request.folder,
+            num_shards=len(request.shards),
+            tensor_parallel=request.tensor_parallel,
+            device=request.device,
+            dtype=request.dtype,
+            max_generated_tokens=request.max_generated_tokens,
+            compile_with=lambda decoder: compile_decoder(request, decoder),
+        )
+        with contextlib.ExitStack() as stack:
+            with waiting("loading"):
+                engine = stack.enter_context(processes)
             yield engine
     else:
         yield load_chain(request)
