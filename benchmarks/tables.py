@@ -12,7 +12,7 @@ from __future__ import annotations
 import argparse
 import re
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from report import is_infuse, milliseconds
@@ -23,6 +23,8 @@ README = Path(__file__).resolve().parent.parent / "README.md"
 NOT_FOR_USERS = "infuse-kernel"
 # Whose tables show the memory that a call takes beyond its inputs, too.
 ABOUT_MEMORY = ("linear_cross_entropy",)
+# Cases that a benchmark had once and that larger ones replace.
+RETIRED = {"models": re.compile(r"llama-8b 2 layers")}
 _BLOCK = re.compile(r"(<!-- results:(?P<benchmark>\w+) -->\n)(?P<body>.*?)(<!-- /results -->)", re.DOTALL)
 _SUPPORT = re.compile(r"(<!-- support -->\n).*?(<!-- /support -->)", re.DOTALL)
 
@@ -66,24 +68,26 @@ def coverage_table(path: Path) -> str:
 
 def device_table(benchmark: str, rows: Sequence[Row]) -> str:
     """The best of Infuse against the best of the others, case by case; "" when no run has both."""
-    lines: list[str] = []
-    used: list[Row] = []
-    for case in dict.fromkeys(row.case for row in rows):
-        pair = newest_pair([row for row in rows if row.case == case])
-        if pair is not None:
-            used += pair
-            lines.append(line(*pair, memory=benchmark in ABOUT_MEMORY))
-    if not used:
+    retired = RETIRED.get(benchmark)
+    cases = [case for case in dict.fromkeys(row.case for row in rows) if not (retired and retired.search(case))]
+    pairs = [pair for case in cases if (pair := newest_pair([row for row in rows if row.case == case])) is not None]
+    if not pairs:
         return ""
+    used = [row for pair in pairs for row in pair]
+    beside = [
+        (title, cell)
+        for title, name, cell in BESIDE
+        if any(getattr(row, name) is not None for row in used) and (name != "peak_bytes" or benchmark in ABOUT_MEMORY)
+    ]
+    lines = [line(*pair, [cell for _, cell in beside]) for pair in pairs]
     torches, commits = (sorted({getattr(row, name) for row in used}) for name in ("torch", "commit"))
     caption = (
         f"`{used[-1].gpu}`, torch {', '.join(torches)}, commit {', '.join(commits)}, "
         f"`python benchmarks/{benchmark}.py`; above 1x Infuse is faster."
     )
     head = "| case | best without Infuse | | best with Infuse | | ratio | of the limit |"
-    rule = "|---|---|---:|---|---:|---:|---:|"
-    if benchmark in ABOUT_MEMORY:
-        head, rule = f"{head} memory without | with |", f"{rule}---:|---:|"
+    head += "".join(f" {title} without | with |" for title, _ in beside)
+    rule = "|---|---|---:|---|---:|---:|---:|" + "---:|---:|" * len(beside)
     return "\n".join([caption, "", head, rule, *lines, ""])
 
 
@@ -98,7 +102,8 @@ def newest_pair(rows: Sequence[Row]) -> tuple[Row, Row] | None:
     return None
 
 
-def line(other: Row, ours: Row, *, memory: bool = False) -> str:
+def line(other: Row, ours: Row, beside: Sequence[Callable[[Row], str]] = ()) -> str:
+    """One row. beside: what is told of each of the two after the times."""
     limit = "" if ours.percent_of_limit is None else f"{ours.percent_of_limit:.0f}%"
     cells = (
         f"`{ours.case}`",
@@ -108,13 +113,25 @@ def line(other: Row, ours: Row, *, memory: bool = False) -> str:
         milliseconds(ours.median_ms),
         f"{other.median_ms / ours.median_ms:.2f}x",
         limit,
-        *((gibibytes(other.peak_bytes), gibibytes(ours.peak_bytes)) if memory else ()),
+        *(cell(row) for cell in beside for row in (other, ours)),
     )
     return "| " + " | ".join(cells) + " |"
 
 
 def gibibytes(count: int | None) -> str:
     return "" if count is None else f"{count / 2**30:.2f} GiB"
+
+
+def seconds(count: float | None) -> str:
+    return "" if count is None else f"{count:.1f} s"
+
+
+# Columns that are there where a row has such a value: title, field, cell.
+BESIDE: tuple[tuple[str, str, Callable[[Row], str]], ...] = (
+    ("memory", "peak_bytes", lambda row: gibibytes(row.peak_bytes)),
+    ("saved for the backward", "saved_bytes", lambda row: gibibytes(row.saved_bytes)),
+    ("compiled in", "compile_s", lambda row: seconds(row.compile_s)),
+)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

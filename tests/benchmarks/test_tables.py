@@ -99,6 +99,23 @@ def test_tables_about_memory_show_it(tmp_path: Path) -> None:
     peaks = {"compile": 3 << 30, "infuse": 1 << 30}
     rows = [dataclasses.replace(row(impl, 2.0, "step"), peak_bytes=peak) for impl, peak in peaks.items()]
     append(results_file(tmp_path, "nvidia-h200", "linear_cross_entropy"), rows)
+    append(results_file(tmp_path, "nvidia-h200", "norms"), rows)
+    assert "GiB" not in tables.tables("norms", tmp_path)
     lines = tables.tables("linear_cross_entropy", tmp_path).splitlines()
     assert [lines[2].count("|"), lines[3].count("|"), lines[4].count("|")] == [10, 10, 10]
     assert lines[4].endswith("| 3.00 GiB | 1.00 GiB |")
+
+
+def test_what_was_measured_beside_the_time_has_columns(tmp_path: Path) -> None:
+    beside = {"compile": (3 << 30, 40.0), "infuse": (1 << 30, 20.0)}
+    rows = [
+        dataclasses.replace(row(impl, 2.0, "step"), saved_bytes=saved, compile_s=compiled)
+        for impl, (saved, compiled) in beside.items()
+    ]
+    rows += [row(impl, 2.0, "old llama-8b 2 layers") for impl in beside]
+    append(results_file(tmp_path, "nvidia-h200", "models"), [*rows, *(row(impl, 1.0, "plain") for impl in beside)])
+    lines = tables.tables("models", tmp_path).splitlines()
+    assert lines[2].endswith("| saved for the backward without | with | compiled in without | with |")
+    assert lines[4].endswith("| 3.00 GiB | 1.00 GiB | 40.0 s | 20.0 s |")
+    assert lines[5].startswith("| `plain` |") and lines[5].endswith("|  |  |  |  |")
+    assert len(lines) == 6
