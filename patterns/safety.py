@@ -33,7 +33,7 @@ _HARMLESS_METHODS = frozenset({"requires_grad_", "retain_grad_"})
 # They update running statistics among their arguments.
 _UPDATING_FUNCTIONS = frozenset({"batch_norm", "instance_norm"})
 # Switches other than autocast and grad mode; nothing may be moved across them.
-_OTHER_SWITCHES = frozenset(
+OTHER_SWITCHES = frozenset(
     {
         "_enter_inference_mode",
         "_exit_inference_mode",
@@ -230,7 +230,7 @@ def _states(view: CanonicalGraph, ambient_grad: bool) -> dict[Node, State]:
             dtypes = _autocast_dtypes(regions)
         elif name == "_set_grad_enabled" and isinstance(node.args[0], bool):
             grad = node.args[0]
-        elif name in _OTHER_SWITCHES:
+        elif name in OTHER_SWITCHES:
             others += 1
         states[node] = State(regions, (tuple(sorted(dtypes.items(), key=str)), grad, others))
     return states
