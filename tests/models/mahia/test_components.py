@@ -11,7 +11,6 @@ from torch import Tensor, nn
 
 from infuse import testing
 from tests.models.mahia.components import CASES, COMPILED, Case
-from tests.patterns.capture import assert_same_results, capture
 from tests.tolerances import assert_close_to_fp64
 
 DTYPES = (torch.float32, torch.bfloat16)
@@ -82,15 +81,7 @@ def test_compiled_inference_is_as_near_to_float64_as_eager(case: Case) -> None:
         assert_close_to_fp64(compiled(*inputs), module(*inputs), exact)
 
 
-# torch 2.13's own backend on the CPU has the same error: the gradient of the weight of a norm behind
-# x + p * f(x) is off by 5 percent; the rewritten graph, run eagerly, is right (below).
-WRONG_IN_INDUCTOR = pytest.mark.xfail(reason="Inductor's C++ code gives a norm's weight a wrong gradient", strict=True)
-
-
-@pytest.mark.parametrize(
-    "case",
-    [pytest.param(CASES[name], marks=WRONG_IN_INDUCTOR if name == "fabric" else (), id=name) for name in COMPILED],
-)
+@each_compiled
 def test_compiled_training_is_as_near_to_float64_as_eager(case: Case) -> None:
     module, inputs = case.module(), case.inputs(grad=case.shapes != ((),))
     wide = copy.deepcopy(module).double()
@@ -106,9 +97,3 @@ def test_compiled_training_is_as_near_to_float64_as_eager(case: Case) -> None:
             assert_close_to_fp64(got, eager, reference)
         except AssertionError as error:
             raise AssertionError(f"{name}: {error}") from None
-
-
-def test_rewritten_training_of_the_fabric_is_right() -> None:
-    captured = capture(CASES["fabric"].module(), *CASES["fabric"].inputs(grad=True), training=True)
-    assert captured.counts == CASES["fabric"].sites
-    assert_same_results(captured, training=True)

@@ -35,9 +35,11 @@ class DynamicNeuroFabric(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         require_features("DynamicNeuroFabric", x, self.dim, (2, 3))
-        probabilities = self.activations(x).unbind(-1)
-        for layer, probability in zip(self.layers, probabilities):
-            x = x + probability.unsqueeze(-1) * layer(x)
+        # A sigmoid for each layer, not views of one: torch 2.11 to 2.13 keep both the tensor and its views for the
+        # backward, whose code may then overwrite the one before it reads the other (a wrong gradient, silently).
+        logits = self.activation(x).split(1, -1)
+        for layer, logit in zip(self.layers, logits):
+            x = x + torch.sigmoid(logit) * layer(x)
         return x
 
     def activations(self, x: Tensor) -> Tensor:

@@ -1,0 +1,42 @@
+"""Where the decomposition of attention leaves torch's SDPA aside: heads that no flash kernel takes, and few keys."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from infuse.ops import attention_formulas
+from infuse.ops.attention import attention_inline
+from tests.tolerances import error
+
+
+@pytest.mark.parametrize(
+    ("head_dim", "keys", "round_scores", "written_out"),
+    [
+        (1024, 64, True, True),
+        (1024, 1025, True, False),  # the scores outgrow q
+        (256, 64, True, False),  # flash takes it
+        (1024, 64, False, False),  # the author called SDPA: its scores were not rounded
+    ],
+)
+def test_wide_heads_with_few_keys_are_written_out_on_cuda(
+    head_dim: int, keys: int, round_scores: bool, written_out: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    taken = []
+    for name in ("_written_out", "attention_sdpa"):
+        monkeypatch.setattr(attention_formulas, name, lambda q, *args, name=name: taken.append(name))
+    with FakeTensorMode():  # a CUDA tensor without a GPU
+        q, k = (torch.empty(1, 1, rows, head_dim, dtype=torch.bfloat16, device="cuda") for rows in (128, keys))
+        attention_inline(q, k, k, None, 1.0, round_scores=round_scores)
+    assert taken == ["_written_out" if written_out else "attention_sdpa"]
+
+
+@pytest.mark.gpu
+def test_written_out_it_is_as_near_to_float64_as_sdpa() -> None:
+    q, k = (torch.randn(1, 1, rows, 512, device="cuda").bfloat16() / 4 for rows in (300, 40))
+    exact = F.scaled_dot_product_attention(q.double(), k.double(), k.double(), scale=1.0)
+    sdpa = F.scaled_dot_product_attention(q, k, k, scale=1.0)
+    found = attention_inline(q, k, k, None, 1.0, round_scores=True)
+    assert error(found, exact) < 3 * error(sdpa, exact)
