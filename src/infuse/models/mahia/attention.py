@@ -13,8 +13,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from infuse.models.mahia.checks import require_features, require_positive
+from infuse.models.mahia.checks import require_features, require_mask, require_positive
 from infuse.models.mahia.decayed_sum import decayed_sum
+from infuse.models.mahia.full_precision import widened
 from infuse.models.mahia.opt_in import opt_in
 
 _HEAD_DIM = 64
@@ -31,7 +32,7 @@ class FourierFeatures(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         phases: Tensor = self.phases(x)
-        wide = phases.to(torch.promote_types(phases.dtype, torch.float32))
+        wide = widened(phases)
         out: Tensor = self.out(torch.cat((wide.sin(), wide.cos()), -1).to(phases.dtype))
         return out
 
@@ -39,6 +40,8 @@ class FourierFeatures(nn.Module):
 class MetaAttentionKernel(nn.Module):
     """x [B, L, D] -> [B, L, D], the residual included. Every position attends to every other; the state runs forwards.
 
+    mask: bool [B, L], true where a row is no padding, which neither attention nor state reads; what it gives in the
+    padding's own place means nothing.
     use_fourier: add Fourier features to what attention reads. during_distillation: hold the state's update fixed, so
     that a distillation loss trains the attention alone; may be set later, too. num_heads: by default heads of 64
     features, or one head where those don't divide dim.
@@ -71,22 +74,30 @@ class MetaAttentionKernel(nn.Module):
         self.q, self.k, self.v, self.out = (nn.Linear(dim, dim, bias=False) for _ in range(4))
         opt_in(self, use_cuda_kernels)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
         require_features("MetaAttentionKernel", x, self.dim, (3,))
+        require_mask("MetaAttentionKernel", mask, x.shape[:2])
         h: Tensor = self.norm(x)
         if self.fourier is not None:
             h = h + self.fourier(h)
-        q, k, v = (self._heads(tensor) for tensor in (self.q(h + self.state(h)), self.k(h), self.v(h)))
+        q, k, v = (self._heads(tensor) for tensor in (self.q(h + self.state(h, mask)), self.k(h), self.v(h)))
         scores = q @ k.transpose(-2, -1) / math.sqrt(q.shape[-1])
+        if mask is not None:
+            # Where all is padding any key will do: a softmax over none would be NaN.
+            seen = mask | ~mask.any(-1, keepdim=True)
+            scores = scores.masked_fill(~seen[:, None, None], float("-inf"))
         out: Tensor = torch.softmax(scores, -1) @ v
         out = self.out(out.transpose(1, 2).flatten(2))
         return x + out
 
-    def state(self, h: Tensor) -> Tensor:
-        """The state at each position, [B, L, D], of normed inputs [B, L, D]."""
+    def state(self, h: Tensor, mask: Tensor | None = None) -> Tensor:
+        """The state at each position, [B, L, D], of normed inputs [B, L, D]; padding leaves it as it is."""
         logits: Tensor = self.forget(h).transpose(1, 2)  # [B, H, L]
-        new = self._heads(self.update(h)) * torch.sigmoid(-logits).unsqueeze(-1)
-        state: Tensor = decayed_sum(new, F.logsigmoid(logits)).transpose(1, 2).flatten(2)
+        new, log_decay = self._heads(self.update(h)) * torch.sigmoid(-logits).unsqueeze(-1), F.logsigmoid(logits)
+        if mask is not None:
+            new = new.masked_fill(~mask[:, None, :, None], 0.0)
+            log_decay = log_decay.masked_fill(~mask[:, None], 0.0)
+        state: Tensor = decayed_sum(new, log_decay).transpose(1, 2).flatten(2)
         return state.detach() if self.during_distillation else state
 
     def _heads(self, x: Tensor) -> Tensor:

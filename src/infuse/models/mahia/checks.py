@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
+import torch
 from torch import Tensor
 
 
@@ -22,3 +25,14 @@ def require_features(owner: str, x: Tensor, dim: int, ranks: tuple[int, ...], na
         raise ValueError(f"{owner}: {name}: got shape {tuple(x.shape)}, expected {expected}, none of them 0")
     if not x.is_floating_point():
         raise ValueError(f"{owner}: {name}: got {x.dtype}, expected a floating-point dtype")
+
+
+def require_mask(owner: str, mask: Tensor | None, shape: Sequence[int]) -> None:
+    """Raises ValueError for a mask that is not bool or not of this shape, which is that of the rows it marks."""
+    if mask is None:
+        return
+    if mask.dtype != torch.bool or mask.shape != torch.Size(shape):
+        got = f"{mask.dtype} of shape {tuple(mask.shape)}"
+        raise ValueError(
+            f"{owner}: mask: got {got}, expected torch.bool of shape {tuple(shape)}, true where a row is no padding"
+        )

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from infuse.models.mahia.attention import MetaAttentionKernel
-from infuse.models.mahia.checks import require_features, require_positive
+from infuse.models.mahia.checks import require_features, require_mask, require_positive
 from infuse.models.mahia.feed_forward import GatedFeedForward
 from infuse.models.mahia.hyena import HyenaBlock
 
@@ -14,8 +14,10 @@ from infuse.models.mahia.hyena import HyenaBlock
 class TextEncoder(nn.Module):
     """tokens [B, L] int64, L at most seq_len -> [B, L, D]: embeddings, then HyenaBlock and MetaAttentionKernel in turn.
 
-    Raises ValueError for sizes that are not positive and for tokens of another shape, length or dtype; a token outside
-    the vocabulary is IndexError on the CPU.
+    mask: bool [B, L], true where there is a token. Padding may stand before or behind a text, not inside: a text gives
+    what it gives alone, and what stands in the padding's place means nothing.
+    Raises ValueError for sizes that are not positive and for tokens or a mask of another shape, length or dtype; a
+    token outside the vocabulary is IndexError on the CPU.
     """
 
     def __init__(
@@ -38,14 +40,18 @@ class TextEncoder(nn.Module):
             self.layers.append(MetaAttentionKernel(dim, use_cuda_kernels=use_cuda_kernels))
         self.norm = nn.RMSNorm(dim, eps=1e-6)
 
-    def forward(self, tokens: Tensor) -> Tensor:
+    def forward(self, tokens: Tensor, mask: Tensor | None = None) -> Tensor:
         if tokens.dim() != 2 or not 0 < tokens.shape[1] <= self.seq_len:
             raise ValueError(f"TextEncoder: tokens: got shape {tuple(tokens.shape)}, expected [B, 1..{self.seq_len}]")
         if tokens.dtype not in (torch.int64, torch.int32):
             raise ValueError(f"TextEncoder: tokens: got {tokens.dtype}, expected torch.int64 or torch.int32")
-        x: Tensor = self.tokens(tokens) + self.positions[: tokens.shape[1]]
+        require_mask("TextEncoder", mask, tokens.shape)
+        positions = self.positions[: tokens.shape[1]]
+        if mask is not None:
+            positions = positions[(mask.cumsum(-1) - 1).clamp(min=0)]
+        x: Tensor = self.tokens(tokens) + positions
         for layer in self.layers:
-            x = layer(x)
+            x = layer(x, mask)
         out: Tensor = self.norm(x)
         return out
 

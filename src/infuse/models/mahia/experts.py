@@ -14,7 +14,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from infuse.models.mahia.checks import require_features, require_positive
+from infuse.models.mahia.checks import require_features, require_mask, require_positive
+from infuse.models.mahia.full_precision import outside_autocast, widened
 
 
 class Routing(NamedTuple):
@@ -29,7 +30,8 @@ class SparseMoETopK(nn.Module):
     """x [B, D] or [B, L, D] -> the same shape, without the residual. Each expert is a gated MLP.
 
     capacity_factor: rows that an expert takes, relative to what it gets when all get the same. hidden_dim: by default
-    2 dim. The router is computed in float32, outside autocast.
+    2 dim. The router is computed in float32, outside autocast. mask: bool [B] or [B, L], true where a row is no
+    padding, which no expert takes or counts; it gives zeros.
     Raises ValueError for sizes that are not positive, top_k above num_experts, and an input of another shape.
     """
 
@@ -54,12 +56,13 @@ class SparseMoETopK(nn.Module):
         self.gate, self.up = (nn.Parameter(_initial(num_experts, dim, hidden_dim)) for _ in range(2))
         self.down = nn.Parameter(_initial(num_experts, hidden_dim, dim))
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
         require_features("SparseMoETopK", x, self.dim, (2, 3))
+        require_mask("SparseMoETopK", mask, x.shape[:-1])
         rows = x.reshape(-1, self.dim)
         routing = self.route(rows)
         capacity = self.capacity(rows.shape[0])
-        places = self._places(routing.experts, capacity)
+        places = self._places(routing.experts, capacity, mask)
         # The last row takes all that found no place, and is left out.
         buffer = rows.new_zeros(self.num_experts * capacity + 1, self.dim)
         buffer = buffer.index_copy(0, places, rows.repeat(self.top_k, 1))
@@ -69,7 +72,8 @@ class SparseMoETopK(nn.Module):
 
     def route(self, rows: Tensor) -> Routing:
         """Where rows [T, D] go."""
-        logits = F.linear(_widened(rows), _widened(self.router.weight))
+        with outside_autocast(rows.device):
+            logits = F.linear(widened(rows), widened(self.router.weight))
         probabilities = torch.softmax(logits, -1)
         best, experts = probabilities.topk(self.top_k, -1)
         return Routing(probabilities, (best / best.sum(-1, keepdim=True)).to(rows.dtype), experts)
@@ -78,19 +82,35 @@ class SparseMoETopK(nn.Module):
         """How many rows each expert takes, of num_rows."""
         return max(1, math.ceil(self.capacity_factor * num_rows * self.top_k / self.num_experts))
 
-    def balance_loss(self, x: Tensor) -> Tensor:
+    def balance_loss(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
         """A float32 scalar to add to the loss, 1 where all experts get the same (Switch Transformers, 2101.03961)."""
         require_features("SparseMoETopK.balance_loss", x, self.dim, (2, 3))
+        require_mask("SparseMoETopK.balance_loss", mask, x.shape[:-1])
         probabilities, _, experts = self.route(x.reshape(-1, self.dim))
-        share = F.one_hot(experts, self.num_experts).to(probabilities.dtype).mean((0, 1))
-        return self.num_experts * (share * probabilities.mean(0)).sum()
+        shares = F.one_hot(experts, self.num_experts).to(probabilities.dtype).mean(1)
+        if mask is None:
+            return self.num_experts * (shares.mean(0) * probabilities.mean(0)).sum()
+        counts = mask.reshape(-1, 1)
+        total = (shares * counts).sum(0) * (probabilities * counts).sum(0)
+        return self.num_experts * (total / counts.sum().clamp(min=1) ** 2).sum()
 
-    def _places(self, experts: Tensor, capacity: int) -> Tensor:
-        """The buffer's row for each choice of each row of x, [K * T] with all first choices first."""
+    def _places(self, experts: Tensor, capacity: int, mask: Tensor | None) -> Tensor:
+        """The buffer's row for each choice of each row of x, [K * T] with all first choices first.
+
+        With padding an expert takes as many rows as it would of a batch without it.
+        """
         choices = experts.t().reshape(-1)
-        earlier = F.one_hot(choices, self.num_experts).cumsum(0) - 1
-        order = earlier.gather(1, choices.unsqueeze(1)).squeeze(1)
-        return torch.where(order < capacity, choices * capacity + order, self.num_experts * capacity)
+        chosen = choices == torch.arange(self.num_experts, device=choices.device).unsqueeze(1)  # [E, K * T]
+        limit: Tensor | int = capacity
+        if mask is not None:
+            counts = mask.reshape(-1)
+            share = self.capacity_factor * counts.sum().double() * self.top_k / self.num_experts
+            chosen, limit = chosen & counts.repeat(self.top_k), share.ceil().clamp(min=1)
+        order = chosen.cumsum(1).gather(0, choices.unsqueeze(0)).squeeze(0) - 1
+        has_place = order < limit
+        if mask is not None:
+            has_place = has_place & counts.repeat(self.top_k)
+        return torch.where(has_place, choices * capacity + order, self.num_experts * capacity)
 
     def _experts(self, rows: Tensor) -> Tensor:
         """[E, C, D] -> [E, C, D]"""
@@ -100,7 +120,3 @@ class SparseMoETopK(nn.Module):
 def _initial(num_experts: int, fan_in: int, fan_out: int) -> Tensor:
     """Weights as nn.Linear draws them."""
     return torch.empty(num_experts, fan_in, fan_out).uniform_(-(fan_in**-0.5), fan_in**-0.5)
-
-
-def _widened(tensor: Tensor) -> Tensor:
-    return tensor.to(torch.promote_types(tensor.dtype, torch.float32))

@@ -16,6 +16,7 @@ from infuse.models.mahia.memory import GraphDiffusionMemory
 class HybridEfficientModel(nn.Module):
     """tokens [B, L] int64, features [B, tab_dim] -> logits [B, num_classes].
 
+    mask: bool [B, L], true where there is a token, for texts of several lengths; see TextEncoder.
     The text's rows pass the experts and are averaged; that and the features are fused, look up the memory and pass the
     fabric. use_cuda_kernels: compiles attention, memory and fabric each by itself where there is a GPU.
     Raises ValueError for sizes that are not positive or don't fit, and for inputs that differ in batch size or shape.
@@ -49,32 +50,32 @@ class HybridEfficientModel(nn.Module):
         self.norm = nn.RMSNorm(embed_dim, eps=1e-6)
         self.head = nn.Linear(embed_dim, num_classes)
 
-    def forward(self, tokens: Tensor, features: Tensor) -> Tensor:
-        joint = self.embed(tokens, features)
+    def forward(self, tokens: Tensor, features: Tensor, mask: Tensor | None = None) -> Tensor:
+        joint = self.embed(tokens, features, mask)
         # The memory is read as it will be after its next step, so that training reaches the adjacency.
         joint = joint + self.memory(joint, self.memory.diffuse())
         logits: Tensor = self.head(self.norm(self.fabric(joint)))
         return logits
 
-    def embed(self, tokens: Tensor, features: Tensor) -> Tensor:
+    def embed(self, tokens: Tensor, features: Tensor, mask: Tensor | None = None) -> Tensor:
         """Text and features as one vector each, [B, embed_dim], before memory and fabric."""
         if tokens.shape[:1] != features.shape[:1]:
             raise ValueError(
                 f"HybridEfficientModel: got {tuple(tokens.shape)} tokens and {tuple(features.shape)} features, "
                 "expected one batch size"
             )
-        text = self.text(tokens)
-        text = text + self.experts(text)
-        joint: Tensor = self.fusion(text.mean(1), self.tabular(features))
+        text = self.text(tokens, mask)
+        text = text + self.experts(text, mask)
+        joint: Tensor = self.fusion(_mean(text, mask), self.tabular(features))
         return joint
 
     @torch.no_grad()
-    def update_memory(self, tokens: Tensor, features: Tensor) -> None:
+    def update_memory(self, tokens: Tensor, features: Tensor, mask: Tensor | None = None) -> None:
         """One step of the memory: its nodes diffuse, and the batch's mean is written to its cache.
 
         Call it between training steps, after the backward pass; `forward` leaves the memory as it is.
         """
-        self.memory.store(self.memory.write(self.embed(tokens, features), self.memory.diffuse()))
+        self.memory.store(self.memory.write(self.embed(tokens, features, mask), self.memory.diffuse()))
 
     def enable_torch_compile(self, mode: str | None = "max-autotune") -> HybridEfficientModel:
         """Compiles the model in place, with backend "infuse" and as one graph; returns it.
@@ -87,3 +88,11 @@ class HybridEfficientModel(nn.Module):
         options(mode)  # raises for a wrong mode
         self.compile(backend="infuse", mode=mode, fullgraph=True)
         return self
+
+
+def _mean(x: Tensor, mask: Tensor | None) -> Tensor:
+    """The mean [B, D] of the rows of x [B, L, D] that are no padding, zero where all are."""
+    if mask is None:
+        return x.mean(1)
+    total = x.masked_fill(~mask.unsqueeze(-1), 0.0).sum(1, dtype=torch.promote_types(x.dtype, torch.float32))
+    return (total / mask.sum(1, keepdim=True).clamp(min=1)).to(x.dtype)

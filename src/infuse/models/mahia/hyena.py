@@ -9,13 +9,15 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from infuse.models.mahia.attention import MetaAttentionKernel
-from infuse.models.mahia.checks import require_features, require_positive
+from infuse.models.mahia.checks import require_features, require_mask, require_positive
 
 
 class HyenaBlock(nn.Module):
     """x [B, L, D] -> [B, L, D], the residual included; L may be shorter than the kernel.
 
     use_attention: a MetaAttentionKernel without Fourier features follows. It is not causal, the convolution is.
+    mask: bool [B, L], true where a row is no padding; the convolution takes padding for zeros, like what lies before
+    the first row.
     Raises ValueError for sizes that are not positive and for an input of another shape.
     """
 
@@ -30,10 +32,13 @@ class HyenaBlock(nn.Module):
         self.proj_out = nn.Linear(dim, dim)
         self.attention = MetaAttentionKernel(dim, use_fourier=False) if use_attention else None
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
         require_features("HyenaBlock", x, self.dim, (3,))
+        require_mask("HyenaBlock", mask, x.shape[:2])
         value, gate = self.proj_in(self.norm(x)).chunk(2, -1)
+        if mask is not None:
+            value = value.masked_fill(~mask.unsqueeze(-1), 0.0)
         past = F.pad(value.transpose(1, 2), (self.kernel_size - 1, 0))
         mixed = self.conv(past).transpose(1, 2)
         out: Tensor = x + self.proj_out(F.silu(gate) * mixed)
-        return out if self.attention is None else self.attention(out)
+        return out if self.attention is None else self.attention(out, mask)
