@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,11 +10,11 @@ import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
-from infuse.models.checkpoint_files import INDEX, SINGLE, CheckpointFiles
+from infuse.models.checkpoint_files import CheckpointFiles
 from infuse.models.checkpoint_layout import EMBEDDING, HEAD, Entry, entries, unknown_names
+from infuse.models.checkpoint_writing import new_folder, tensors_of, write_index, write_shard
 from infuse.models.config import ModelConfig, has_tied_head
-from infuse.models.extras import import_extra
-from infuse.models.hugging_face_config import FILE, hugging_face_config, load_model_config
+from infuse.models.hugging_face_config import load_model_config
 from infuse.models.shard import Shard, check_tiling, whole_model
 from infuse.models.sharded import ShardedGeneralModel
 
@@ -105,30 +104,12 @@ def save_checkpoint(models: Sequence[ShardedGeneralModel], folder: str | Path) -
     check_tiling([model.shard for model in models])
     if any((model.config, model.dtype) != (models[0].config, models[0].dtype) for model in models):
         raise ValueError("save_checkpoint: got shards of different configurations or dtypes, expected one")
-    path = Path(folder)
-    path.mkdir(parents=True, exist_ok=True)
-    there = sorted(file.name for file in path.iterdir() if ".safetensors" in file.name)
-    if there:
-        raise FileExistsError(f"save_checkpoint: got {folder} with {', '.join(there)}, expected no checkpoint in it")
-    keys = hugging_face_config(models[0].config, models[0].shard.model_id) | {"dtype": _dtype_name(models[0])}
-    files = {}
-    size = 0
-    for number, model in enumerate(models, 1):
-        name = SINGLE if len(models) == 1 else f"model-{number:05d}-of-{len(models):05d}.safetensors"
-        tensors = {entry.name: entry.to_checkpoint() for entry in _own(model)}
-        import_extra("safetensors.torch").save_file(tensors, path / name, metadata={"format": "pt"})
-        files.update(dict.fromkeys(tensors, name))
-        size += sum(tensor.nbytes for tensor in tensors.values())
-    if len(models) > 1:
-        _write_json(path / INDEX, {"metadata": {"total_size": size}, "weight_map": files})
-    _write_json(path / FILE, keys)
-
-
-def _own(model: ShardedGeneralModel) -> Iterable[Entry]:
-    """What this shard writes: a tied head that stands alone is the first shard's embedding."""
-    for entry in entries(model.model, model.config, model.shard):
-        if entry.name != EMBEDDING or model.shard.is_first_layer:
-            yield entry
+    path = new_folder(folder)
+    parts = [
+        write_shard(tensors_of(model.model, model.config, model.shard), path, number, len(models))
+        for number, model in enumerate(models)
+    ]
+    write_index(path, models[0].config, models[0].shard.model_id, models[0].dtype, parts)
 
 
 def _check(files: CheckpointFiles, needed: list[Entry], config: ModelConfig, shard: Shard) -> None:
@@ -185,11 +166,3 @@ class _WithoutInitialValues(TorchFunctionMode):
         if getattr(func, "__module__", None) == "torch.nn.init":
             return keywords["tensor"] if "tensor" in keywords else args[0]
         return func(*args, **keywords)
-
-
-def _dtype_name(model: ShardedGeneralModel) -> str:
-    return str(model.dtype).removeprefix("torch.")
-
-
-def _write_json(path: Path, content: object) -> None:
-    path.write_text(json.dumps(content, indent=2) + "\n")

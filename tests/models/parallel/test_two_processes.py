@@ -17,7 +17,7 @@ from tests.models.hugging_face import make_model, save_model
 from tests.models.parallel import job, pipeline, tensor_parallel
 
 pytestmark = pytest.mark.skipif(not dist.is_available(), reason="this torch has no torch.distributed")
-CHECKS = [name for module in ("pipeline", "tensor_parallel", "training") for name in job.checks(module)]
+CHECKS = [name for module in ("pipeline", "tensor_parallel", "training", "saving") for name in job.checks(module)]
 
 
 @pytest.fixture(scope="module")

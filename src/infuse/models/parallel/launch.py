@@ -12,7 +12,7 @@ import torch
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
-from infuse.models.checkpoint import load_sharded_model, load_weights
+from infuse.models.checkpoint import check_checkpoint, load_sharded_model, load_weights
 from infuse.models.hugging_face_config import load_model_config
 from infuse.models.parallel.pipeline import PipelineEngine
 from infuse.models.parallel.process_group import Peers, process_group
@@ -63,6 +63,7 @@ def _load(folder: str | Path, mesh: DeviceMesh, peers: Peers, options: dict[str,
         peers.describe(layers)
         return load_sharded_model(folder, shard, device=peers.device, **options)
     peers.describe(f"part {mesh.get_local_rank('tensor') + 1} of {mesh.size(1)} of {layers}")
+    check_checkpoint(folder, shard)  # before there is memory for a weight
     model = parallel_model(config, shard, mesh["tensor"], peers.device, **options)
     load_weights(model, folder)
     keep_local_weights(model.model, mesh["tensor"])
