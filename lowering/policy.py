@@ -12,7 +12,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from infuse.lowering import head_policy, inductor, linear_policy, rotary_policy, trained_norms
+from infuse.lowering import embedding, head_policy, inductor, linear_policy, rotary_policy, trained_norms
 from infuse.lowering.heuristics import attention as attention_heuristics
 from infuse.lowering.heuristics import norm as norm_heuristics
 from infuse.ops import attention_backward_kernels, attention_kernels, library, norm_kernels
@@ -33,6 +33,8 @@ def place(kind: str, args: Sequence[object], training: bool, *, settings: Settin
         return linear_policy.place_packed(args, training)
     if inductor.writes_cpp():  # which cannot call the kernels
         settings = replace(settings, kernels="never")
+    if kind == embedding.KIND:
+        return embedding.place(args, training, settings)
     if kind == "gated_mlp":
         return linear_policy.place_gated_mlp(args, training, settings)
     if kind in linear_policy.KINDS:

@@ -42,6 +42,7 @@ from infuse.patterns import (
     attention,
     attention_scores,
     cache_counters,
+    embeddings,
     encoder_layer,
     exponentials,
     gated_mlp,
@@ -172,11 +173,20 @@ def rewrite(
     for finding in sorted(wanted, key=lambda finding: view.index[_root(finding)]):
         writer.write(finding)
     writer.finish()
-    if writer.records and settings.kernels != "never" and (saved := cache_counters.gather(graph)) and note is not None:
-        note(f"bookkeeping of KV caches is done for all layers at once: {saved} operations fewer")
+    for remark in _around_sites(graph, settings, place, training) if writer.records else ():
+        if note is not None:
+            note(remark)
     if settings.strict:
         raise_if_strict(writer.records)
     return writer.records
+
+
+def _around_sites(graph: Graph, settings: Settings, place: Place, training: bool) -> Iterator[str]:
+    """Changes what stands around the sites of a model and is no site itself; yields a remark about each change."""
+    if settings.kernels != "never" and (saved := cache_counters.gather(graph)):
+        yield f"bookkeeping of KV caches is done for all layers at once: {saved} operations fewer"
+    if found := embeddings.replace(graph, place, training):
+        yield f"gradients of {found} embedding(s) are summed without a table of float32"
 
 
 def _hoist_constants(graph: Graph) -> None:
