@@ -25,13 +25,13 @@ pytest.importorskip("transformers")
 from infuse.cli import demo, demo_generation, demo_rewrites, demo_training, main
 from infuse.cli.demo_plan import DemoFailed, Plan, quick_plan
 from infuse.models import llama
-from infuse.models.generate import Generated
+from infuse.models.checkpoint import load_sharded_model
 
 STEPS = 6
 
 
 @pytest.mark.slow
-def test_quick_demo_runs_and_leaves_its_files(tmp_path: Path) -> None:
+def test_quick_demo_runs_and_leaves_its_files(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     output = tmp_path / "out"
     command = [sys.executable, "-m", "infuse", "demo", "--quick", "--device", "cpu"]
     command += ["--steps", str(STEPS), "--seed", "3", "--output", str(output)]
@@ -46,12 +46,20 @@ def test_quick_demo_runs_and_leaves_its_files(tmp_path: Path) -> None:
     assert 600 <= width <= 2000 and 400 <= height <= 2000
 
     reports = json.loads((output / "report.json").read_text())
-    rewritten = {"add_rms_norm": 2, "attention": 1, "rms_norm": 1, "rope": 2, "swiglu": 1}
+    rewritten = {"add_rms_norm": 4, "attention": 2, "rms_norm": 1, "rope": 4, "swiglu": 2}
     assert {name: report["rewritten"] for name, report in reports.items()} == {
         "torchtune-llama3": rewritten,
         "hf-llama": rewritten,
     }
-    check_numbers(json.loads((output / "demo.json").read_text()), rewritten)
+    numbers = json.loads((output / "demo.json").read_text())
+    check_numbers(numbers, rewritten)
+
+    # What the command that the demo ends with writes; the demo's trained decoder is in that folder.
+    prompt, tokens = numbers["plan"]["prompt"], numbers["generation"]["variants"]["eager"]["tokens"]
+    assert f"python -m infuse generate --checkpoint {output / 'model'} --prompt def" in done.stdout
+    request = ["--checkpoint", str(output / "model"), "--prompt", prompt, "--max-tokens", str(len(tokens))]
+    assert main(["generate", "--device", "cpu", *request]) == 0
+    assert prompt + capsys.readouterr().out.removesuffix("\n") == numbers["generation"]["greedy"]
 
 
 def check_numbers(numbers: dict[str, Any], rewritten: dict[str, int]) -> None:
@@ -64,7 +72,8 @@ def check_numbers(numbers: dict[str, Any], rewritten: dict[str, int]) -> None:
     assert max(abs(a - b) for a, b in zip(*losses)) == training["max_loss_difference"] < 1e-3
     assert losses[0][0] == pytest.approx(math.log(256), rel=0.1)
     tokens = [variant["tokens"] for variant in generation["variants"].values()]
-    assert len(tokens) == 3 and tokens[0] == tokens[1] == tokens[2] and len(tokens[0]) == 10
+    assert list(generation["variants"]) == ["eager", "infuse", "stock", "eager, 2 shards"]
+    assert all(each == tokens[0] for each in tokens) and len(tokens[0]) == 10
     assert all(speed > 0 for variant in generation["variants"].values() for speed in variant["tokens_per_s"])
     assert {"rewrites", "training", "generation", "total"} == set(numbers["seconds"])
 
@@ -155,21 +164,29 @@ def test_a_site_that_is_not_rewritten_ends_in_exit_code_1(
 ) -> None:
     monkeypatch.setenv("INFUSE_PATTERNS", "attention,rms_norm")
     code, err = run_demo(tmp_path, capsys)
-    assert code == 1 and "rewrites: got rewritten: attention 1" in err and "swiglu 1" in err
+    assert code == 1 and "rewrites: got rewritten: attention 2" in err and "swiglu 2" in err
 
 
 def plan(tmp_path: Path) -> Plan:
     return quick_plan(None, torch.device("cpu"), 0, tmp_path)
 
 
-def test_another_token_in_a_timed_round_is_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_another_token_in_a_timed_round_is_an_error(tmp_path: Path) -> None:
+    class Writer:
+        def tokens(self, timing: object) -> list[int]:
+            return [1, 3]
+
     variants = {name: demo_generation.Variant(tokens=[1, 2]) for name in demo_generation.VARIANTS}
-    monkeypatch.setattr(demo_generation, "generate", lambda *args: Generated(torch.tensor([[0, 1, 3]]), None))
-    steps = {name: lambda *args: torch.zeros(0) for name in variants}
     with pytest.raises(DemoFailed, match="eager chose other tokens in timed round 1"):
-        demo_generation._round(
-            plan(tmp_path), llama.torchtune_llama3(llama.TINY), steps, variants, torch.zeros(1, 1, dtype=torch.int64), 0
-        )
+        demo_generation._round(plan(tmp_path), dict.fromkeys(variants, Writer()), variants, 0)  # type: ignore[arg-type]
+
+
+def test_an_earlier_demos_folder_is_replaced(tmp_path: Path) -> None:
+    for seed in (0, 1):
+        trained = llama.torchtune_llama3(plan(tmp_path).config, seed)
+        folder = demo_generation._save(plan(tmp_path), trained)
+        loaded = load_sharded_model(folder).model.state_dict()
+        assert all(torch.equal(loaded[name], value) for name, value in trained.state_dict().items())
 
 
 def test_what_the_demo_sets_is_put_back(monkeypatch: pytest.MonkeyPatch) -> None:

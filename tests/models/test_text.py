@@ -8,7 +8,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from infuse.models.text import batches, decode, encode, read_sources
+from infuse.models.text import batches, byte_tokenizer, read_sources
+
+
+def decode(tokens: torch.Tensor) -> str:
+    return bytes(tokens.tolist()).decode().replace("\t", "    ")
 
 
 @pytest.fixture
@@ -42,13 +46,27 @@ def test_a_folder_without_sources_is_refused(tmp_path: Path) -> None:
         read_sources(tmp_path)
 
 
-@pytest.mark.parametrize("written", ["", "x = 1", "if x:\n    if y:\n        z = '    '\n", "é\n"])
-def test_decode_is_the_inverse_of_encode(written: str) -> None:
-    assert decode(encode(written)) == written
+@pytest.mark.parametrize(
+    "written", ["", "x = 1", "if x:\n    if y:\n      z = '    '\n", "é\n", "a\r\n        b", "     c"]
+)
+def test_the_tokenizer_gives_the_bytes_that_the_sources_have(tmp_path: Path, written: str) -> None:
+    pytest.importorskip("tokenizers")
+    for name in ("held_out.py", "train.py"):
+        (tmp_path / name).write_text(written, newline="")
+    tokens = byte_tokenizer().encode(written).ids
+    assert tokens == read_sources(tmp_path).train.tolist()
+    assert byte_tokenizer().decode(tokens) == written
+
+
+def test_every_byte_has_its_token() -> None:
+    pytest.importorskip("tokenizers")
+    everything = "".join(chr(code) for code in range(1, 0x800)) + "\U0001f600\uffff"
+    assert byte_tokenizer().encode(everything).ids == list(everything.encode())
 
 
 def test_indentation_takes_one_token_a_level() -> None:
-    assert encode("        x").tolist() == [9, 9, ord("x")]
+    pytest.importorskip("tokenizers")
+    assert byte_tokenizer().encode("        x").ids == [9, 9, ord("x")]
 
 
 def test_batches_follow_from_the_seed_and_targets_are_the_next_tokens() -> None:

@@ -41,7 +41,7 @@ def main(argv: Sequence[str]) -> int:
     parser.add_argument("--seed", type=natural_number, default=0, metavar="N", help="default: 0")
     parser.add_argument("--quick", action="store_true", help="a toy that only shows that everything runs")
     arguments = parser.parse_args(argv)
-    require("demo", "rich", "matplotlib", "torchtune", "transformers")
+    require("demo", "rich", "matplotlib", "torchtune", "transformers", "safetensors", "tokenizers")
     check_settings()
     if reason := why_inductor_cannot_compile():
         raise UserError(f"demo: {reason}")
@@ -116,7 +116,9 @@ def _run(plan: Plan) -> None:
         training, trained = demo_training.train(plan)
         caption = f"{machine['device_name']}, {machine['threads']} threads, torch {machine['torch']}, fp32"
         demo_figure.draw(training, plan.output / "loss.png", caption)
-    with stage("3/3  Generating text with a KV cache", seconds, "generation"):
+    with stage(
+        "3/3  Saving the decoder as a Hugging Face folder, from which `infuse generate` writes", seconds, "generation"
+    ):
         generation = demo_generation.write(plan, trained)
     seconds["total"] = time.perf_counter() - begin
     _save(plan, machine, seconds, reports, training, generation)
@@ -162,6 +164,7 @@ def _save(
 def _summarise(
     plan: Plan, seconds: dict[str, float], reports: dict[str, Report], training: Training, generation: Generation
 ) -> None:
+    from infuse.cli import demo_generation
     from infuse.cli.terminal import say
 
     runs, variants = training.runs, generation.variants
@@ -176,7 +179,7 @@ def _summarise(
         f"{faster:.2f} x eager's speed"
     )
     say(
-        f"  generation   the same {len(variants['eager'].tokens)} tokens three times; tokens/s: "
+        f"  generation   the same {len(variants['eager'].tokens)} tokens in one shard and in two; tokens/s: "
         f"Infuse {variants['infuse'].median:,.0f}, stock {stock:,.0f}, eager {variants['eager'].median:,.0f}"
     )
     if plan.device.type == "cpu":
@@ -188,6 +191,7 @@ def _summarise(
     if plan.quick:
         say("  quick        a toy: these speeds mean nothing")
     say(f"  files        {plan.output / 'loss.png'}  {plan.output / 'report.json'}  {plan.output / 'demo.json'}")
+    say(f"  go on with   {demo_generation.command(plan, generation.folder)}")
     say(f"all promises held, {seconds['total']:.0f} s", style="bold green")
 
 

@@ -1,34 +1,50 @@
-"""The demo's third stage: the trained decoder writes over a KV cache: eager, with Infuse, with stock torch.compile."""
+"""The demo's third stage: the trained decoder as a Hugging Face folder, and what `infuse generate` writes from it."""
 
 from __future__ import annotations
 
+import argparse
+import shlex
 import time
+from collections.abc import Iterator
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
 from infuse import backend
+from infuse.cli import generate, generate_request, generate_run
 from infuse.cli.demo_plan import Plan, promise, spread, synchronize
 from infuse.cli.demo_rewrites import promise_all_sites
+from infuse.cli.generate_request import Request
+from infuse.cli.generate_run import Timing
 from infuse.cli.terminal import say, show_table, waiting
-from infuse.models import llama, text
-from infuse.models.generate import Generated, Step, decode_step, generate, set_up_cache
+from infuse.models import text
+from infuse.models.checkpoint import save_checkpoint
+from infuse.models.config import ModelConfig
+from infuse.models.shard import whole_model
+from infuse.models.sharded import ShardChain, ShardedGeneralModel
+from infuse.models.writing import pieces
 from infuse.report import Report, SiteRecord
 
 # Infuse compiles first. Kernels of stock's that have the same source are then there already: its first call is shorter.
-BACKENDS = {"eager": None, "infuse": "infuse", "stock": "inductor"}
-VARIANTS = tuple(BACKENDS)
-TOP_K, TEMPERATURE = 10, 0.7
+COMPILED = ("--mode", "default", "--compile")
+OPTIONS = {
+    "eager": ("--compile", "eager"),
+    "infuse": (*COMPILED, "infuse"),
+    "stock": (*COMPILED, "inductor"),
+    "eager, 2 shards": ("--compile", "eager", "--shards", "2"),
+}
+VARIANTS = tuple(OPTIONS)
+SAMPLING = ("--top-k", "10", "--temperature", "0.7")
 
 
 @dataclass(slots=True)
 class Variant:
-    """first_call_s: compilation included. tokens_per_s: of each timed round, a token being one run of the step."""
+    """first_call_s: compilation included. tokens_per_s: of each timed round, after the prompt."""
 
     first_call_s: float = 0.0
     tokens: list[int] = field(default_factory=list)
-    logits_difference: float = 0.0  # largest, from eager's
     tokens_per_s: list[float] = field(default_factory=list)
 
     @property
@@ -45,57 +61,100 @@ class Generation:
     rewritten: dict[str, int]
     greedy: str
     sampled: str
+    folder: str
+
+
+@dataclass(frozen=True, slots=True)
+class _Writer:
+    """One variant's decoder, and what it is asked for."""
+
+    request: Request
+    chain: ShardChain
+
+    def tokens(self, timing: Timing | None = None) -> list[int]:
+        return [int(chosen) for chosen in self.steps(timing)]
+
+    def steps(self, timing: Timing | None = None) -> Iterator[Tensor]:
+        return generate_run.steps(self.request, self.chain, self.request.prompts[0], timing or Timing())
 
 
 def write(plan: Plan, trained: nn.Module) -> Generation:
     """Raises DemoFailed if a site is not rewritten, or if the variants don't choose the same tokens."""
-    model = llama.torchtune_llama3(plan.config).to(plan.device)
-    model.load_state_dict(trained.state_dict())
-    prompt = text.encode(plan.prompt).unsqueeze(0).to(plan.device)
-    length = prompt.shape[1] + plan.new_tokens
-    set_up_cache(model, batch_size=1, length=length)
+    folder = _save(plan, trained)
+    writers = {name: _open(plan, folder, *options) for name, options in OPTIONS.items()}
     torch.compiler.reset()  # what was compiled for training is done with
-    steps = _steps(model)
     variants = {name: Variant() for name in VARIANTS}
-    rewritten = _first_calls(plan, model, steps, variants, prompt)
+    rewritten = _first_calls(plan, writers, variants)
     say(
-        f"greedy, batch 1: {prompt.shape[1]} tokens of prompt and {plan.new_tokens} new ones, a step for each; "
-        "stock is torch.compile without Infuse"
+        f"greedy, batch 1: {writers['eager'].request.longest} tokens of prompt at once and {plan.new_tokens} new ones, "
+        "a step for each; stock is torch.compile without Infuse"
     )
-    answers = {name: generate(model, steps[name], prompt, plan.new_tokens, keep_logits=True) for name in VARIANTS}
-    margin = _compare(answers, variants, prompt.shape[1])
+    margin = _compare(writers, variants)
     with torch.compiler.set_stance("fail_on_recompile"):
         for round_ in range(plan.rounds):
-            _round(plan, model, steps, variants, prompt, round_)
+            _round(plan, writers, variants, round_)
     _show(variants, margin)
-    generator = torch.Generator(plan.device).manual_seed(plan.seed)
-    drawn = generate(
-        model, steps["infuse"], prompt, plan.new_tokens, top_k=TOP_K, temperature=TEMPERATURE, generator=generator
+    say("the likeliest token each time, the same from all (the prompt ends at the bar):", style="bold")
+    greedy = _stream(plan, writers["infuse"])
+    say("drawn from the 10 likeliest, by Infuse:", style="bold")
+    drawing = generate_request.check(_arguments(plan, folder, *OPTIONS["infuse"], *SAMPLING))
+    sampled = _stream(plan, _Writer(drawing, writers["infuse"].chain))
+    return Generation(variants, margin, rewritten, greedy, sampled, str(folder))
+
+
+def command(plan: Plan, folder: str) -> str:
+    """What goes on writing after the demo."""
+    return (
+        f"python -m infuse generate --checkpoint {shlex.quote(folder)} --prompt {shlex.quote(plan.prompt.split()[0])}"
     )
-    result = Generation(variants, margin, rewritten, text.decode(answers["infuse"].tokens), text.decode(drawn.tokens))
-    _show_text("the likeliest token each time, the same from all three", plan.prompt, result.greedy)
-    _show_text(f"drawn from the {TOP_K} likeliest, by Infuse", plan.prompt, result.sampled)
-    return result
 
 
-def _steps(model: nn.Module) -> dict[str, Step]:
-    def step(backend: str | None) -> Step:
-        plain = decode_step(model)
-        return torch.compile(plain, backend=backend, dynamic=False, fullgraph=True) if backend else plain
+def _save(plan: Plan, trained: nn.Module) -> Path:
+    """Writes config.json, the weights and a tokenizer; an earlier demo's are replaced."""
+    sizes = plan.config
+    config = ModelConfig(
+        vocab_size=sizes.vocab_size,
+        embed_dim=sizes.embed_dim,
+        num_heads=sizes.num_heads,
+        num_kv_heads=sizes.num_kv_heads,
+        head_dim=sizes.head_dim,
+        max_seq_len=sizes.max_seq_len,
+        intermediate_dim=sizes.intermediate_dim,
+        num_layers=sizes.num_layers,
+        norm_eps=sizes.norm_eps,
+        rope_base=float(sizes.rope_base),
+        tie_word_embeddings=False,
+        model_type="llama",
+    )
+    model = ShardedGeneralModel(config, whole_model("demo", sizes.num_layers))
+    model.model.load_state_dict(trained.state_dict())
+    folder = plan.output / "model"
+    for earlier in folder.glob("model.safetensors"):
+        earlier.unlink()
+    save_checkpoint([model], folder)
+    text.byte_tokenizer().save(str(folder / "tokenizer.json"))
+    say(f"saved as a Hugging Face folder: {folder}")
+    return folder
 
-    return {name: step(backend) for name, backend in BACKENDS.items()}
+
+def _arguments(plan: Plan, folder: Path, *options: str) -> argparse.Namespace:
+    words = ["--checkpoint", str(folder), "--prompt", plan.prompt, "--max-tokens", str(plan.new_tokens)]
+    return generate.parser().parse_args([*words, "--device", str(plan.device), "--seed", str(plan.seed), *options])
 
 
-def _first_calls(
-    plan: Plan, model: nn.Module, steps: dict[str, Step], variants: dict[str, Variant], prompt: Tensor
-) -> dict[str, int]:
+def _open(plan: Plan, folder: Path, *options: str) -> _Writer:
+    request = generate_request.check(_arguments(plan, folder, *options))
+    return _Writer(request, generate_run.load_chain(request))
+
+
+def _first_calls(plan: Plan, writers: dict[str, _Writer], variants: dict[str, Variant]) -> dict[str, int]:
     sites: list[SiteRecord] = []
     stop = backend.on_rewrite(sites.extend)
     try:
-        for name in VARIANTS:
+        for name, writer in writers.items():
             begin = time.perf_counter()
             with waiting(f"first call of {name}"):
-                generate(model, steps[name], prompt[:, :1], 1)
+                generate_run.first_steps(writer.request, writer.chain)
                 synchronize(plan.device)
             variants[name].first_call_s = time.perf_counter() - begin
     finally:
@@ -105,44 +164,43 @@ def _first_calls(
     return report.rewritten
 
 
-def _compare(answers: dict[str, Generated], variants: dict[str, Variant], prompt_len: int) -> float:
-    """Fills in tokens and differences; returns eager's smallest margin. Raises DemoFailed where a token differs."""
-    expected = answers["eager"]
-    assert expected.logits is not None
-    best = expected.logits[0].float().topk(2, -1).values
-    margins = best[:, 0] - best[:, 1]
-    for name, answer in answers.items():
-        assert answer.logits is not None
-        variants[name].tokens = answer.tokens[0, prompt_len:].tolist()
-        variants[name].logits_difference = (answer.logits - expected.logits).abs().max().item()
-        different = (answer.tokens != expected.tokens)[0].nonzero().flatten().tolist()
-        if different:
-            place = different[0]
+def _compare(writers: dict[str, _Writer], variants: dict[str, Variant]) -> float:
+    """Fills in tokens; returns eager's smallest margin. Raises DemoFailed where a token differs."""
+    for name, writer in writers.items():
+        variants[name].tokens = writer.tokens()
+    expected = variants["eager"].tokens
+    margins = _margins(writers["eager"], expected)
+    for name, variant in variants.items():
+        for place, (token, other) in enumerate(zip(variant.tokens, expected, strict=True)):
             promise(
-                False,
-                f"generation: token {place - prompt_len}: got {int(answer.tokens[0, place])} from {name}, "
-                f"expected {int(expected.tokens[0, place])} as from eager, whose margin there is "
-                f"{margins[place - prompt_len].item():.1e}",
+                token == other,
+                f"generation: token {place}: got {token} from {name}, expected {other} as from eager, whose margin "
+                f"there is {margins[place]:.1e}",
             )
-    return margins.min().item()
+    return min(margins)
 
 
-def _round(
-    plan: Plan, model: nn.Module, steps: dict[str, Step], variants: dict[str, Variant], prompt: Tensor, round_: int
-) -> None:
+def _margins(eager: _Writer, written: list[int]) -> list[float]:
+    """Of each new token: its logit less the next likeliest one's, in one pass over the whole text."""
+    (prompt,) = eager.request.prompts
+    logits = eager.chain.generate(torch.tensor([prompt + written[:-1]]))[0, len(prompt) - 1 :]
+    best = logits.topk(2, -1).values
+    margins: list[float] = (best[:, 0] - best[:, 1]).tolist()
+    return margins
+
+
+def _round(plan: Plan, writers: dict[str, _Writer], variants: dict[str, Variant], round_: int) -> None:
     """Every variant once; who begins changes from round to round."""
     for offset in range(len(VARIANTS)):
         name = VARIANTS[(round_ + offset) % len(VARIANTS)]
         synchronize(plan.device)
-        begin = time.perf_counter()
-        answer = generate(model, steps[name], prompt, plan.new_tokens)
-        synchronize(plan.device)
-        seconds = time.perf_counter() - begin
-        tokens = answer.tokens[0, prompt.shape[1] :].tolist()
+        timing = Timing()
+        tokens = writers[name].tokens(timing)
         promise(
             tokens == variants["eager"].tokens, f"generation: {name} chose other tokens in timed round {round_ + 1}"
         )
-        variants[name].tokens_per_s.append((answer.tokens.shape[1] - 1) / seconds)
+        assert timing.tokens_per_s is not None
+        variants[name].tokens_per_s.append(timing.tokens_per_s)
 
 
 def _show(variants: dict[str, Variant], margin: float) -> None:
@@ -161,13 +219,18 @@ def _show(variants: dict[str, Variant], margin: float) -> None:
         )
     columns = ("generation", "first call", "tokens/s", "p20 - p80", "x eager", "tokens")
     show_table(columns, rows)
-    difference = max(variant.logits_difference for variant in variants.values())
     say(
-        f"the logits differ by at most {difference:.1e}; the closest choice had a margin of {margin:.1e}. "
-        "First calls compile; stock comes second and finds those kernels built that have the same source as Infuse's."
+        f"the closest choice had a margin of {margin:.1e}. First calls compile; stock comes second and finds those "
+        "kernels built that have the same source as Infuse's."
     )
 
 
-def _show_text(title: str, prompt: str, written: str) -> None:
-    say(f"{title} (the prompt ends at the bar):", style="bold")
-    say("\n".join(f"  {line}" for line in f"{prompt}|{written[len(prompt) :]}".rstrip().splitlines()))
+def _stream(plan: Plan, writer: _Writer) -> str:
+    """Shows a text as it comes, indented; returns all of it, the prompt included."""
+    written = plan.prompt
+    print("  " + f"{plan.prompt}|".replace("\n", "\n  "), end="")
+    for piece in pieces(writer.steps(), writer.request.tokenizer):
+        print(piece.replace("\n", "\n  "), end="", flush=True)
+        written += piece
+    print()
+    return written

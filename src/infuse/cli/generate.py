@@ -16,7 +16,7 @@ DTYPES = ("auto", "float32", "bfloat16", "float16")
 
 
 def main(argv: Sequence[str]) -> int:
-    arguments = _parser().parse_args(argv)
+    arguments = parser().parse_args(argv)
     try:
         _run(arguments)
     except UserError:
@@ -29,27 +29,28 @@ def main(argv: Sequence[str]) -> int:
     return 0
 
 
-def _parser() -> Parser:
-    parser = Parser(
+def parser() -> Parser:
+    """The command's options, which the demo gives as well."""
+    made = Parser(
         prog="infuse generate",
         description="Continue a text with any Hugging Face Llama, Qwen2 or Mistral folder (config.json, "
         "tokenizer.json, safetensors). The text goes to the output as it comes, all else to the error output.",
         epilog="Over several processes: torchrun --nproc-per-node 4 -m infuse generate --shards 2 --tp 2 ...",
     )
-    parser.add_argument("--checkpoint", type=Path, required=True, metavar="FOLDER", help="of config.json and weights")
-    parser.add_argument(
+    made.add_argument("--checkpoint", type=Path, required=True, metavar="FOLDER", help="of config.json and weights")
+    made.add_argument(
         "--prompt",
         action="append",
         required=True,
         metavar="TEXT",
         help="what to continue; - reads it from the input (less a newline at its end); may be repeated",
     )
-    add = parser.add_argument_group("text").add_argument
+    add = made.add_argument_group("text").add_argument
     add("--max-tokens", type=positive_integer, metavar="N", help="default: 256, or as many as the model has room for")
     add("--temperature", type=_temperature, default=0.0, metavar="T", help="0, the default, takes the likeliest token")
     add("--top-k", type=positive_integer, metavar="K", help="draw from the K likeliest (default: all)")
     add("--seed", type=natural_number, default=0, metavar="N", help="default: 0")
-    add = parser.add_argument_group("how it runs").add_argument
+    add = made.add_argument_group("how it runs").add_argument
     add("--device", metavar="NAME", help="cpu, cuda or cuda:N (default: the GPU if there is one)")
     add("--dtype", choices=DTYPES, default="auto", help="of weights and caches (default: auto, what config.json says)")
     add(
@@ -61,7 +62,7 @@ def _parser() -> Parser:
     add("--mode", choices=MODES, help="of torch.compile (default: reduce-overhead on a GPU, default on a CPU)")
     add("--shards", type=positive_integer, default=1, metavar="N", help="parts of consecutive layers (default: 1)")
     add("--tp", type=positive_integer, default=1, metavar="N", help="processes that share each layer (default: 1)")
-    return parser
+    return made
 
 
 def _temperature(text: str) -> float:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 
 import torch
@@ -73,24 +73,24 @@ def _engine(request: Request) -> Iterator[Engine]:
                 engine = stack.enter_context(processes)
             yield engine
     else:
-        yield load_chain(request)
+        with counting("loading", request.num_parameters * request.dtype.itemsize) as advance:
+            chain = load_chain(request, lambda tensor: advance(tensor.nbytes))
+        yield chain
 
 
-def load_chain(request: Request) -> ShardChain:
-    """The shards of one process, compiled lazily: at their first step."""
-    itemsize = torch.empty((), dtype=request.dtype).itemsize
-    with counting("loading", request.num_parameters * itemsize) as advance:
-        models = [
-            load_sharded_model(
-                request.folder,
-                shard,
-                device=request.device,
-                dtype=request.dtype,
-                max_generated_tokens=request.max_generated_tokens,
-                on_tensor=lambda tensor: advance(tensor.nbytes),
-            )
-            for shard in request.shards
-        ]
+def load_chain(request: Request, on_tensor: Callable[[Tensor], None] | None = None) -> ShardChain:
+    """The shards in one process, to be compiled at their first step. on_tensor: see `load_sharded_model`."""
+    models = [
+        load_sharded_model(
+            request.folder,
+            shard,
+            device=request.device,
+            dtype=request.dtype,
+            max_generated_tokens=request.max_generated_tokens,
+            on_tensor=on_tensor,
+        )
+        for shard in request.shards
+    ]
     for model in models:
         compile_decoder(request, model.model)
     return ShardChain(models)
@@ -103,16 +103,21 @@ def compile_decoder(request: Request, decoder: nn.Module) -> None:
 
 
 def warm_up(request: Request, engine: Engine) -> None:
-    """Makes caches for the longest prompt and compiles the step, so that no text waits for it."""
-    tokens = torch.zeros(1, request.longest, dtype=torch.int64)
-    steps = min(request.max_tokens, 1 + WARM_UP_STEPS)
+    """`first_steps`, and says how long they took and what was rewritten."""
     what = "warming up" if request.backend is None else f"compiling with {request.backend}, mode {request.mode}"
-    with waiting(what), _one_compilation_a_shard(request):
-        for _ in stream_tokens(engine, tokens, steps, eager_prompt=True):
-            pass
+    with waiting(what):
+        first_steps(request, engine)
     if request.backend == "infuse":
         counts = last_report(recompilations=True).rewritten
         note("rewritten: " + (", ".join(f"{kind} {count}" for kind, count in sorted(counts.items())) or "nothing"))
+
+
+def first_steps(request: Request, engine: Engine) -> None:
+    """Makes caches for the longest prompt and compiles the step of one token, so that no text waits for it."""
+    tokens = torch.zeros(1, request.longest, dtype=torch.int64)
+    with _one_compilation_a_shard(request):
+        for _ in stream_tokens(engine, tokens, min(request.max_tokens, 1 + WARM_UP_STEPS), eager_prompt=True):
+            pass
 
 
 def _one_compilation_a_shard(request: Request) -> contextlib.AbstractContextManager[object]:
@@ -125,17 +130,7 @@ def _one_compilation_a_shard(request: Request) -> contextlib.AbstractContextMana
 def write(request: Request, engine: Engine, tokens: list[int]) -> Timing:
     """Continues one prompt, printing the text as it comes, and then how long it took."""
     timing = Timing()
-    generator = torch.Generator(engine.models[-1].device).manual_seed(request.seed)
-    steps = stream_tokens(
-        engine,
-        torch.tensor([tokens]),
-        request.max_tokens,
-        sampling=request.sampling,
-        stop_tokens=request.stop_tokens,
-        generator=generator,
-        eager_prompt=True,
-    )
-    for piece in pieces(_timed(steps, timing), request.tokenizer, request.stop_tokens):
+    for piece in pieces(steps(request, engine, tokens, timing), request.tokenizer, request.stop_tokens):
         if speaks():
             print(piece, end="", flush=True)
     if speaks():
@@ -144,8 +139,18 @@ def write(request: Request, engine: Engine, tokens: list[int]) -> Timing:
     return timing
 
 
-def _timed(steps: Iterator[Tensor], timing: Timing) -> Iterator[Tensor]:
-    for chosen in steps:
+def steps(request: Request, engine: Engine, tokens: list[int], timing: Timing) -> Iterator[Tensor]:
+    """The new tokens of one prompt, [1] int64 each, as they come. timing: gets the time of each."""
+    chosen_tokens = stream_tokens(
+        engine,
+        torch.tensor([tokens]),
+        request.max_tokens,
+        sampling=request.sampling,
+        stop_tokens=request.stop_tokens,
+        generator=torch.Generator(engine.models[-1].device).manual_seed(request.seed),
+        eager_prompt=True,
+    )
+    for chosen in chosen_tokens:
         timing.tokens.append(time.perf_counter())
         yield chosen
 

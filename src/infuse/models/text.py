@@ -10,9 +10,12 @@ import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
+
+from infuse.models.extras import import_extra
 
 VOCAB_SIZE = 256
 # Installed packages, tests, and modules that are tables rather than code.
@@ -49,14 +52,27 @@ def read_sources(folder: Path) -> Text:
     return Text(_tensor(train), _tensor(validation), len(paths), digest)
 
 
-def encode(text: str) -> Tensor:
-    """int64 [bytes]."""
-    return _tensor(_INDENT.sub(_tabs, text.encode())).long()
+def byte_tokenizer() -> Any:
+    """A `tokenizers.Tokenizer` with a token a byte, numbered as `Text` has them; decoding gives spaces for tabs.
+
+    Raises ModuleNotFoundError when tokenizers (extra `models`) is not installed.
+    """
+    tokenizers = import_extra("tokenizers")
+    tokenizer = tokenizers.Tokenizer(tokenizers.models.BPE(_byte_letters(), merges=[]))
+    # From the beginning of a line, or from where the last indentation ended.
+    tokenizer.normalizer = tokenizers.normalizers.Replace(tokenizers.Regex(r"(?:^|\G) {4}"), "\t")
+    tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    decoders = tokenizers.decoders
+    tokenizer.decoder = decoders.Sequence([decoders.ByteLevel(), decoders.Replace("\t", "    ")])
+    return tokenizer
 
 
-def decode(tokens: Tensor) -> str:
-    """What `encode` took, with four spaces for a tab; bytes that are no UTF-8 become U+FFFD."""
-    return bytes(tokens.flatten().tolist()).decode(errors="replace").replace("\t", "    ")
+def _byte_letters() -> dict[str, int]:
+    """The letter that is each byte in byte-level tokenizers: its own if it can be seen, else one from 256 on."""
+    visible = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
+    others = [byte for byte in range(VOCAB_SIZE) if byte not in visible]
+    letters = {chr(byte): byte for byte in visible}
+    return letters | {chr(VOCAB_SIZE + index): byte for index, byte in enumerate(others)}
 
 
 def batches(data: Tensor, *, batch_size: int, seq_len: int, seed: int) -> Iterator[tuple[Tensor, Tensor]]:
