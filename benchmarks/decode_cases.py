@@ -45,6 +45,6 @@ def decode(model: Model, modes: Modes) -> Case:
         calls=CALLS,
         tolerance_factor=3.0,
         reset=lambda: model.rewind(position),
-        release=model.release,
+        release=model.releasing(function),
         cold=True,
     )

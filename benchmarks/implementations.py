@@ -38,6 +38,10 @@ class Later:
             self._function = self._make()
         return self._function
 
+    def forget(self) -> None:
+        """Gives back what the function holds; it is made anew when it is needed again."""
+        self._function = None
+
     def __call__(self, *args: Any) -> Output:
         return self.get()(*args)
 

@@ -7,7 +7,6 @@ into a static cache. The functions that are compiled hold no more than that call
 from __future__ import annotations
 
 import copy
-import gc
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -16,7 +15,7 @@ import torch
 from device import Device
 from gpt_fast import Transformer
 from harness import Function, Inputs
-from implementations import optional
+from implementations import Later, optional
 from model_shapes import Shape
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -77,10 +76,15 @@ class Model:
     def rewind(self, position: int, module: nn.Module | None = None) -> None:
         self.source.rewind(module or self.get(), position)
 
-    def release(self) -> None:
-        """Gives its memory back; it is built anew, with other weights, when it is needed again."""
-        self._module = None
-        gc.collect()
+    def releasing(self, *functions: Later) -> Callable[[], None]:
+        """What gives its memory back, functions of it forgotten; it is built anew when it is needed again."""
+
+        def release() -> None:
+            for function in functions:
+                function.forget()
+            self._module = None
+
+        return release
 
 
 def randomise(module: nn.Module, dtype: torch.dtype) -> nn.Module:

@@ -30,6 +30,6 @@ def prefill(model: Model, length: int, modes: Modes) -> Case:
         sets=2,
         calls=CALLS,
         tolerance_factor=3.0,
-        release=model.release,
+        release=model.releasing(function),
         cold=True,
     )

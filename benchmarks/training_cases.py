@@ -94,6 +94,6 @@ def train(model: Model, length: int, modes: Modes) -> Case:
         grad=True,
         reset=lambda: model.get().zero_grad(set_to_none=True),
         tolerance_factor=3.0,
-        release=model.release,
+        release=model.releasing(step, loss),
         cold=True,
     )

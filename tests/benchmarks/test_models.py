@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import gc
 import os
+import weakref
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,14 +15,16 @@ import models
 import pytest
 import torch
 from command import main
+from decode_cases import decode
 from device import describe_device
 from gpt_fast import Transformer
 from harness import Case, Options, Session, load
 from implementations import Impl, compiled
 from model_shapes import TINY
 from model_sources import GPT_FAST, HUGGING_FACE_SDPA, TORCHTUNE_LLAMA, Model, Source
+from prefill_cases import prefill
 from torch import Tensor, nn
-from training_cases import Step
+from training_cases import Step, train
 
 DEVICE = describe_device("cpu")
 
@@ -133,3 +137,19 @@ def test_training_step_returns_loss_and_gradients_of_its_own_call() -> None:
     first, again = step(tokens, targets), step(tokens, targets)
     assert first[0].shape == ()
     torch.testing.assert_close(first, again)
+
+
+@pytest.mark.parametrize("kind", ["decode", "prefill", "train"])
+def test_a_case_that_is_done_holds_no_model(kind: str) -> None:
+    model = Model(TORCHTUNE_LLAMA, TINY, DEVICE, 8, cache_batch=int(kind == "decode"))
+    case = {
+        "decode": lambda: decode(model, ()),
+        "prefill": lambda: prefill(model, 8, ()),
+        "train": lambda: train(model, 8, ()),
+    }[kind]()
+    case.reset()
+    case.impls[0].prepare()(*case.inputs(torch.Generator().manual_seed(0)))
+    alive = weakref.ref(model.get())
+    case.release()
+    gc.collect()
+    assert alive() is None
