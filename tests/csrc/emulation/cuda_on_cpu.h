@@ -9,6 +9,7 @@
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
 #include <cuda_runtime.h>
+#include <setjmp.h>
 #include <ucontext.h>
 
 #include <cmath>
@@ -46,11 +47,12 @@ struct Copy {
 };
 
 struct Fiber {
-  ucontext_t context;
+  jmp_buf place;  // where it goes on; a switch of contexts would be a system call each
   std::vector<char> stack = std::vector<char>(48 * 1024);
+  bool is_started = false;
   Index index;
-  float exchanged;  // by a shuffle
-  long switches;
+  float exchanged[2];  // by a shuffle and by the next one
+  long switches, shuffles;
   bool done;
   std::vector<std::vector<Copy>> copy_groups;  // under way, oldest first; the last one is still open
 };
@@ -62,7 +64,7 @@ struct Range {
 
 inline std::vector<Fiber> fibers;
 inline std::size_t current;
-inline ucontext_t scheduler;
+inline jmp_buf scheduler;
 inline std::function<void()> body;
 inline std::vector<Range> ranges;  // that kernels may touch
 inline std::vector<char> shared_memory;  // dynamic
@@ -81,16 +83,38 @@ inline void check_access(const void* address, std::size_t bytes, std::size_t ali
   die("access out of bounds");
 }
 
+inline void give_way() {
+  if (_setjmp(fibers[current].place) == 0) _longjmp(scheduler, 1);
+}
+
 inline void wait_for_all() {
-  Fiber& fiber = fibers[current];
-  ++fiber.switches;
-  swapcontext(&fiber.context, &scheduler);
+  ++fibers[current].switches;
+  give_way();
 }
 
 inline void run_fiber() {
-  body();
-  fibers[current].done = true;
-  swapcontext(&fibers[current].context, &scheduler);
+  for (;;) {  // CTA after CTA
+    body();
+    fibers[current].done = true;
+    give_way();
+  }
+}
+
+inline void start(Fiber& fiber) {
+  ucontext_t context;
+  getcontext(&context);
+  context.uc_stack.ss_sp = fiber.stack.data();
+  context.uc_stack.ss_size = fiber.stack.size();
+  context.uc_link = nullptr;
+  makecontext(&context, run_fiber, 0);
+  setcontext(&context);
+}
+
+inline void run_until_it_gives_way(Fiber& fiber) {
+  if (_setjmp(scheduler) != 0) return;
+  if (fiber.is_started) _longjmp(fiber.place, 1);
+  fiber.is_started = true;
+  start(fiber);
 }
 
 }  // namespace emulation
@@ -101,11 +125,11 @@ inline void __syncthreads() { emulation::wait_for_all(); }
 
 inline float __shfl_xor_sync(unsigned, float value, int mask) {
   using namespace emulation;
-  fibers[current].exchanged = value;
+  // The next shuffle writes elsewhere, and the one after it only when all have read this.
+  const long slot = fibers[current].shuffles++ % 2;
+  fibers[current].exchanged[slot] = value;
   wait_for_all();
-  const float got = fibers[current ^ static_cast<std::size_t>(mask)].exchanged;
-  wait_for_all();
-  return got;
+  return fibers[current ^ static_cast<std::size_t>(mask)].exchanged[slot];
 }
 
 template <typename T>
@@ -151,14 +175,9 @@ void launch(Kernel kernel, Index grid, Index block, const Arguments&... argument
     for (std::size_t i = 0; i < fibers.size(); ++i) {
       Fiber& fiber = fibers[i];
       fiber.index = {static_cast<unsigned>(i) % block.x, static_cast<unsigned>(i) / block.x, 0};
-      fiber.switches = 0;
+      fiber.switches = fiber.shuffles = 0;
       fiber.done = false;
       fiber.copy_groups.assign(1, {});
-      getcontext(&fiber.context);
-      fiber.context.uc_stack.ss_sp = fiber.stack.data();
-      fiber.context.uc_stack.ss_size = fiber.stack.size();
-      fiber.context.uc_link = &scheduler;
-      makecontext(&fiber.context, run_fiber, 0);
     }
     for (bool any = true; any;) {
       any = false;
@@ -166,11 +185,13 @@ void launch(Kernel kernel, Index grid, Index block, const Arguments&... argument
         if (fibers[current].done) continue;
         any = true;
         threadIdx = fibers[current].index;
-        swapcontext(&scheduler, &fibers[current].context);
+        run_until_it_gives_way(fibers[current]);
       }
     }
     for (const Fiber& fiber : fibers) {
-      if (fiber.switches != fibers[0].switches) die("a barrier or shuffle that not all threads of the CTA reach");
+      if (fiber.switches != fibers[0].switches || fiber.shuffles != fibers[0].shuffles) {
+        die("a barrier or shuffle that not all threads of the CTA reach");
+      }
       if (fiber.copy_groups.size() > 1 || !fiber.copy_groups[0].empty()) die("copies under way at the end");
     }
   }
