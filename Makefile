@@ -37,10 +37,9 @@ $(READY): pyproject.toml setup.py constraints.txt
 demo: $(READY)  ## a Llama with and without Infuse: what was rewritten, that it is right, how fast it is
 	$(PY) -m infuse demo $(ARGS)
 
-# Inductor asks g++ in each process whether it knows this CPU's instructions: 7 s, for dozens of processes.
 test: $(READY)  ## all tests; those that need a GPU are skipped without one
 	@echo "==> pytest in $(WORKERS) processes"
-	OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} TORCHINDUCTOR_VEC_ISA_OK=$${TORCHINDUCTOR_VEC_ISA_OK:-1} $(PY) -m pytest -n $(WORKERS) --dist worksteal --durations=15 $(ARGS)
+	OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} $(PY) -m pytest -n $(WORKERS) --dist worksteal --durations=15 $(ARGS)
 
 lint: $(READY)  ## ruff: rules and formatting
 	$(PY) -m ruff check $(SOURCES) $(ARGS)

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import atexit
 import gc
 import os
+import shutil
+import tempfile
 from collections.abc import Iterator
 from contextlib import ExitStack
 from pathlib import Path
@@ -22,7 +25,17 @@ IN_WORKER = "PYTEST_XDIST_WORKER" in os.environ
 MAX_THREADS = 4  # the tensors of the tests are small; more threads only wait for each other
 
 
+def compile_once() -> None:
+    """Inductor's compiler of C++, for all processes of this run: what compiled_once/g++ says."""
+    if "CXX" not in os.environ and shutil.which("g++") and shutil.which("sha256sum"):
+        folder = os.environ["INFUSE_TESTS_COMPILED"] = tempfile.mkdtemp(prefix="infuse-tests-")
+        os.environ["CXX"] = str(Path(__file__).parent / "compiled_once" / "g++")
+        atexit.register(shutil.rmtree, folder, ignore_errors=True)
+        torch._inductor.config.cpp.cxx = (None, os.environ["CXX"])
+
+
 def pytest_configure(config: pytest.Config) -> None:
+    compile_once()
     torch.set_num_threads(1 if IN_WORKER else min(MAX_THREADS, torch.get_num_threads()))
     # For a line of its log Dynamo times each graph's guards behind emptied caches: a tenth of a test that captures.
     torch._dynamo.guards.profile_guard_manager = lambda root, local_scope, iterations: 0.0
