@@ -13,7 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.tensor import DTensor, Partial, Replicate, Shard
+from torch.distributed.tensor import DTensor, Partial, Replicate
+from torch.distributed.tensor import Shard as Cut
 from torch.distributed.tensor.parallel import (
     ColwiseParallel,
     ParallelStyle,
@@ -23,7 +24,9 @@ from torch.distributed.tensor.parallel import (
 )
 
 from infuse.models.config import ModelConfig
+from infuse.models.cut_parameters import held
 from infuse.models.decoder import ShardTransformerDecoder
+from infuse.models.shard import Shard
 from infuse.models.sharded import ShardedGeneralModel
 
 _BY_ROWS = ("attn.q_proj", "attn.k_proj", "attn.v_proj", "mlp.w1", "mlp.w3")
@@ -73,13 +76,13 @@ def _tied_head() -> ParallelStyle:
         input_layouts=(Replicate(), None),
         desired_input_layouts=(Replicate(), None),
         use_local_input=False,
-        output_layouts=Shard(-1),
+        output_layouts=Cut(-1),
         desired_output_layouts=Replicate(),
     )
 
 
 def parallel_model(
-    config: ModelConfig, shard: Any, mesh: DeviceMesh, device: torch.device, **options: Any
+    config: ModelConfig, shard: Shard, mesh: DeviceMesh, device: torch.device, **options: Any
 ) -> ShardedGeneralModel:
     """A `ShardedGeneralModel` cut over a mesh, of which this rank never holds more than its part.
 
@@ -106,25 +109,34 @@ def keep_local_weights(decoder: ShardTransformerDecoder, mesh: DeviceMesh) -> No
     DTensors: do those before.
     """
     for layer in decoder.layers:
-        for name in (*_BY_ROWS, *_BY_COLUMNS):
+        for name in _BY_ROWS:
             linear = layer.get_submodule(name)
-            linear._forward_pre_hooks.clear()
-            linear._forward_hooks.clear()
-            for key, parameter in list(linear.named_parameters()):
-                local = parameter.to_local() if isinstance(parameter, DTensor) else parameter
-                linear.register_parameter(key, nn.Parameter(local.detach(), requires_grad=False))
-            if name in _BY_COLUMNS:
-                bias, linear.bias = linear.bias, None  # added once, to the sum
-                linear.register_forward_hook(_sum_over(mesh, bias))
+            layer.set_submodule(name, _plain(linear.weight, linear.bias))
+        for name in _BY_COLUMNS:
+            linear = layer.get_submodule(name)
+            layer.set_submodule(name, _SummedLinear(linear, mesh))
 
 
-def _sum_over(mesh: DeviceMesh, bias: Tensor | None) -> Any:
-    def hook(module: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor:
-        total: Tensor = (
-            DTensor.from_local(output, mesh, [Partial()], run_check=False)
-            .redistribute(placements=[Replicate()])
-            .to_local()
-        )
-        return total if bias is None else total + bias
+def _plain(weight: Tensor, bias: Tensor | None) -> nn.Linear:
+    """A linear of this rank's part of the weight, sharing its memory."""
+    local = held(weight).detach()
+    linear = nn.Linear(local.shape[1], local.shape[0], bias=bias is not None, device="meta")
+    linear.weight = nn.Parameter(local, requires_grad=False)
+    if bias is not None:
+        linear.bias = nn.Parameter(held(bias).detach(), requires_grad=False)
+    return linear
 
-    return hook
+
+class _SummedLinear(nn.Module):
+    """A linear cut by columns: the sum of all ranks' products, and then the bias, which each rank has whole."""
+
+    def __init__(self, linear: nn.Linear, mesh: DeviceMesh) -> None:
+        super().__init__()
+        self.linear = _plain(linear.weight, None)
+        self.bias = None if linear.bias is None else nn.Parameter(held(linear.bias).detach(), requires_grad=False)
+        self._mesh = mesh
+
+    def forward(self, x: Tensor) -> Tensor:
+        part = DTensor.from_local(self.linear(x), self._mesh, [Partial()], run_check=False)
+        total: Tensor = part.redistribute(placements=[Replicate()]).to_local()
+        return total if self.bias is None else total + self.bias
