@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -69,8 +69,21 @@ class DiffusedMemory(nn.Module):
         return out
 
 
-# The components that the others are made of: each is compiled for real.
-COMPILED = ("attention", "memory and its steps", "fabric", "experts", "hyena with attention", "fusion")
+# The components that the others are made of: these are compiled for real.
+COMPILED = ("attention", "memory and its steps", "fabric", "experts", "hyena", "fusion")
+
+
+class Together(nn.Module):
+    """Several cases side by side in one graph, so that one compilation serves all."""
+
+    def __init__(self, cases: Sequence[Case]) -> None:
+        super().__init__()
+        self.parts = nn.ModuleList(case.module() for case in cases)
+
+    def forward(self, inputs: Sequence[tuple[Tensor, ...]]) -> list[Tensor]:
+        return [part(*values) for part, values in zip(self.parts, inputs)]
+
+
 SEQUENCE, ROWS = (2, LENGTH, DIM), (5, DIM)
 CASES = {
     "attention": Case(lambda: MetaAttentionKernel(DIM, num_heads=2), (SEQUENCE,), {"rms_norm": 1, "attention": 1}),

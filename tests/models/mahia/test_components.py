@@ -3,19 +3,17 @@
 from __future__ import annotations
 
 import copy
-from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
 
 from infuse import testing
-from tests.models.mahia.components import CASES, COMPILED, Case
+from tests.models.mahia.components import CASES, COMPILED, Case, Together
 from tests.tolerances import assert_close_to_fp64
 
 DTYPES = (torch.float32, torch.bfloat16)
 each_case = pytest.mark.parametrize("case", CASES.values(), ids=CASES)
-each_compiled = pytest.mark.parametrize("case", [CASES[name] for name in COMPILED], ids=COMPILED)
 
 
 def widened(values: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
@@ -25,12 +23,15 @@ def widened(values: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
     )
 
 
-def results(case: Case, module: nn.Module, call: Any, inputs: tuple[Tensor, ...]) -> list[Tensor]:
-    """The output, and the gradients of a weighted sum of it with respect to floating-point inputs and parameters."""
-    out = call(*inputs)
-    weights = torch.randn(out.shape, generator=torch.Generator().manual_seed(2))
-    wanted = [*(value for value in inputs if value.requires_grad), *case.parameters(module).values()]
-    return [out, *torch.autograd.grad((out.double() * weights).sum(), wanted)]
+def results(parts: nn.ModuleList, outs: list[Tensor], inputs: list[tuple[Tensor, ...]]) -> dict[str, Tensor]:
+    """The COMPILED cases' outputs, and the gradients of weighted sums of them for floating-point inputs, parameters."""
+    wanted, total = {}, torch.zeros((), dtype=torch.float64)
+    for name, module, out, values in zip(COMPILED, parts, outs, inputs, strict=True):
+        total = total + (out.double() * torch.randn(out.shape, generator=torch.Generator().manual_seed(2))).sum()
+        wanted |= {f"{name}: input {index}": value for index, value in enumerate(values) if value.requires_grad}
+        wanted |= {f"{name}: {key}": parameter for key, parameter in CASES[name].parameters(module).items()}
+    grads = torch.autograd.grad(total, list(wanted.values()))
+    return {**dict(zip(COMPILED, outs)), **dict(zip(wanted, grads))}
 
 
 @each_case
@@ -72,28 +73,15 @@ def test_every_site_is_found(case: Case, dtype: torch.dtype, training: bool) -> 
     testing.assert_rewrites(case.module(dtype), case.inputs(dtype), expect=case.sites, refused={}, training=training)
 
 
-@each_compiled
-def test_compiled_inference_is_as_near_to_float64_as_eager(case: Case) -> None:
-    module, inputs = case.module(torch.bfloat16).eval(), case.inputs(torch.bfloat16)
-    compiled = torch.compile(module, backend="infuse", fullgraph=True)
-    with torch.no_grad():
-        exact = copy.deepcopy(module).double()(*widened(inputs))
-        assert_close_to_fp64(compiled(*inputs), module(*inputs), exact)
-
-
-@each_compiled
-def test_compiled_training_is_as_near_to_float64_as_eager(case: Case) -> None:
-    module, inputs = case.module(), case.inputs(grad=case.shapes != ((),))
-    wide = copy.deepcopy(module).double()
-    compiled = torch.compile(module, backend="infuse", fullgraph=True)
-    exact = results(case, wide, wide, widened(inputs))
-    names = ["output", *(f"input {i}" for i, value in enumerate(inputs) if value.requires_grad)]
-    names += case.parameters(module)
-    found = zip(
-        names, results(case, module, compiled, inputs), results(case, module, module, inputs), exact, strict=True
-    )
-    for name, got, eager, reference in found:
+def test_compiled_training_is_as_near_to_float64_as_eager() -> None:
+    cases = [CASES[name] for name in COMPILED]
+    model, inputs = Together(cases), [case.inputs(grad=True) for case in cases]
+    wide, wide_inputs = copy.deepcopy(model).double(), [widened(values) for values in inputs]
+    exact = results(wide.parts, wide(wide_inputs), wide_inputs)
+    eager = results(model.parts, model(inputs), inputs)
+    compiled = torch.compile(model, backend="infuse", fullgraph=True)
+    for name, got in results(model.parts, compiled(inputs), inputs).items():
         try:
-            assert_close_to_fp64(got, eager, reference)
+            assert_close_to_fp64(got, eager[name], exact[name])
         except AssertionError as error:
             raise AssertionError(f"{name}: {error}") from None

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+
 import pytest
 import torch
 import torch._dynamo
@@ -9,7 +11,8 @@ from torch import Tensor, nn
 
 from infuse import backend
 from infuse.models.mahia import HybridEfficientModel
-from tests.models.mahia.components import CASES
+from tests.models.mahia.components import CASES, LENGTH
+from tests.tolerances import assert_close_to_fp64
 
 CASE = CASES["hybrid"]
 
@@ -33,15 +36,18 @@ def test_forward_leaves_the_memory_and_its_update_changes_it() -> None:
     assert not torch.equal(model(*inputs), first)
 
 
-def test_compiled_it_is_the_same_model() -> None:
+def test_compiled_it_is_the_same_model_in_bf16_and_with_padding() -> None:
     model, inputs = model_and_inputs()
+    model, mask = model.bfloat16(), torch.arange(LENGTH) < torch.tensor([[LENGTH], [4]])
+    inputs = (inputs[0], inputs[1].bfloat16(), mask)
     keys, records = list(model.state_dict()), list[object]()
     stop = backend.on_rewrite(records.extend)
     try:
         with torch.no_grad():
-            expected = model(*inputs)
+            exact = copy.deepcopy(model).double()(inputs[0], inputs[1].double(), mask)
+            eager = model(*inputs)
             assert model.enable_torch_compile(mode=None) is model
-            torch.testing.assert_close(model(*inputs), expected)
+            assert_close_to_fp64(model(*inputs), eager, exact)
     finally:
         stop()
     assert len(records) == sum(CASE.sites.values())

@@ -75,7 +75,7 @@ class SparseMoETopK(nn.Module):
         with outside_autocast(rows.device):
             logits = F.linear(widened(rows), widened(self.router.weight))
         probabilities = torch.softmax(logits, -1)
-        best, experts = probabilities.topk(self.top_k, -1)
+        best, experts = _likeliest(probabilities, self.top_k)
         return Routing(probabilities, (best / best.sum(-1, keepdim=True)).to(rows.dtype), experts)
 
     def capacity(self, num_rows: int) -> int:
@@ -120,3 +120,14 @@ class SparseMoETopK(nn.Module):
 def _initial(num_experts: int, fan_in: int, fan_out: int) -> Tensor:
     """Weights as nn.Linear draws them."""
     return torch.empty(num_experts, fan_in, fan_out).uniform_(-(fan_in**-0.5), fan_in**-0.5)
+
+
+def _likeliest(probabilities: Tensor, count: int) -> tuple[Tensor, Tensor]:
+    """As topk: values and indices [T, K], the highest first. One maximum after another fuses, which a sort does not."""
+    every = torch.arange(probabilities.shape[-1], device=probabilities.device)
+    left, found = probabilities.detach(), []
+    for _ in range(count):
+        found.append(left.argmax(-1, keepdim=True))
+        left = left.masked_fill(every == found[-1], -1.0)
+    experts = torch.cat(found, -1)
+    return probabilities.gather(-1, experts), experts

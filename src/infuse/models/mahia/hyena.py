@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from infuse.models.mahia.attention import MetaAttentionKernel
+from infuse.models.mahia.causal_convolution import causal_convolution
 from infuse.models.mahia.checks import require_features, require_mask, require_positive
 
 
@@ -28,7 +29,7 @@ class HyenaBlock(nn.Module):
         self.kernel_size = kernel_size
         self.norm = nn.RMSNorm(dim, eps=1e-6)
         self.proj_in = nn.Linear(dim, 2 * dim)
-        self.conv = nn.Conv1d(dim, dim, kernel_size, groups=dim)
+        self.conv = nn.Conv1d(dim, dim, kernel_size, groups=dim)  # its weights; causal_convolution computes
         self.proj_out = nn.Linear(dim, dim)
         self.attention = MetaAttentionKernel(dim, use_fourier=False) if use_attention else None
 
@@ -38,7 +39,7 @@ class HyenaBlock(nn.Module):
         value, gate = self.proj_in(self.norm(x)).chunk(2, -1)
         if mask is not None:
             value = value.masked_fill(~mask.unsqueeze(-1), 0.0)
-        past = F.pad(value.transpose(1, 2), (self.kernel_size - 1, 0))
-        mixed = self.conv(past).transpose(1, 2)
+        assert self.conv.bias is not None
+        mixed = causal_convolution(value, self.conv.weight, self.conv.bias)
         out: Tensor = x + self.proj_out(F.silu(gate) * mixed)
         return out if self.attention is None else self.attention(out, mask)
