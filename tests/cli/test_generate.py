@@ -5,13 +5,13 @@ from __future__ import annotations
 import contextlib
 import io
 import json
+import os
 import re
 import shutil
-import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 import torch
@@ -23,13 +23,16 @@ from infuse.cli import generate_request, generate_run, main
 from infuse.models.checkpoint import load_sharded_model
 from infuse.models.extras import import_extra
 from infuse.models.parallel import launch
+from infuse.models.parallel.heartbeat import PeerLostError
 from infuse.models.shard import split_layers
 from infuse.models.sharded import ShardChain
 from infuse.models.writing import Engine
+from tests.models.parallel.job import start
 from tests.models.trained import SCALE, save_trained
 
 PROMPTS = ["class Queue:\n    def __init__(self", "import os"]
 TOKENS = 40
+CPU = ("--device", "cpu")
 
 
 @pytest.fixture(scope="session")
@@ -178,13 +181,57 @@ def test_under_torchrun_the_engine_of_all_processes_writes_and_the_first_one_pri
     assert (asked[0]["num_shards"], asked[0]["tensor_parallel"], asked[0]["device"].type) == (2, 2, "cpu")
 
 
-def test_text_comes_token_by_token_and_a_reader_may_leave(trained: Path) -> None:
-    command = [sys.executable, "-m", "infuse", "generate", "--checkpoint", str(trained), "--device", "cpu"]
-    command += ["--prompt", PROMPTS[0], "--max-tokens", "100"]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
-    assert process.stdout is not None and process.stderr is not None
-    assert process.stdout.read(1)
-    assert process.poll() is None, "all was written at once"
-    process.stdout.close()
-    assert process.wait(60) == 1
-    assert b"Traceback" not in process.stderr.read()
+def test_text_comes_token_by_token(trained: Path, monkeypatch: pytest.MonkeyPatch, expected: list[str]) -> None:
+    class Output(io.StringIO):
+        shown: ClassVar[list[str]] = []
+
+        def flush(self) -> None:
+            self.shown.append(self.getvalue())
+
+    monkeypatch.setattr(sys, "stdout", Output())
+    assert (
+        main(["generate", "--checkpoint", str(trained), "--prompt", PROMPTS[0], *CPU, "--max-tokens", str(TOKENS)]) == 0
+    )
+    assert len(Output.shown) > TOKENS / 2 and Output.shown[-1] == expected[0] + "\n"
+    assert all(expected[0].startswith(text) for text in Output.shown[:-1])
+
+
+def test_a_reader_may_leave(trained: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    reader, writer = os.pipe()
+    os.close(reader)
+    with open(writer, "w") as output:  # noqa: PTH123  (a descriptor)
+        monkeypatch.setattr(sys, "stdout", output)
+        assert main(["generate", "--checkpoint", str(trained), "--prompt", PROMPTS[0], *CPU, "--max-tokens", "5"]) == 1
+    assert "Error" not in capsys.readouterr().err
+
+
+def test_processes_of_torchrun_write_what_one_process_writes(trained: Path, expected: list[str]) -> None:
+    options = ["--checkpoint", str(trained), "--device", "cpu", "--max-tokens", str(TOKENS), "--prompt", PROMPTS[0]]
+    with start(2, "-m", "infuse", "generate", *options, "--tp", "2") as processes:
+        outputs = [process.communicate(timeout=120)[0] for process in processes]
+        assert [process.returncode for process in processes] == [0, 0], outputs
+    assert f"{expected[0]}\nprompt of 19 tokens; " in outputs[0] and outputs[1] == ""
+
+
+def test_a_lost_process_is_one_line_and_exit_code_1(
+    trained: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def lose(request: object, engine: object) -> None:
+        raise PeerLostError("rank 0 ends: layers 1-2, process 7 on host is gone")
+
+    monkeypatch.setattr(generate_run, "warm_up", lose)
+    assert main(["generate", "--checkpoint", str(trained), "--device", "cpu", "--prompt", "x"]) == 1
+    assert capsys.readouterr().err.splitlines()[1:] == [
+        "infuse generate: FAILED: rank 0 ends: layers 1-2, process 7 on host is gone"
+    ]
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("options", [(), ("--shards", "3"), ("--shards", "2", "--compile", "inductor")], ids=str)
+def test_cuda_graphs_of_every_shard_write_the_same(
+    trained: Path, expected: list[str], capsys: pytest.CaptureFixture[str], options: tuple[str, ...]
+) -> None:
+    asked = [word for prompt in PROMPTS for word in ("--prompt", prompt)]
+    assert main(["generate", "--checkpoint", str(trained), "--max-tokens", str(TOKENS), *asked, *options]) == 0
+    out, err = capsys.readouterr()
+    assert out == "".join(text + "\n" for text in expected) and "mode reduce-overhead" in err

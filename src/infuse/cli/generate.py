@@ -15,6 +15,10 @@ MODES = ("default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagrap
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 
 
+class GenerationFailed(Exception):
+    """What went wrong, by no fault of the user's, after the text had begun."""
+
+
 def main(argv: Sequence[str]) -> int:
     arguments = parser().parse_args(argv)
     try:
@@ -25,6 +29,9 @@ def main(argv: Sequence[str]) -> int:
         raise
     except BrokenPipeError:  # whoever read the text has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+    except GenerationFailed as failure:
+        print(f"infuse generate: FAILED: {failure}", file=sys.stderr)
         return 1
     return 0
 

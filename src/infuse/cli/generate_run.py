@@ -13,10 +13,12 @@ import torch._dynamo.config as dynamo_config
 from torch import Tensor, nn
 
 from infuse.cli.arguments import UserError
+from infuse.cli.generate import GenerationFailed
 from infuse.cli.generate_progress import counting, note, speaks, waiting
 from infuse.cli.generate_request import Request
 from infuse.history import last_report
 from infuse.models.checkpoint import load_sharded_model
+from infuse.models.parallel.heartbeat import PeerLostError
 from infuse.models.sharded import ShardChain
 from infuse.models.writing import Engine, pieces, stream_tokens
 
@@ -42,7 +44,10 @@ class Timing:
 
 
 def run(request: Request) -> None:
-    """Writes the texts to the output, and what it took to the error output. Raises UserError where memory runs out."""
+    """Writes the texts to the output, and what it took to the error output.
+
+    Raises UserError where memory runs out, GenerationFailed where another process of the job is lost.
+    """
     try:
         with _engine(request) as engine:
             warm_up(request, engine)
@@ -52,6 +57,8 @@ def run(request: Request) -> None:
         remedy = "--shards under torchrun spreads a model over several GPUs"
         reason = str(error).partition(".")[0]
         raise UserError(f"--device: got {request.device}, expected more memory: {reason}; {remedy}") from error
+    except PeerLostError as error:
+        raise GenerationFailed(str(error)) from error
 
 
 @contextlib.contextmanager
@@ -97,7 +104,11 @@ def load_chain(request: Request, on_tensor: Callable[[Tensor], None] | None = No
 
 
 def compile_decoder(request: Request, decoder: nn.Module) -> None:
-    """Shapes are static: a step takes one token, and the caches have one length for all prompts."""
+    """Shapes are static: a step takes one token, and the caches have one length for all prompts.
+
+    Prompts stay eager (`stream_tokens`' eager_prompt): on an H200 one of 739 tokens takes a bfloat16 Llama of 1.2B
+    parameters 24 ms; after 35 s the compilation for prompts of any length was not at its end.
+    """
     if request.backend is not None:
         decoder.compile(backend=request.backend, mode=request.mode, dynamic=False, fullgraph=True)
 
