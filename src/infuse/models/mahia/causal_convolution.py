@@ -36,4 +36,5 @@ def _band(taps: Tensor, chunk: int, before: int) -> Tensor:
     """[D, K] -> [D, C, before + C]: row t holds the taps from column t + before - (K - 1) on, zeros elsewhere."""
     window = before + chunk
     row = F.pad(taps, (before + 1 - taps.shape[-1], chunk))  # one longer than a window: each row begins one later
-    return row.unsqueeze(1).expand(-1, chunk, -1).flatten(1)[:, : chunk * window].unflatten(1, (chunk, window))
+    band: Tensor = row.unsqueeze(1).expand(-1, chunk, -1).flatten(1)[:, : chunk * window].unflatten(1, (chunk, window))
+    return band
