@@ -18,8 +18,9 @@ from pathlib import Path
 import torch
 import torch._dynamo
 from answers import Function, Output, WrongAnswer, bounds, check
+from costs import CostMeter, Costs
 from device import Ceilings, Device, describe_device
-from implementations import Impl, Unavailable, compiled, compiled_pairs, eager, empty_caches, warm_up_compiler
+from implementations import Impl, Unavailable, compiled, compiled_pairs, eager
 from rows import CACHE_RESIDENT, RESULTS, ROOFLINE_PERCENT, Row, append, load, new_run_id, results_file
 from timing import Calls, Inputs, Replay, Sampler, Stats, Timed, paired_ratio
 from torch import Tensor
@@ -112,9 +113,7 @@ class Contestant:
     impl: Impl
     function: Function  # a method `remark` of it, if there is one, adds to the rows' notes
     timed: Timed
-    peak_bytes: int | None
-    compile_s: float | None
-    saved: tuple[int, int] | None  # bytes of activations and of gradients between forward and backward
+    costs: Costs
 
 
 class Session:
@@ -128,7 +127,7 @@ class Session:
         root = options.output
         self.path = None if root is None else results_file(root, self.device.name, benchmark)
         self._recorded_ceilings: dict[str, float] = {}
-        self._compiler_is_warm = False
+        self._meter = CostMeter(self.device)
 
     def measure(self, case: Case) -> list[Row]:
         """Times a case and records it. Raises CaseFailed, after recording the others, when an implementation failed."""
@@ -158,7 +157,7 @@ class Session:
 
     def row(self, case: Case, found: Contestant, stats: Stats, error: float | None, note: str) -> Row:
         """Raises AboveRoofline."""
-        resident = self._cache_resident(case)
+        resident, costs = self._cache_resident(case), found.costs
         percent = self._percent_of_limit(case, stats)
         if percent > ROOFLINE_PERCENT and not resident:
             self.ceilings.again()
@@ -176,14 +175,14 @@ class Session:
             flops=case.flops,
             percent_of_limit=_round(percent),
             max_error=None if error is None else _round(error),
-            peak_bytes=found.peak_bytes,
+            peak_bytes=costs.peak_bytes,
             gpu=self.device.name,
             torch=self.device.torch_version,
             commit=self.device.commit,
             note=", ".join(filter(None, [note, CACHE_RESIDENT if resident else ""])),
-            compile_s=None if found.compile_s is None else _round(found.compile_s),
-            saved_bytes=found.saved and found.saved[0],
-            saved_gradient_bytes=found.saved and found.saved[1],
+            compile_s=None if costs.compile_s is None else _round(costs.compile_s),
+            saved_bytes=costs.saved and costs.saved[0],
+            saved_gradient_bytes=costs.saved and costs.saved[1],
         )
 
     def _percent_of_limit(self, case: Case, stats: Stats) -> float:
@@ -229,14 +228,15 @@ class Session:
     ) -> Contestant:
         """Compiles, warms up and checks."""
         begin = time.perf_counter()
-        function, compile_s = self._compile(case, impl, inputs[0])
+        case.reset()
+        function, compile_s = self._meter.first_call(impl, inputs[0], cold=case.cold and not self.options.warm)
         # The second call records CUDA graphs, where the mode has them: their memory is taken then.
-        peak_bytes = self._peak_bytes(case, function, inputs[0])
+        peak_bytes = self._meter.peak_bytes(function, inputs[0], case.reset)
         case.reset()
         answer = function(*inputs[0])
         check("first run", answer, expected, allowed)
         del answer
-        saved = self._saved(case, function, inputs[0])
+        costs = Costs(compile_s, peak_bytes, self._meter.saved(function, inputs[0], case.reset))
         case.reset()
         with torch._dynamo.config.patch(error_on_recompile=True):
             if impl.capture and self.device.type == "cuda":
@@ -246,25 +246,7 @@ class Session:
             timed.run()
         self.device.synchronize()
         print(f"  {impl.name}: ready in {time.perf_counter() - begin:.1f} s", flush=True)
-        return Contestant(impl, function, timed, peak_bytes, compile_s, saved)
-
-    def _compile(self, case: Case, impl: Impl, inputs: Inputs) -> tuple[Function, float | None]:
-        """The function after its first call, and the seconds of that where the case asks for them."""
-        case.reset()
-        if self.options.warm or not (case.cold and impl.compiles):
-            function = impl.prepare()
-            function(*inputs)
-            return function, None
-        with empty_caches():
-            if not self._compiler_is_warm:
-                warm_up_compiler(self.device.torch_device)
-                self._compiler_is_warm = True
-            self.device.synchronize()
-            begin = time.perf_counter()
-            function = impl.prepare()
-            function(*inputs)
-            self.device.synchronize()
-            return function, time.perf_counter() - begin
+        return Contestant(impl, function, timed, costs)
 
     def _input_sets(self, case: Case) -> list[Inputs]:
         """Enough sets that a sample takes a while and no set is still in the last-level cache when its turn comes."""
@@ -290,26 +272,6 @@ class Session:
             return 5
         slowest = max(sampler.sample(timed) * timed.calls for timed in contestants)
         return min(max(round(1000 / slowest), 21), 101)
-
-    def _peak_bytes(self, case: Case, function: Function, inputs: Inputs) -> int | None:
-        """Memory that one call takes on top of what is allocated before it."""
-        if self.device.type != "cuda":
-            return None
-        case.reset()
-        self.device.synchronize()
-        torch.cuda.reset_peak_memory_stats()
-        before = torch.cuda.memory_allocated()
-        function(*inputs)
-        self.device.synchronize()
-        return torch.cuda.max_memory_allocated() - before
-
-    def _saved(self, case: Case, function: Function, inputs: Inputs) -> tuple[int, int] | None:
-        """Of a function that can tell."""
-        measure: Callable[..., tuple[int, int]] | None = getattr(function, "saved", None)
-        if measure is None or self.device.type != "cuda":
-            return None
-        case.reset()
-        return measure(*inputs)
 
     def _ceiling_rows(self) -> list[Row]:
         """The ceilings measured since the last call, as rows of their own, so that percentages can be traced."""

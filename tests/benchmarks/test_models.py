@@ -10,6 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import costs
 import harness
 import models
 import pytest
@@ -118,7 +119,7 @@ def test_cold_cases_record_compile_time_and_each_starts_with_empty_caches(monkey
         return dataclasses.replace(impl, prepare=prepare)
 
     warmed: list[torch.device] = []
-    monkeypatch.setattr(harness, "warm_up_compiler", warmed.append)
+    monkeypatch.setattr(costs, "warm_up_compiler", warmed.append)
     impls = [watched(compiled(double, name, backend="eager")) for name in ("compile", "compile-again")]
     session = Session("double", Options(output=None, quick=True), DEVICE)
     rows = session.measure(cold_case([*impls, Impl("eager", lambda: double)]))
