@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 from answers import bounds, check
-from implementations import infuse_backend
+from implementations import infuse_backend, optional
 from model_shapes import Shape
 from parallel_models import chunk_of, config_of, engine, exact_dtype, read_prompt, tokens_of
 from parallel_timing import Measured, take_turns
@@ -83,8 +83,9 @@ class DecodeCase:
         for impl in steps:
             allowed = bounds(first[impl], first[self.impls[0]], self.shape.dtype, 2.0)
             check(f"{impl}, the last step", last[impl], last[self.impls[0]], [max(2 * allowed[0], 0.1)])
-        held = sum(part.numel() * part.element_size() for part in chain.models[0].model.parameters())
-        note = f"weights {held / 1e9:.2f} GB a device"
+        held = optional("infuse.models.cut_parameters").held
+        size = sum(held(part).nbytes for part in chain.models[0].model.parameters())
+        note = f"weights {size / 1e9:.2f} GB a device"
         return [Measured(self.name, impl, stats[impl], errors.get(impl), note) for impl in steps]
 
     def _errors(self, device: torch.device, first: dict[str, Tensor]) -> dict[str, float]:
