@@ -3,13 +3,19 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
+from unittest import mock
 
 import torch
 import torch.distributed as dist
+from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from infuse.models.checkpoint import load_sharded_model, load_weights, save_checkpoint
+from infuse.models.checkpoint_files import CheckpointFiles
+from infuse.models.cut_parameters import held
 from infuse.models.hugging_face_config import load_model_config
 from infuse.models.masks import attention_mask
 from infuse.models.parallel.pipeline import PipelineEngine
@@ -22,7 +28,7 @@ from tests.models.configs import CONFIG
 from tests.models.parallel.engines import PADDING, STEPS, assert_refused, assert_same_logits, logits_of
 from tests.models.test_sharded_rewrites import sites
 
-FAMILIES = ("llama", "llama_tied", "llama_biases_gelu", "qwen2", "mistral_window")
+FAMILIES = ("llama", "llama_tied", "llama3_scaled", "llama_biases_gelu", "qwen2", "mistral_window")
 CPU = torch.device("cpu")
 
 
@@ -59,16 +65,27 @@ def check_a_vocabulary_that_does_not_divide(peers: Peers, folder: Path) -> None:
     assert_same_logits(logits_of(engine, None), path)
 
 
-def check_a_rank_holds_its_part_only(peers: Peers, folder: Path) -> None:
+def check_a_rank_reads_and_holds_its_part_only(peers: Peers, folder: Path) -> None:
     whole = load_sharded_model(folder / "llama").model
+    norms = sum(part.numel() for part in whole.parameters() if part.dim() == 1)
+    half = norms + sum(part.numel() for part in whole.parameters() if part.dim() == 2) // 2
     for local in (False, True):
-        model = cut(folder / "llama", mesh_of(peers), local=local)
-        parts = [getattr(part, "to_local", lambda part=part: part)() for part in model.parameters()]
-        held = sum(part.numel() for part in parts)
-        norms = sum(part.numel() for part in whole.parameters() if part.dim() == 1)
-        assert held == norms + sum(part.numel() for part in whole.parameters() if part.dim() == 2) // 2
+        sizes: list[int] = []
+        with mock.patch.object(CheckpointFiles, "read", counting(CheckpointFiles.read, sizes)):
+            model = cut(folder / "llama", mesh_of(peers), local=local)
+        assert sum(sizes) == half
+        assert sum(held(part).numel() for part in model.parameters()) == half
         model.generate(torch.zeros(1, 2, dtype=torch.int64))
         assert model.model.layers[0].attn.kv_cache.k_cache.shape[1] == 1  # of the two heads
+
+
+def counting(read: Callable[..., Tensor], sizes: list[int]) -> Callable[..., Tensor]:
+    def counted(*args: Any) -> Tensor:
+        tensor = read(*args)
+        sizes.append(tensor.numel())
+        return tensor
+
+    return counted
 
 
 def check_heads_that_do_not_divide_are_refused(peers: Peers, folder: Path) -> None:

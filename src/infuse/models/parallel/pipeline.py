@@ -40,7 +40,8 @@ class PipelineEngine:
     ) -> Tensor:
         """Logits [B, S, vocab_size] fp32, the same bits on every rank, each of which gives the same arguments.
 
-        See `ShardedGeneralModel.generate`. Wrong arguments are an error on each rank before any of them waits.
+        See `ShardedGeneralModel.generate`. Wrong arguments are an error on each rank before any of them waits. All of
+        a prompt's logits travel to every rank; a long one is better read in several calls.
         """
         model = self.models[0]
         model.check(tokens, mask, input_pos, curr_pos)
