@@ -102,12 +102,16 @@ def parallel_model(
 
 
 def keep_local_weights(decoder: ShardTransformerDecoder, mesh: DeviceMesh) -> None:
-    """Turns the cut weights of the layers into plain tensors, for inference: only sums over ranks remain DTensor's.
+    """Turns the cut weights of layers and head into plain tensors, for inference: what is left to DTensor are the sums
+    over ranks, the gathering of logits, and the embedding.
 
     A compiler sees linears of the rank's own sizes then, which it may fuse with what is around them as in one process;
-    a linear of DTensors it leaves alone. Embedding and head stay as they are. Training, saving and loading need the
-    DTensors: do those before.
+    a linear of DTensors it leaves alone. Training, saving and loading need the DTensors: do those before.
     """
+    if decoder.output is not None:
+        tied = not isinstance(decoder.output, nn.Module)
+        weight = decoder.tok_embeddings.weight if tied else decoder.output.weight
+        decoder.output = _GatheredLinear(weight, mesh)
     for layer in decoder.layers:
         for name in _BY_ROWS:
             linear = layer.get_submodule(name)
@@ -140,3 +144,21 @@ class _SummedLinear(nn.Module):
         part = DTensor.from_local(self.linear(x), self._mesh, [Partial()], run_check=False)
         total: Tensor = part.redistribute(placements=[Replicate()]).to_local()
         return total if self.bias is None else total + self.bias
+
+
+class _GatheredLinear(nn.Module):
+    """A head cut by rows, of all ranks' rows: each computes its own logits and gets the others'."""
+
+    def __init__(self, weight: Tensor, mesh: DeviceMesh) -> None:
+        super().__init__()
+        self.linear = _plain(weight, None)
+        self._rows = weight.shape[0]
+        self._mesh = mesh
+
+    def forward(self, x: Tensor) -> Tensor:
+        batch_size, length, _ = x.shape
+        shape = torch.Size((batch_size, length, self._rows))
+        stride = (length * self._rows, self._rows, 1)  # the rows may not divide: the last rank has fewer then
+        part = DTensor.from_local(self.linear(x), self._mesh, [Cut(2)], run_check=False, shape=shape, stride=stride)
+        logits: Tensor = part.redistribute(placements=[Replicate()]).to_local()
+        return logits
