@@ -6,32 +6,14 @@ import copy
 
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from infuse import testing
-from tests.models.mahia.components import CASES, COMPILED, Case, Together
+from tests.models.mahia.components import CASES, COMPILED, Case, Together, results, widened
 from tests.tolerances import assert_close_to_fp64
 
 DTYPES = (torch.float32, torch.bfloat16)
 each_case = pytest.mark.parametrize("case", CASES.values(), ids=CASES)
-
-
-def widened(values: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-    return tuple(
-        value.detach().double().requires_grad_(value.requires_grad) if value.is_floating_point() else value
-        for value in values
-    )
-
-
-def results(parts: nn.ModuleList, outs: list[Tensor], inputs: list[tuple[Tensor, ...]]) -> dict[str, Tensor]:
-    """The COMPILED cases' outputs, and the gradients of weighted sums of them for floating-point inputs, parameters."""
-    wanted, total = {}, torch.zeros((), dtype=torch.float64)
-    for name, module, out, values in zip(COMPILED, parts, outs, inputs, strict=True):
-        total = total + (out.double() * torch.randn(out.shape, generator=torch.Generator().manual_seed(2))).sum()
-        wanted |= {f"{name}: input {index}": value for index, value in enumerate(values) if value.requires_grad}
-        wanted |= {f"{name}: {key}": parameter for key, parameter in CASES[name].parameters(module).items()}
-    grads = torch.autograd.grad(total, list(wanted.values()))
-    return {**dict(zip(COMPILED, outs)), **dict(zip(wanted, grads))}
 
 
 @each_case
