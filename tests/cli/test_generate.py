@@ -27,7 +27,6 @@ from infuse.models.parallel.heartbeat import PeerLostError
 from infuse.models.shard import split_layers
 from infuse.models.sharded import ShardChain
 from infuse.models.writing import Engine
-from tests.models.parallel.job import start
 from tests.models.trained import SCALE, save_trained
 
 PROMPTS = ["class Queue:\n    def __init__(self", "import os"]
@@ -203,14 +202,6 @@ def test_a_reader_may_leave(trained: Path, monkeypatch: pytest.MonkeyPatch, caps
         monkeypatch.setattr(sys, "stdout", output)
         assert main(["generate", "--checkpoint", str(trained), "--prompt", PROMPTS[0], *CPU, "--max-tokens", "5"]) == 1
     assert "Error" not in capsys.readouterr().err
-
-
-def test_processes_of_torchrun_write_what_one_process_writes(trained: Path, expected: list[str]) -> None:
-    options = ["--checkpoint", str(trained), "--device", "cpu", "--max-tokens", str(TOKENS), "--prompt", PROMPTS[0]]
-    with start(2, "-m", "infuse", "generate", *options, "--tp", "2") as processes:
-        outputs = [process.communicate(timeout=120)[0] for process in processes]
-        assert [process.returncode for process in processes] == [0, 0], outputs
-    assert f"{expected[0]}\nprompt of 19 tokens; " in outputs[0] and outputs[1] == ""
 
 
 def test_a_lost_process_is_one_line_and_exit_code_1(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import time
+import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 
@@ -49,7 +50,7 @@ def run(request: Request) -> None:
     Raises UserError where memory runs out, GenerationFailed where another process of the job is lost.
     """
     try:
-        with _engine(request) as engine:
+        with _without_warnings(), _engine(request) as engine:
             warm_up(request, engine)
             for tokens in request.prompts:
                 write(request, engine, tokens)
@@ -59,6 +60,15 @@ def run(request: Request) -> None:
         raise UserError(f"--device: got {request.device}, expected more memory: {reason}; {remedy}") from error
     except PeerLostError as error:
         raise GenerationFailed(str(error)) from error
+
+
+@contextlib.contextmanager
+def _without_warnings() -> Iterator[None]:
+    """Leaves out two that no folder can help: about fp32 without TF32, about torchtune's fp32 norms in bf16."""
+    with warnings.catch_warnings():
+        for message in ("TensorFloat32", "Mismatch dtype between input and weight"):
+            warnings.filterwarnings("ignore", message=message)
+        yield
 
 
 @contextlib.contextmanager
@@ -167,6 +177,8 @@ def steps(request: Request, engine: Engine, tokens: list[int], timing: Timing) -
 
 
 def _summary(prompt_length: int, timing: Timing) -> str:
-    first = f"prompt of {prompt_length} tokens; first token after {timing.first_token_s:.3f} s"
+    first = (
+        f"prompt of {prompt_length} token{'s' * (prompt_length > 1)}; first token after {timing.first_token_s:.3f} s"
+    )
     speed = timing.tokens_per_s
     return first if speed is None else f"{first}; {len(timing.tokens) - 1} more at {speed:.1f} tokens/s"

@@ -150,14 +150,23 @@ def stream_text(
     sampling: Sampling | None = None,
     stop_tokens: Collection[int] = (),
     generator: torch.Generator | None = None,
+    eager_prompt: bool = False,
 ) -> Iterator[str]:
     """Continues a text, yielding pieces as they become whole characters; the prompt and a stop token are left out.
 
-    tokenizer: from `load_tokenizer`. Raises what `stream_tokens` raises, at once, and ValueError for a prompt that is
-    no token.
+    tokenizer: from `load_tokenizer`; for the others see `stream_tokens`, whose errors are raised at once here too, and
+    ValueError for a prompt that is no token.
     """
     tokens, _ = pad_left([tokenizer.encode(prompt).ids])
-    steps = stream_tokens(engine, tokens, max_tokens, sampling=sampling, stop_tokens=stop_tokens, generator=generator)
+    steps = stream_tokens(
+        engine,
+        tokens,
+        max_tokens,
+        sampling=sampling,
+        stop_tokens=stop_tokens,
+        generator=generator,
+        eager_prompt=eager_prompt,
+    )
     return pieces(steps, tokenizer, stop_tokens)
 
 
