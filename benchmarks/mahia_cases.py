@@ -93,26 +93,30 @@ class Step:
 
     forward: Function
     module: nn.Module
-    kept_bytes: int = 0  # between the two, the output included
 
     def __call__(self, *args: Tensor) -> list[Tensor]:
-        *inputs, dy = args
+        inputs, dy = _leaves(args[:-1]), args[-1]
         self.module.zero_grad(set_to_none=True)
-        inputs = [value.detach().requires_grad_(value.is_floating_point()) for value in inputs]
-        before = _allocated(dy.device)
         y = self.forward(*inputs)
         assert isinstance(y, Tensor)
-        self.kept_bytes = _allocated(dy.device) - before
         y.backward(dy)
         leaves = [*inputs, *self.module.parameters()]
         return [y.detach(), *(leaf.grad for leaf in leaves if leaf.grad is not None)]
 
-    def remark(self) -> str:
-        return f"{self.kept_bytes} bytes kept for the backward" if self.kept_bytes else ""
+    def saved(self, *args: Tensor) -> tuple[int, int]:
+        """Bytes that the forward leaves allocated for the backward, the output not among them, and no gradients."""
+        inputs, device = _leaves(args[:-1]), args[0].device
+        self.module.zero_grad(set_to_none=True)
+        torch.cuda.synchronize(device)
+        before = torch.cuda.memory_allocated(device)
+        y = self.forward(*inputs)
+        assert isinstance(y, Tensor)
+        return max(torch.cuda.memory_allocated(device) - before - y.untyped_storage().nbytes(), 0), 0
 
 
-def _allocated(device: torch.device) -> int:
-    return torch.cuda.memory_allocated(device) if device.type == "cuda" else 0
+def _leaves(inputs: Sequence[Tensor]) -> list[Tensor]:
+    """The inputs as tensors of their own that gradients are taken for, where they can have one."""
+    return [value.detach().requires_grad_(value.is_floating_point()) for value in inputs]
 
 
 class Built:
@@ -154,10 +158,9 @@ class Built:
         """The output, in training followed by the gradients of floating-point inputs; the parameters' are added up."""
         if not train:
             return [module(*args)]
-        *inputs, dy = args
-        inputs = [value.detach().requires_grad_(value.is_floating_point()) for value in inputs]
+        inputs = _leaves(args[:-1])
         y = module(*inputs)
-        y.backward(dy)
+        y.backward(args[-1])
         return [y.detach(), *(value.grad for value in inputs if value.grad is not None)]
 
 
@@ -209,11 +212,11 @@ def components(batch: int, length: int, dim: int, dtype: torch.dtype) -> list[Co
     return [
         one("attention", lambda dim, length: mahia.MetaAttentionKernel(dim)),
         one("memory", lambda dim, length: mahia.GraphDiffusionMemory(dim)),
-        one("fabric", lambda dim, length: mahia.DynamicNeuroFabric(dim)),
         one("experts", lambda dim, length: mahia.SparseMoETopK(dim), by_sequence=False),
         one("hyena", lambda dim, length: mahia.HyenaBlock(dim)),
         one("fusion", lambda dim, length: mahia.FusionLayer(dim), views=2),
         dataclasses.replace(whole, batch=4 * batch, length=max(length // 4, 1)),
+        one("fabric", lambda dim, length: mahia.DynamicNeuroFabric(dim)),
     ]
 
 
