@@ -29,7 +29,7 @@ class TrainingCase:
 
     @property
     def name(self) -> str:
-        return f"{self.shape.name} train {self.length} tokens a device, FSDP2 over 2, compiled by layers"
+        return f"{self.shape.name} train {self.length} tokens a device, FSDP2 over 2, compiled by pieces"
 
     @property
     def impls(self) -> list[str]:
@@ -68,22 +68,22 @@ class TrainingCase:
         self, peers: Any, backend: str | None, dtype: torch.dtype, args: tuple[Tensor, Tensor]
     ) -> Callable[[], list[Tensor]]:
         parallel = optional("infuse.models.parallel.data_parallel")
-        loss_of = optional("infuse.models.parallel.pipeline_training").cross_entropy
         config = config_of(self.shape, self.length)
         shard = optional("infuse.models.shard").whole_model(MODEL_ID, config.num_layers)
         with peers.device:
             decoder = optional("infuse.models.decoder").GeneralMHA(config, shard)
         fill(decoder, config, shard)
         precision = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32)
-        parallel.shard_data_parallel(decoder, init_device_mesh(peers.device.type, (2,)), precision=precision)
+        model = parallel.DecoderWithLoss(decoder)
+        parallel.shard_data_parallel(model, init_device_mesh(peers.device.type, (2,)), precision=precision)
         if backend == "infuse":
             infuse_backend()
         if backend is not None:
-            parallel.compile_layers(decoder, backend=backend, dynamic=False)
+            model.compile_pieces(backend=backend, dynamic=False)
 
         def step() -> list[Tensor]:
-            decoder.zero_grad(set_to_none=True)
-            loss: Tensor = loss_of(decoder(args[0]), args[1])
+            model.zero_grad(set_to_none=True)
+            loss: Tensor = model(*args)
             loss.backward()
             last = decoder.layers[-1]
             chosen = (decoder.norm.scale, decoder.layers[0].sa_norm.scale, last.attn.q_proj.weight, last.mlp.w2.weight)

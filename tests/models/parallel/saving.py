@@ -10,7 +10,7 @@ from torch.distributed.device_mesh import init_device_mesh
 
 from infuse.models.checkpoint import load_sharded_model
 from infuse.models.decoder import ShardTransformerDecoder
-from infuse.models.parallel.data_parallel import shard_data_parallel
+from infuse.models.parallel.data_parallel import DecoderWithLoss, shard_data_parallel
 from infuse.models.parallel.process_group import Peers
 from infuse.models.parallel.saving import save_over_ranks
 from infuse.models.parallel.tensor_parallel import parallelize
@@ -48,7 +48,7 @@ def check_cut_weights_are_gathered(peers: Peers, folder: Path) -> None:
         if name == "tensor":
             parallelize(decoder, model.config, mesh)
         else:
-            shard_data_parallel(decoder, mesh)
+            shard_data_parallel(DecoderWithLoss(decoder), mesh)
         save_over_ranks(decoder, model.config, path, peers)
         assert sorted(file.name for file in path.iterdir()) == ["config.json", "model.safetensors"]
         assert_same_weights(path, folder / family)

@@ -15,7 +15,7 @@ from torch.distributed.fsdp import MixedPrecisionPolicy
 from infuse.models.config import ModelConfig
 from infuse.models.cut_parameters import gathered
 from infuse.models.decoder import GeneralMHA, ShardTransformerDecoder
-from infuse.models.parallel.data_parallel import compile_layers, shard_data_parallel
+from infuse.models.parallel.data_parallel import DecoderWithLoss, shard_data_parallel
 from infuse.models.parallel.pipeline_training import PipelineTraining, cross_entropy
 from infuse.models.parallel.process_group import Peers
 from infuse.models.parallel.tensor_parallel import parallelize
@@ -26,7 +26,10 @@ from tests.models.parallel.rewriting import Rewriting
 from tests.models.test_sharded_rewrites import sites
 
 TIED = dataclasses.replace(CONFIG, tie_word_embeddings=True)
-IN_A_LAYER = {"attention": 1, "rope": 2, "swiglu": 1, "rms_norm": 1, "add_rms_norm": 1}
+LARGE = dataclasses.replace(CONFIG, vocab_size=4097)  # a head whose loss is fused, and rows that don't divide
+# A layer, which is one graph for all; the last norm, head and loss.
+IN_A_LAYER = Counter({"attention": 1, "rope": 2, "swiglu": 1, "rms_norm": 1, "add_rms_norm": 1})
+AT_THE_END = Counter({"rms_norm": 1, "linear_cross_entropy": 1})
 
 
 def batch() -> tuple[Tensor, Tensor]:
@@ -72,30 +75,28 @@ def mean(loss: Tensor, peers: Peers) -> float:
 
 def check_fsdp_equals_one_process_and_keeps_its_sites(peers: Peers, folder: Path) -> None:
     mesh = init_device_mesh("cpu", (peers.world_size,))
-    tokens, targets = own_rows(peers)
-    alone = Rewriting()
-    model = decoder(TIED)
-    compile_layers(model, backend=alone)
-    cross_entropy(model(tokens), targets)
-    torch._dynamo.reset()
-    rewriting = Rewriting()
-    model = decoder(TIED)
-    shard_data_parallel(model, mesh)
-    compile_layers(model, backend=rewriting)
-    loss = cross_entropy(model(tokens), targets)
-    loss.backward()
-    assert_same_gradients(model, mean(loss, peers), one_process(TIED))
-    assert rewriting.counts == alone.counts == Counter(IN_A_LAYER) and rewriting.graphs == 1
+    for config in (LARGE, dataclasses.replace(LARGE, tie_word_embeddings=True)):
+        counts = []
+        for is_cut in (False, True):
+            torch._dynamo.reset()
+            model, rewriting = DecoderWithLoss(decoder(config)), Rewriting()
+            if is_cut:
+                shard_data_parallel(model, mesh)
+            model.compile_pieces(backend=rewriting)
+            loss = model(*own_rows(peers))
+            counts.append((rewriting.counts, rewriting.graphs))
+        loss.backward()
+        assert_same_gradients(model.decoder, mean(loss, peers), one_process(config))
+        assert counts == [(IN_A_LAYER + AT_THE_END, 2)] * 2, counts
 
 
 def check_fsdp_in_bfloat16_keeps_the_weights_in_fp32(peers: Peers, folder: Path) -> None:
     mesh = init_device_mesh("cpu", (peers.world_size,))
-    model = decoder(CONFIG)
+    model = DecoderWithLoss(decoder(CONFIG))
     shard_data_parallel(model, mesh, precision=MixedPrecisionPolicy(torch.bfloat16, torch.float32))
     dtypes = []
-    model.layers[0].register_forward_hook(lambda module, args, output: dtypes.append(output.dtype))
-    tokens, targets = own_rows(peers)
-    loss = cross_entropy(model(tokens), targets)
+    model.decoder.layers[0].register_forward_hook(lambda module, args, output: dtypes.append(output.dtype))
+    loss = model(*own_rows(peers))
     loss.backward()
     assert dtypes == [torch.bfloat16]
     assert {part.grad.dtype for part in model.parameters() if part.grad is not None} == {torch.float32}
@@ -105,13 +106,17 @@ def check_fsdp_in_bfloat16_keeps_the_weights_in_fp32(peers: Peers, folder: Path)
 
 def check_tensor_parallel_under_fsdp_equals_one_process(peers: Peers, folder: Path) -> None:
     mesh = init_device_mesh("cpu", (1, peers.world_size), mesh_dim_names=("data", "tensor"))
-    model = decoder(TIED)
-    parallelize(model, TIED, mesh["tensor"])
+    model = DecoderWithLoss(decoder(TIED))
+    parallelize(model.decoder, TIED, mesh["tensor"])
     shard_data_parallel(model, mesh["data"])
-    tokens, targets = batch()
-    loss = cross_entropy(model(tokens), targets)
+    loss = model(*batch())
     loss.backward()
-    assert_same_gradients(model, loss.item(), one_process(TIED))
+    assert_same_gradients(model.decoder, loss.item(), one_process(TIED))
+
+
+def check_a_shard_has_no_loss(peers: Peers, folder: Path) -> None:
+    shard = GeneralMHA(CONFIG, split_layers("m", 3, 2)[0])
+    assert_refused(lambda: DecoderWithLoss(shard), "expected a decoder with all layers")
 
 
 def check_tensor_parallel_trains_with_the_same_sites(peers: Peers, folder: Path) -> None:
