@@ -27,6 +27,7 @@ from infuse.models.parallel.heartbeat import PeerLostError
 from infuse.models.shard import split_layers
 from infuse.models.sharded import ShardChain
 from infuse.models.writing import Engine
+from tests.models.hugging_face import make_model, save_model
 from tests.models.trained import SCALE, save_trained
 
 PROMPTS = ["class Queue:\n    def __init__(self", "import os"]
@@ -113,6 +114,25 @@ def test_every_shard_is_compiled_once_and_prompts_are_not(
     # The token or hidden state, the mask over caches of a round length, the position.
     assert [sorted(map(len, each)) for each in shapes] == [[2, 2, 3], [2, 3, 3], [2, 3, 3]]
     assert all([1, 1, 128] in each for each in shapes)
+
+
+@pytest.mark.parametrize("family", ["llama3_scaled", "qwen2_tied", "mistral_window"])
+def test_other_families_write_what_transformers_writes(write: Write, tmp_path: Path, family: str) -> None:
+    """Stop tokens included: theirs is 2, and may come."""
+    model: Any = make_model(family)
+    save_model(model, tmp_path)
+    tokenizers = import_extra("tokenizers")
+    letters = {
+        letter: index for index, letter in enumerate(sorted(tokenizers.pre_tokenizers.ByteLevel.alphabet())[:64])
+    }
+    tokenizer = tokenizers.Tokenizer(tokenizers.models.BPE(letters, merges=[]))
+    tokenizer.decoder = tokenizers.decoders.ByteLevel()
+    tokenizer.save(str(tmp_path / "tokenizer.json"))
+    tokens = torch.tensor([tokenizer.encode("HELLO").ids])
+    options = {"do_sample": False, "max_new_tokens": TOKENS, "pad_token_id": 0}
+    ids = model.generate(tokens, attention_mask=torch.ones_like(tokens), **options)[0, 5:].tolist()
+    expected = tokenizer.decode(ids[: ids.index(2)] if 2 in ids else ids)
+    assert len(ids) > 5 and write("--shards", "2", folder=tmp_path, prompts=["HELLO"])[0] == expected + "\n"
 
 
 def test_drawn_text_follows_from_the_seed(write: Write) -> None:

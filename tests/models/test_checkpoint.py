@@ -18,7 +18,13 @@ pytest.importorskip("safetensors")
 
 from safetensors.torch import load_file, save_file
 
-from infuse.models.checkpoint import load_sharded_model, load_weights, save_checkpoint
+from infuse.models.checkpoint import (
+    CheckpointMismatch,
+    check_checkpoint,
+    load_sharded_model,
+    load_weights,
+    save_checkpoint,
+)
 from infuse.models.extras import import_extra
 from infuse.models.hugging_face_config import load_model_config
 from infuse.models.shard import Shard, split_layers, whole_model
@@ -250,3 +256,43 @@ def test_shards_of_different_dtypes_are_not_saved(folder: Path, tmp_path: Path) 
     with pytest.raises(ValueError, match="different configurations or dtypes"):
         save_checkpoint(models, tmp_path / "ours")
     assert not (tmp_path / "ours").exists()
+
+
+def test_a_checkpoint_is_checked_before_there_is_memory_for_a_weight(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made = []
+    whole = ShardedGeneralModel.__init__
+
+    def watch(model: ShardedGeneralModel, *args: Any, **options: Any) -> None:
+        whole(model, *args, **options)
+        made.append({parameter.device.type for parameter in model.parameters()})
+
+    monkeypatch.setattr(ShardedGeneralModel, "__init__", watch)
+    load_sharded_model(folder)
+    assert made == [{"meta"}, {"cpu"}]
+    change(folder, lambda tensors: tensors.pop(Q))
+    with pytest.raises(CheckpointMismatch, match=f"missing:\n    {Q}"):
+        load_sharded_model(folder)
+    assert made[2:] == [{"meta"}]
+
+
+def test_loading_draws_no_initial_values_and_shows_every_tensor(folder: Path) -> None:
+    state, sizes = torch.get_rng_state(), []
+    model = load_sharded_model(folder, on_tensor=lambda tensor: sizes.append(tensor.numel()))
+    assert torch.equal(torch.get_rng_state(), state)
+    assert len(sizes) == len(list(model.parameters())) and sum(sizes) == check_checkpoint(folder)
+    parts = [check_checkpoint(folder, shard) for shard in split_layers("m", 3, 2)]
+    assert sum(parts) == sum(sizes) and min(parts) > 0
+
+
+def test_problems_fit_in_one_line() -> None:
+    found = {
+        "missing": [f"a{number}" for number in range(5)],
+        "contradictory": [],
+        "of another shape": ["b: got, expected"],
+    }
+    assert CheckpointMismatch("folder", found).one_line() == (
+        "folder: a checkpoint that does not fit the model: missing: a0, a1, a2, and 2 more; "
+        "of another shape: b: got, expected"
+    )

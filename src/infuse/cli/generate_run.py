@@ -47,7 +47,7 @@ class Timing:
 def run(request: Request) -> None:
     """Writes the texts to the output, and what it took to the error output.
 
-    Raises UserError where memory runs out, GenerationFailed where another process of the job is lost.
+    Raises UserError where memory runs out; GenerationFailed where it does in one of several processes, or one is lost.
     """
     try:
         with _without_warnings(), _engine(request) as engine:
@@ -56,10 +56,16 @@ def run(request: Request) -> None:
                 write(request, engine, tokens)
     except torch.OutOfMemoryError as error:
         remedy = "--shards under torchrun spreads a model over several GPUs"
-        reason = str(error).partition(".")[0]
-        raise UserError(f"--device: got {request.device}, expected more memory: {reason}; {remedy}") from error
+        reason = f"got {request.device}, expected more memory: {str(error).partition('.')[0]}; {remedy}"
+        if _several_processes():  # the others don't know
+            raise GenerationFailed(reason) from error
+        raise UserError(f"--device: {reason}") from error
     except PeerLostError as error:
         raise GenerationFailed(str(error)) from error
+
+
+def _several_processes() -> bool:
+    return int(os.environ.get("WORLD_SIZE", "1")) > 1
 
 
 @contextlib.contextmanager
@@ -73,7 +79,7 @@ def _without_warnings() -> Iterator[None]:
 
 @contextlib.contextmanager
 def _engine(request: Request) -> Iterator[Engine]:
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+    if _several_processes():
         from infuse.models.parallel import launch
 
         processes = launch.open_engine(
@@ -86,8 +92,11 @@ def _engine(request: Request) -> Iterator[Engine]:
             compile_with=lambda decoder: compile_decoder(request, decoder),
         )
         with contextlib.ExitStack() as stack:
-            with waiting("loading"):
-                engine = stack.enter_context(processes)
+            try:
+                with waiting("loading"):
+                    engine = stack.enter_context(processes)
+            except (ValueError, OSError) as error:  # such as a folder that is not the same on every machine
+                raise GenerationFailed(str(error)) from error
             yield engine
     else:
         with counting("loading", request.num_parameters * request.dtype.itemsize) as advance:
