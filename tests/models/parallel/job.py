@@ -9,12 +9,30 @@ import os
 import subprocess
 import sys
 import traceback
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch.distributed as dist
+from filelock import FileLock
+
+if TYPE_CHECKING:
+    import pytest
 
 ROOT = Path(__file__).resolve().parents[3]
+
+
+def once(factory: pytest.TempPathFactory, name: str, run: Callable[[Path], None]) -> Path:
+    """A folder that `run` has filled: only one of the test processes, which share it, runs."""
+    common = factory.getbasetemp()
+    common = common.parent if common.name.startswith("popen-") else common  # a folder for each of xdist's processes
+    folder = common / name
+    with FileLock(common / f"{name}.lock"):
+        if not (folder / "done").exists():
+            folder.mkdir()
+            run(folder)
+            (folder / "done").touch()
+    return folder
 
 
 @contextlib.contextmanager
@@ -75,7 +93,7 @@ def main(folder: Path, names: list[str]) -> None:
 
     torch.set_num_threads(1)
     torch._inductor.config.force_disable_caches = True
-    with process_group("cpu") as peers:
+    with process_group("cpu", timeout_s=120) as peers:
         for name in names:
             module, _, function = name.partition(".")
             torch.manual_seed(0)

@@ -10,28 +10,28 @@ from pathlib import Path
 import pytest
 import torch.distributed as dist
 
-from tests.models.parallel import losses
-from tests.models.parallel.job import ROOT
+from tests.models.parallel import job, losses
 
 pytestmark = pytest.mark.skipif(not dist.is_available(), reason="this torch has no torch.distributed")
 TIMEOUT_S = 5.0
-GRACE_S = 7.0  # starting, a moment to end by itself, and a machine that is busy with other tests
+GRACE_S = 15.0  # starting, a moment to end by itself, and a machine that is busy with other tests
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    path = tmp_path_factory.mktemp("losses")
-    stores = [dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False) for _ in losses.JOBS]
-    ports = [str(store.port) for store in stores]
-    command = [sys.executable, "-m", "tests.models.parallel.losses", str(path), str(TIMEOUT_S), *ports]
-    subprocess.run(command, cwd=ROOT, check=True, timeout=120)
-    return path
+    def run(path: Path) -> None:
+        stores = [dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False) for _ in losses.JOBS]
+        ports = [str(store.port) for store in stores]
+        command = [sys.executable, "-m", "tests.models.parallel.losses", str(path), str(TIMEOUT_S), *ports]
+        subprocess.run(command, cwd=job.ROOT, check=True, timeout=120)
+
+    return job.once(tmp_path_factory, "lost-peers", run)
 
 
-def ended(folder: Path, job: str, rank: int) -> tuple[int, str]:
-    file = folder / f"{job}.{rank}.json"
-    said = (folder / f"{job}.{rank}").read_text()
-    assert file.exists(), f"{job}: rank {rank} did not end: {said}"
+def ended(folder: Path, name: str, rank: int) -> tuple[int, str]:
+    file = folder / f"{name}.{rank}.json"
+    said = (folder / f"{name}.{rank}").read_text()
+    assert file.exists(), f"{name}: rank {rank} did not end: {said}"
     result = json.loads(file.read_text())
     assert result["seconds"] < TIMEOUT_S + GRACE_S, result
     return result["code"], said

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import functools
-from collections.abc import Callable
+import json
 from pathlib import Path
 
 import pytest
@@ -21,19 +20,19 @@ CHECKS = [name for module in ("pipeline", "tensor_parallel", "training", "saving
 
 
 @pytest.fixture(scope="module")
-def outcome(tmp_path_factory: pytest.TempPathFactory) -> Callable[[], dict[str, str]]:
-    @functools.cache
-    def run() -> dict[str, str]:
-        folder: Path = tmp_path_factory.mktemp("job")
+def outcome(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    """What each check came to; where an earlier one failed, all from there on."""
+
+    def run(folder: Path) -> None:
         for family in {*pipeline.FAMILIES, *tensor_parallel.FAMILIES}:
             save_model(make_model(family), folder / family)
-        return job.results(2, CHECKS, folder)
+        (folder / "outcome.json").write_text(json.dumps(job.results(2, CHECKS, folder)))
 
-    return run
+    found: dict[str, str] = json.loads((job.once(tmp_path_factory, "two-processes", run) / "outcome.json").read_text())
+    return found
 
 
 @pytest.mark.parametrize("name", CHECKS)
-def test_two_processes(outcome: Callable[[], dict[str, str]], name: str) -> None:
-    failure = outcome()[name]
-    if failure:
-        pytest.fail(failure, pytrace=False)
+def test_two_processes(outcome: dict[str, str], name: str) -> None:
+    if outcome[name]:
+        pytest.fail(outcome[name], pytrace=False)
