@@ -26,6 +26,7 @@ _KERNELS = (
     cross_entropy_kernels,
     linear_kernels,
 )
+SHORT = {"bfloat16": "bf16", "float16": "fp16", "float32": "fp32", "float64": "fp64"}
 DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
 
 
@@ -50,14 +51,19 @@ def _example(annotation: str, dtype: torch.dtype) -> object:
 
 
 def cell(op: str) -> str:
-    dtypes = kernel_dtypes(op)
-    return f"{', '.join(dtypes)} on {', '.join(build.architectures())}" if dtypes else "decomposition"
+    return ", ".join(SHORT.get(dtype, dtype) for dtype in kernel_dtypes(op)) or "formula"
 
 
 def table() -> str:
-    """One row an operator: what runs forward and backward on CUDA; elsewhere it is the decomposition."""
-    lines = ["| operator | forward kernel | backward kernel | elsewhere |", "|---|---|---|---|"]
+    """One row an operator: the dtypes of its kernels forward and backward, and before the rows where these run."""
+    lines = [
+        f"Kernels for {', '.join(build.DEFAULT_ARCHITECTURES)}; everywhere else, for other dtypes and where the table "
+        "says so, it is the operator's formula, inlined.",
+        "",
+        "| operator | forward | backward |",
+        "|---|---|---|",
+    ]
     for op in PATTERNS:
         importlib.import_module(f"infuse.ops.{op}")
-        lines.append(f"| `infuse::{op}` | {cell(op)} | {cell(op + '_bwd')} | decomposition, inlined |")
+        lines.append(f"| `{op}` | {cell(op)} | {cell(op + '_bwd')} |")
     return "\n".join(lines) + "\n"

@@ -1,10 +1,12 @@
-"""The README's tables of results, made from benchmarks/results: between markers, and nowhere typed by hand.
+"""The tables of README.md and benchmarks/README.md and the figure of the whole models, made from benchmarks/results.
 
     python benchmarks/tables.py [--check] [--readme FILE] [--results DIR]
 
-A marker `<!-- results:norms -->` and the next `<!-- /results -->` enclose the table of that benchmark; what stands
-between them is replaced. `<!-- support -->` likewise holds the table of support. For each device and case the newest
-run is taken that has both Infuse and something to compare it with.
+Nothing of them is typed by hand. A marker `<!-- results:norms -->` and the next `<!-- /results -->` enclose the table
+of that benchmark; what stands between them is replaced. After the name a device may follow, and after it what the names
+of cases match: `<!-- results:models nvidia-h200 (?!mahia) -->`. `<!-- support -->` likewise holds the table of support.
+For each device and case the newest run is taken that has both Infuse and something to compare it with, of those with
+max-autotune where there are any.
 """
 
 from __future__ import annotations
@@ -18,22 +20,28 @@ from pathlib import Path
 from report import is_infuse, milliseconds
 from rows import RESULTS, Row, load
 
-README = Path(__file__).resolve().parent.parent / "README.md"
+HERE = Path(__file__).resolve().parent
+DOCUMENTS = (HERE.parent / "README.md", HERE / "README.md")
 # Measured for the kernels' sake: not what torch.compile with Infuse gives a user. How such names begin.
 NOT_FOR_USERS = "infuse-kernel"
 # Whose tables show the memory that a call takes beyond its inputs, too.
 ABOUT_MEMORY = ("linear_cross_entropy",)
 # Cases that a benchmark had once and that larger ones replace.
 RETIRED = {"models": re.compile(r"llama-8b 2 layers")}
-_BLOCK = re.compile(r"(<!-- results:(?P<benchmark>\w+) -->\n)(?P<body>.*?)(<!-- /results -->)", re.DOTALL)
+_BLOCK = re.compile(
+    r"(<!-- results:(?P<benchmark>\w+)(?: (?P<device>[\w*-]+))?(?: (?P<cases>[^\n]+?))? -->\n)"
+    r"(?P<body>.*?)(<!-- /results -->)",
+    re.DOTALL,
+)
 _SUPPORT = re.compile(r"(<!-- support -->\n).*?(<!-- /support -->)", re.DOTALL)
 
 
 def update(readme_text: str, results_root: Path) -> str:
-    """The README's text with every marked block made anew. A block with no results says so."""
+    """The text with every marked block made anew. A block with no results says so."""
 
     def fill(match: re.Match[str]) -> str:
-        return match.group(1) + tables(match.group("benchmark"), results_root) + match.group(4)
+        table = tables(match["benchmark"], results_root, match["device"] or "*", match["cases"] or "")
+        return match[1] + table + match[match.re.groups]
 
     def fill_support(match: re.Match[str]) -> str:
         from support import table
@@ -43,12 +51,12 @@ def update(readme_text: str, results_root: Path) -> str:
     return _SUPPORT.sub(fill_support, _BLOCK.sub(fill, readme_text))
 
 
-def tables(benchmark: str, results_root: Path) -> str:
-    """One Markdown table for each device that has results of this benchmark."""
-    files = sorted(results_root.glob(f"*/{benchmark}.jsonl"))
+def tables(benchmark: str, results_root: Path, device: str = "*", cases: str = "") -> str:
+    """One Markdown table for each device that has results of this benchmark, of the cases that match an expression."""
+    files = sorted(results_root.glob(f"{device}/{benchmark}.jsonl"))
     if benchmark == "coverage" and files:
         return "\n".join(coverage_table(path) for path in files)
-    parts = [part for part in (device_table(benchmark, load(path)) for path in files) if part]
+    parts = [part for part in (device_table(benchmark, load(path), cases) for path in files) if part]
     return "\n".join(parts) if parts else f"No results yet: `python benchmarks/{benchmark}.py` makes them.\n"
 
 
@@ -66,11 +74,18 @@ def coverage_table(path: Path) -> str:
     return f"{caption}\n\n{coverage_rows.table(rows)}"
 
 
-def device_table(benchmark: str, rows: Sequence[Row]) -> str:
-    """The best of Infuse against the best of the others, case by case; "" when no run has both."""
+def newest_pairs(benchmark: str, rows: Sequence[Row], cases: str = "") -> list[tuple[Row, Row]]:
+    """(best other, best Infuse) of each case that is measured still and that matches an expression."""
     retired = RETIRED.get(benchmark)
-    cases = [case for case in dict.fromkeys(row.case for row in rows) if not (retired and retired.search(case))]
-    pairs = [pair for case in cases if (pair := newest_pair([row for row in rows if row.case == case])) is not None]
+    names = [name for name in dict.fromkeys(row.case for row in rows) if not (retired and retired.search(name))]
+    wanted = [name for name in names if re.match(cases, name)]
+    pairs = [newest_pair([row for row in rows if row.case == name]) for name in wanted]
+    return [pair for pair in pairs if pair is not None]
+
+
+def device_table(benchmark: str, rows: Sequence[Row], cases: str = "") -> str:
+    """The best of Infuse against the best of the others, case by case; "" when no run has both."""
+    pairs = newest_pairs(benchmark, rows, cases)
     if not pairs:
         return ""
     used = [row for pair in pairs for row in pair]
@@ -92,14 +107,17 @@ def device_table(benchmark: str, rows: Sequence[Row]) -> str:
 
 
 def newest_pair(rows: Sequence[Row]) -> tuple[Row, Row] | None:
-    """(best other, best Infuse) of one case, from the last run in the file that has both."""
-    for run_id in reversed(list(dict.fromkeys(row.run_id for row in rows))):
+    """(best other, best Infuse) of one case, from the last run in the file that has both, with max-autotune if any."""
+    found: list[tuple[Row, Row]] = []
+    for run_id in dict.fromkeys(row.run_id for row in rows):
         run = [row for row in rows if row.run_id == run_id and not row.impl.startswith(NOT_FOR_USERS)]
         ours = [row for row in run if is_infuse(row.impl)]
         others = [row for row in run if not is_infuse(row.impl)]
         if ours and others:
-            return min(others, key=lambda row: row.median_ms), min(ours, key=lambda row: row.median_ms)
-    return None
+            found.append((min(others, key=lambda row: row.median_ms), min(ours, key=lambda row: row.median_ms)))
+    tuned = {row.run_id for row in rows if row.impl == "compile-max-autotune"}
+    tuned &= {row.run_id for row in rows if row.impl == "infuse-max-autotune"}
+    return next((pair for pair in reversed(found) if pair[0].run_id in tuned), found[-1] if found else None)
 
 
 def line(other: Row, ours: Row, beside: Sequence[Callable[[Row], str]] = ()) -> str:
@@ -136,19 +154,26 @@ BESIDE: tuple[tuple[str, str, Callable[[Row], str]], ...] = (
 
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--check", action="store_true", help="change nothing; exit 1 if the README is out of date")
-    parser.add_argument("--readme", type=Path, default=README, metavar="FILE")
+    parser.add_argument("--check", action="store_true", help="change nothing; exit 1 if something is out of date")
+    parser.add_argument("--readme", type=Path, metavar="FILE", help="this file alone (default: both and the figure)")
     parser.add_argument("--results", type=Path, default=RESULTS, metavar="DIR")
     arguments = parser.parse_args(argv)
-    text = arguments.readme.read_text(encoding="utf-8")
-    updated = update(text, arguments.results)
-    if arguments.check:
+    outdated: list[Path] = []
+    for path in DOCUMENTS if arguments.readme is None else (arguments.readme,):
+        text = path.read_text(encoding="utf-8")
+        updated = update(text, arguments.results)
         if updated != text:
-            print(f"{arguments.readme}: its tables are out of date; run python benchmarks/tables.py", file=sys.stderr)
-        return int(updated != text)
-    if updated != text:
-        arguments.readme.write_text(updated, encoding="utf-8")
-    return 0
+            outdated.append(path)
+            if not arguments.check:
+                path.write_text(updated, encoding="utf-8")
+    if arguments.readme is None:
+        import plots
+
+        outdated += plots.update(arguments.results, change=not arguments.check)
+    if arguments.check:
+        for path in outdated:
+            print(f"{path}: out of date; run python benchmarks/tables.py", file=sys.stderr)
+    return int(bool(outdated) and arguments.check)
 
 
 if __name__ == "__main__":

@@ -78,6 +78,27 @@ def test_newest_run_with_both_sides_counts(results: Path) -> None:
     assert "| infuse | 1.25 ms | 0.80x |" in tables.update(README, results)
 
 
+def test_runs_with_max_autotune_count_before_newer_ones_without(results: Path) -> None:
+    tuned = [
+        row(impl, ms, run_id="run-2") for impl, ms in (("compile-max-autotune", 0.9), ("infuse-max-autotune", 0.3))
+    ]
+    newer = [row("compile", 1.0, run_id="run-3"), row("infuse", 0.7, run_id="run-3")]
+    append(results_file(results, "nvidia-h200", "norms"), [*tuned, *newer])
+    assert "| compile-max-autotune | 900.0 us | infuse-max-autotune | 300.0 us | 3.00x |" in tables.update(
+        README, results
+    )
+
+
+def test_a_marker_names_a_device_and_cases(results: Path) -> None:
+    for gpu in ("nvidia-h200", "nvidia-a10"):
+        pairs = [row(impl, 2.0, f"{name} 8x8", gpu=gpu) for name in ("relu", "gelu") for impl in ("eager", "infuse")]
+        append(results_file(results, gpu, "norms"), pairs)
+    text = tables.update(README.replace("results:norms", "results:norms nvidia-h200 (?!rms|gelu)"), results)
+    assert "`nvidia-h200`" in text and "`nvidia-a10`" not in text
+    assert "relu 8x8" in text and "gelu 8x8" not in text and "rms_norm 8x8" not in text
+    assert tables.update(text, results) == text
+
+
 def test_each_device_has_a_table(results: Path) -> None:
     rows = [dataclasses.replace(row(impl, 2.0), gpu="nvidia-a10") for impl in ("eager", "infuse")]
     append(results_file(results, "nvidia-a10", "norms"), rows)
