@@ -181,6 +181,10 @@ def test_another_token_in_a_timed_round_is_an_error(tmp_path: Path) -> None:
         demo_generation._round(plan(tmp_path), dict.fromkeys(variants, Writer()), variants, 0)  # type: ignore[arg-type]
 
 
+def test_control_characters_do_not_reach_the_terminal() -> None:
+    assert demo_generation._shown("a\x1b[2J\nb\r\té") == "a\ufffd[2J\n  b\ufffd\ufffdé"
+
+
 def test_an_earlier_demos_folder_is_replaced(tmp_path: Path) -> None:
     for seed in (0, 1):
         trained = llama.torchtune_llama3(plan(tmp_path).config, seed)

@@ -228,9 +228,15 @@ def _show(variants: dict[str, Variant], margin: float) -> None:
 def _stream(plan: Plan, writer: _Writer) -> str:
     """Shows a text as it comes, indented; returns all of it, the prompt included."""
     written = plan.prompt
-    print("  " + f"{plan.prompt}|".replace("\n", "\n  "), end="")
+    print("  " + _shown(f"{plan.prompt}|"), end="")
     for piece in pieces(writer.steps(), writer.request.tokenizer):
-        print(piece.replace("\n", "\n  "), end="", flush=True)
+        print(_shown(piece), end="", flush=True)
         written += piece
     print()
     return written
+
+
+def _shown(piece: str) -> str:
+    """Indented, without the control characters that a model which has learned little may write to the terminal."""
+    visible = "".join(letter if letter.isprintable() or letter == "\n" else "\ufffd" for letter in piece)
+    return visible.replace("\n", "\n  ")
