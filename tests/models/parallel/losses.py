@@ -9,6 +9,7 @@ and how it ended and after how many seconds to FOLDER/<job>.<rank>.json.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import signal
@@ -21,6 +22,8 @@ import torch
 import torch.distributed as dist
 
 from infuse.models.parallel.process_group import Peers, process_group
+
+FIRST_TIMEOUT_S = 20.0  # of the job that fails once
 
 
 def killed(peers: Peers) -> None:
@@ -50,6 +53,14 @@ def slow(peers: Peers) -> None:
     dist.all_reduce(torch.zeros(1))
 
 
+def again(peers: Peers) -> None:
+    """All fail, and join again."""
+    if peers.heartbeat.timeout_s == FIRST_TIMEOUT_S:
+        raise ValueError("not this time")
+    time.sleep(3 * peers.heartbeat.interval_s)  # long enough to see what a peer has reported
+    dist.all_reduce(torch.zeros(1))
+
+
 def absent(peers: Peers) -> None:
     raise AssertionError("expected process_group not to start without rank 1")
 
@@ -60,6 +71,7 @@ JOBS: dict[str, tuple[Callable[[Peers], None], int, int]] = {
     "stopped": (stopped, 2, 2),
     "failed": (failed, 2, 2),
     "slow": (slow, 2, 2),
+    "again": (again, 2, 2),
     "absent": (absent, 2, 1),
 }
 
@@ -74,6 +86,9 @@ def run_rank(name: str, rank: int, port: int, folder: Path, timeout_s: float) ->
     os.environ |= {"MASTER_PORT": str(port), "GLOO_SOCKET_IFNAME": "lo"}
     os.environ |= {"TORCHELASTIC_USE_AGENT_STORE": "True", "TORCHELASTIC_RESTART_COUNT": "0"}
     try:
+        if name == "again":
+            with contextlib.suppress(ValueError), process_group("cpu", timeout_s=FIRST_TIMEOUT_S) as peers:
+                action(peers)
         with process_group("cpu", timeout_s=timeout_s) as peers:
             peers.describe(f"part {rank} of {name}")
             dist.barrier()

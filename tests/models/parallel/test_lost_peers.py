@@ -61,6 +61,11 @@ def test_a_peer_that_works_for_long_is_not_lost(folder: Path, rank: int) -> None
     assert ended(folder, "slow", rank) == (0, "")
 
 
+@pytest.mark.parametrize("rank", [0, 1])
+def test_processes_that_have_failed_may_join_again(folder: Path, rank: int) -> None:
+    assert ended(folder, "again", rank) == (0, "")
+
+
 def test_a_peer_that_never_starts_is_named(folder: Path) -> None:
     code, said = ended(folder, "absent", 0)
     assert code == 3 and "rank 0 waited 5 s for rank 1, expected every rank to start" in said

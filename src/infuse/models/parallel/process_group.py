@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import os
 import socket
 from collections.abc import Callable, Iterator
@@ -19,6 +20,7 @@ from infuse.models.parallel.heartbeat import Heartbeat, PeerLostError
 
 Result = TypeVar("Result")
 _VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
+_NUMBERS = itertools.count()  # of the groups that this process has joined: each has keys of its own in the store
 _OF_CONNECTIONS = ("gloo", "nccl", "connection")  # words in the RuntimeErrors of collectives whose peer has gone
 
 
@@ -71,14 +73,15 @@ def process_group(
     """
     rank, world_size, own = _place(device)
     limit = timedelta(seconds=timeout_s)
-    store, _, _ = next(rendezvous("env://", timeout=limit))
-    beats: Any = PrefixStore("infuse/peers", store)
+    job, _, _ = next(rendezvous("env://", timeout=limit))
+    store = PrefixStore(f"infuse/{next(_NUMBERS)}", job)
+    beats: Any = PrefixStore("peers", store)
     heartbeat = Heartbeat(beats.clone(), rank, world_size, timeout_s)
     heartbeat.meet(_name(f"rank {rank} of {world_size}"))
     try:
         dist.init_process_group(
             "nccl" if own.type == "cuda" else "gloo",
-            store=PrefixStore("infuse/group", store),
+            store=PrefixStore("group", store),
             rank=rank,
             world_size=world_size,
             timeout=timedelta(seconds=collective_timeout_s),
@@ -133,8 +136,8 @@ def _fail(error: BaseException, rank: int, heartbeat: Heartbeat) -> None:
 
 def _wait_for_all(store: Store, rank: int, world_size: int, heartbeat: Heartbeat) -> None:
     """Nobody closes connections, or the store that it holds, while another still uses them."""
-    store.set(f"infuse/end/{rank}", "1")
-    keys = [f"infuse/end/{other}" for other in range(world_size)]
+    store.set(f"end/{rank}", "1")
+    keys = [f"end/{other}" for other in range(world_size)]
     while heartbeat.lost is None:
         try:
             store.wait(keys, timedelta(seconds=heartbeat.interval_s))
