@@ -25,7 +25,7 @@ DOCUMENTS = (HERE.parent / "README.md", HERE / "README.md")
 # Measured for the kernels' sake: not what torch.compile with Infuse gives a user. How such names begin.
 NOT_FOR_USERS = "infuse-kernel"
 # Whose tables show the memory that a call takes beyond its inputs, too.
-ABOUT_MEMORY = ("linear_cross_entropy",)
+ABOUT_MEMORY = ("linear_cross_entropy", "models")
 # Cases that a benchmark had once and that larger ones replace.
 RETIRED = {"models": re.compile(r"llama-8b 2 layers")}
 _BLOCK = re.compile(
