@@ -33,8 +33,8 @@ def pairs(results: Path, device: str = DEVICE) -> dict[str, list[Pair]]:
     """(stock, Infuse) by kind of case, as they are drawn from top to bottom; kinds without results are left out."""
     path = results / device / "models.jsonl"
     found = tables.newest_pairs("models", load(path), CASES) if path.exists() else []
-    kinds = {kind: [pair for pair in found if f" {kind}" in pair[0].case] for kind in TITLES}
-    return {kind: sorted(of_kind, key=lambda pair: pair[0].case) for kind, of_kind in kinds.items() if of_kind}
+    kinds = {kind: [pair for pair in found if f" {kind}" in pair[0].case] for kind in tables.MODEL_STEPS}
+    return {kind: of_kind for kind, of_kind in kinds.items() if of_kind}
 
 
 def digest(groups: dict[str, list[Pair]]) -> str:

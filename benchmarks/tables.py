@@ -28,6 +28,8 @@ NOT_FOR_USERS = "infuse-kernel"
 ABOUT_MEMORY = ("linear_cross_entropy", "models")
 # Cases that a benchmark had once and that larger ones replace.
 RETIRED = {"models": re.compile(r"llama-8b 2 layers")}
+# In this order the cases of whole models are told.
+MODEL_STEPS = ("decode", "prefill", "train")
 _BLOCK = re.compile(
     r"(<!-- results:(?P<benchmark>\w+)(?: (?P<device>[\w*-]+))?(?: (?P<cases>[^\n]+?))? -->\n)"
     r"(?P<body>.*?)(<!-- /results -->)",
@@ -79,8 +81,18 @@ def newest_pairs(benchmark: str, rows: Sequence[Row], cases: str = "") -> list[t
     retired = RETIRED.get(benchmark)
     names = [name for name in dict.fromkeys(row.case for row in rows) if not (retired and retired.search(name))]
     wanted = [name for name in names if re.match(cases, name)]
+    if benchmark == "models":
+        wanted.sort(key=_step_and_name)
     pairs = [newest_pair([row for row in rows if row.case == name]) for name in wanted]
     return [pair for pair in pairs if pair is not None]
+
+
+def _step_and_name(case: str) -> tuple[int, str]:
+    """What cases of whole models are sorted by; others come first, as they were measured."""
+    for place, step in enumerate(MODEL_STEPS):
+        if re.search(rf" {step}[ ,]", case):
+            return place, case
+    return -1, ""
 
 
 def device_table(benchmark: str, rows: Sequence[Row], cases: str = "") -> str:
