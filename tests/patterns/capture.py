@@ -32,7 +32,7 @@ MODES = (
 # Kinds that the lowering takes only where a kernel for them pays.
 NEED_KERNELS = (
     *("qk_norm_rope", "rope_cache_write", "norm_linear", "packed_linear", "linear_swiglu", "norm_linear_swiglu"),
-    *("linear_add", "gated_mlp", "grouped_linear_swiglu"),
+    *("linear_add", "gated_mlp", "grouped_linear_swiglu", "embedding"),
 )
 
 
