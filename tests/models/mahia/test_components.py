@@ -10,7 +10,7 @@ from torch import Tensor
 
 from infuse import testing
 from tests.models.mahia.components import CASES, COMPILED, Case, Together, results, widened
-from tests.tolerances import assert_close_to_fp64
+from tests.tolerances import assert_close_to_fp64, error, rounding
 
 DTYPES = (torch.float32, torch.bfloat16)
 each_case = pytest.mark.parametrize("case", CASES.values(), ids=CASES)
@@ -26,6 +26,19 @@ def test_every_parameter_gets_a_gradient(case: Case, dtype: torch.dtype) -> None
     for name, parameter in case.parameters(module).items():
         assert parameter.grad is not None and parameter.grad.isfinite().all(), name
         assert parameter.grad.count_nonzero() > 0, name
+
+
+@each_case
+def test_autocast_trains_float32_parameters_near_float32(case: Case) -> None:
+    module, inputs = case.module(), case.inputs()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        out = module(*inputs)
+    out.float().square().sum().backward()
+    for name, parameter in case.parameters(module).items():
+        assert parameter.grad is not None and parameter.grad.isfinite().all(), name
+    exact = module(*inputs)
+    # Some dozen roundings to bf16 one after the other, in the worst case all to one side.
+    assert error(out, exact) < 24 * rounding(torch.bfloat16)
 
 
 @pytest.mark.parametrize("name", [name for name in CASES if CASES[name].unread])

@@ -41,6 +41,13 @@ def test_half_precision_is_rounded_once(dtype: torch.dtype) -> None:
     assert error(got, recurrence(values.double(), log_decay.double())) < bound
 
 
+def test_autocast_changes_nothing() -> None:
+    values, log_decay = tensors(70, 0.5, torch.float32)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        found = decayed_sum(values, log_decay)
+    assert torch.equal(found, decayed_sum(values, log_decay))
+
+
 @pytest.mark.parametrize("strength", [0.3, 300.0])
 def test_gradients(strength: float) -> None:
     values, log_decay = (tensor.requires_grad_() for tensor in tensors(11, strength))

@@ -68,6 +68,14 @@ def test_bf16_routes_as_float32_does() -> None:
     assert error(layer(x), wide(x.float())) < 5 * 2 * rounding(torch.bfloat16)
 
 
+def test_autocast_does_not_touch_the_router() -> None:
+    layer, x = SparseMoETopK(DIM, EXPERTS, 2), torch.randn(40, DIM)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        found = layer.route(x)
+    for got, expected in zip(found, layer.route(x)):
+        assert torch.equal(got, expected)
+
+
 def test_balance_loss_is_one_when_all_experts_get_the_same() -> None:
     layer = SparseMoETopK(EXPERTS, EXPERTS, 1)
     with torch.no_grad():
