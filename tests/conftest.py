@@ -27,11 +27,12 @@ MAX_THREADS = 4  # the tensors of the tests are small; more threads only wait fo
 
 def compile_once() -> None:
     """Inductor's compiler of C++, for all processes of this run: what compiled_once/g++ says."""
-    if "CXX" not in os.environ and shutil.which("g++") and shutil.which("sha256sum"):
+    compiler = str(Path(__file__).parent / "compiled_once" / "g++")
+    if "CXX" not in os.environ and all(shutil.which(program) for program in ("g++", "sha256sum", compiler)):
         folder = os.environ["INFUSE_TESTS_COMPILED"] = tempfile.mkdtemp(prefix="infuse-tests-")
-        os.environ["CXX"] = str(Path(__file__).parent / "compiled_once" / "g++")
+        os.environ["CXX"] = compiler
         atexit.register(shutil.rmtree, folder, ignore_errors=True)
-        torch._inductor.config.cpp.cxx = (None, os.environ["CXX"])
+        torch._inductor.config.cpp.cxx = (None, compiler)
 
 
 def pytest_configure(config: pytest.Config) -> None:
