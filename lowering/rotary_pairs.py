@@ -15,6 +15,7 @@ import torch
 from torch.fx import Graph, Node
 
 from infuse.lowering import graph_neighbours, inductor
+from infuse.lowering.donated_buffers import keep_shared
 from infuse.ops import qk_norm_rope_bwd, rope_pair  # noqa: F401  registers the operators
 from infuse.report import SITE_KEY
 
@@ -153,7 +154,10 @@ def _between(first: Node, second: Node) -> list[Node] | None:
 
 
 class PairRotations(inductor.CustomGraphPass):
-    """The pass for Inductor's post_grad_custom_pre_pass. before: the user's own passes, which run first."""
+    """The pass for Inductor's post_grad_custom_pre_pass, which sees to donated buffers, too.
+
+    before: the user's own passes, which run first.
+    """
 
     def __init__(self, build_hash: str, before: tuple[Callable[[Graph], None], ...] = ()) -> None:
         self.build_hash = build_hash
@@ -162,6 +166,7 @@ class PairRotations(inductor.CustomGraphPass):
     def __call__(self, graph: Graph) -> None:
         for user_pass in self.before:
             user_pass(graph)
+        keep_shared(graph)
         pair_rotations(graph)
 
     def uuid(self) -> Any:
