@@ -142,6 +142,18 @@ def test_more_rows_than_fit_the_machine_at_once(dim: int) -> None:
             check(form, tensors, run(form, tensors, config))
 
 
+@pytest.mark.parametrize("dim", [896, 1024, 4096])
+def test_more_rows_than_fit_the_machine_at_once_with_every_gradient_in_several_terms(dim: int) -> None:
+    form = FORMS["add + rms bf16"]
+    dy, dsum, x, *rest = form.make(70_001, dim)
+    assert dy is not None and x is not None
+    for more in ([torch.randn_like(x)], [torch.randn_like(x), torch.randn_like(x)]):
+        total = torch.stack([dy, *more]).double().sum(0)
+        for config in configs():
+            found = OPS.norm_backward(dy, dsum, x, *rest, form.offset, config, **dict(zip(("dy_1", "dy_2"), more)))
+            check(form, (total, dsum, x, *rest), found)
+
+
 @pytest.mark.parametrize("name", FORMS)
 def test_the_same_input_gives_the_same_bits(name: str) -> None:
     form = FORMS[name]
