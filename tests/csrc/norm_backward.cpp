@@ -275,6 +275,7 @@ int main() {
     const std::int64_t turn = kDevice.num_sms * kConfigs[plan.config].ctas_per_sm * plan.rows_per_cta;
     const std::int64_t rows = turn * (kConfigs[plan.config].stages + 1) + 1;
     test<kBFloat16, kBFloat16>({1, rows, 64, 0, 0, false, true, false}, config);
+    test<kBFloat16, kBFloat16>({1, rows, 64, 0, 0, false, true, true, 2}, config);
   }
   // Rows that are not aligned or too long: two passes.
   for (const std::int64_t dim : {1, 7, 100, 1001, 20000}) {
