@@ -21,7 +21,8 @@ FILES = (
     "gate_spellings",
     "rope_spellings",
     "blocks",
-    "published",
+    "published_language",
+    "published_other_fields",
     "caches_and_own",
     "image_models",
     "image_generators",
@@ -29,7 +30,11 @@ FILES = (
     "language_encoders",
     "language_caches",
     "speech_and_science",
-    "unusual_spellings",
+    "sequence_mixers",
+    "unusual_norms",
+    "unusual_gates",
+    "unusual_rotations",
+    "unusual_scores",
 )
 
 

@@ -9,13 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from zoo.entry import Entry
-from zoo.spelled import (
-    HEAD,
-    HEADS,
-    Grouped,
-    MultiQuery,
-    Register,
-)
+from zoo.spelled import HEAD, HEADS, Grouped, MultiQuery, Register
 
 _grouped = Register("attention", Grouped)
 _multi_query = Register("attention", MultiQuery)

@@ -106,3 +106,8 @@ def rows() -> Inputs:
 
 def image() -> Inputs:
     return (torch.randn(BATCH, DIM, 4, 4),), {}
+
+
+def split_heads(x: Tensor, heads: int = HEADS) -> Tensor:
+    """[B, T, heads * D] -> [B, heads, T, D]."""
+    return x.unflatten(-1, (heads, -1)).transpose(1, 2)

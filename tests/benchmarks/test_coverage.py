@@ -23,10 +23,11 @@ from infuse import backend
 from infuse.report import SiteRecord
 
 FILES = (
-    *("attention_spellings", "attention_heads", "attention_layouts", "attention_of_torch", "blocks", "published"),
+    *("attention_spellings", "attention_heads", "attention_layouts", "attention_of_torch", "blocks"),
     *("norm_spellings", "gate_spellings", "rope_spellings"),
     *("image_models", "image_generators", "language_models", "language_encoders"),
-    *("speech_and_science", "unusual_spellings"),
+    *("published_language", "published_other_fields", "speech_and_science", "sequence_mixers"),
+    *("unusual_norms", "unusual_gates", "unusual_rotations", "unusual_scores"),
 )
 CHOSEN = (
     "attention/scores-times-scale",
