@@ -105,34 +105,28 @@ def loss_of(logits: Function) -> Function:
     return loss
 
 
+def torchtune_sizes(shape: Shape, max_seq_len: int) -> dict[str, Any]:
+    return {
+        "vocab_size": shape.vocab_size,
+        "num_layers": shape.layers,
+        "num_heads": shape.heads,
+        "num_kv_heads": shape.kv_heads,
+        "embed_dim": shape.dim,
+        "intermediate_dim": shape.hidden,
+        "max_seq_len": max_seq_len,
+    }
+
+
 def torchtune_llama(shape: Shape, max_seq_len: int, cache_batch: int) -> nn.Module:
     llama3 = optional("torchtune.models.llama3").llama3
-    module: nn.Module = llama3(
-        vocab_size=shape.vocab_size,
-        num_layers=shape.layers,
-        num_heads=shape.heads,
-        num_kv_heads=shape.kv_heads,
-        embed_dim=shape.dim,
-        intermediate_dim=shape.hidden,
-        max_seq_len=max_seq_len,
-    )
+    module: nn.Module = llama3(**torchtune_sizes(shape, max_seq_len))
     return torchtune_caches(module, shape, max_seq_len, cache_batch)
 
 
 def torchtune_qwen(shape: Shape, max_seq_len: int, cache_batch: int) -> nn.Module:
     """With biases on q, k and v, and the embedding's matrix as the head's."""
     qwen2 = optional("torchtune.models.qwen2").qwen2
-    module: nn.Module = qwen2(
-        vocab_size=shape.vocab_size,
-        num_layers=shape.layers,
-        num_heads=shape.heads,
-        num_kv_heads=shape.kv_heads,
-        embed_dim=shape.dim,
-        intermediate_dim=shape.hidden,
-        max_seq_len=max_seq_len,
-        norm_eps=1e-6,
-        tie_word_embeddings=True,
-    )
+    module: nn.Module = qwen2(**torchtune_sizes(shape, max_seq_len), norm_eps=1e-6, tie_word_embeddings=True)
     nn.init.normal_(module.get_parameter("tok_embeddings.weight"), std=0.02)
     return torchtune_caches(module, shape, max_seq_len, cache_batch)
 

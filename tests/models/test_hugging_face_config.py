@@ -10,15 +10,10 @@ import pytest
 import torch
 
 from infuse.models.hugging_face_config import hugging_face_config, load_model_config
+from tests.models.hugging_face import SIZES
 
-LLAMA: dict[str, Any] = {
+LLAMA: dict[str, Any] = SIZES | {
     "model_type": "llama",
-    "vocab_size": 64,
-    "hidden_size": 48,
-    "intermediate_size": 96,
-    "num_hidden_layers": 3,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
     "max_position_embeddings": 128,
     "rms_norm_eps": 1e-6,
     "hidden_act": "silu",

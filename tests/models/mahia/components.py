@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -19,6 +20,7 @@ from infuse.models.mahia import (
     TabularEncoder,
     TextEncoder,
 )
+from tests.tolerances import assert_close_to_fp64
 
 DIM, LENGTH, VOCAB = 16, 9, 20
 
@@ -135,3 +137,16 @@ def results(parts: nn.ModuleList, outs: list[Tensor], inputs: list[tuple[Tensor,
         wanted |= {f"{name}: {key}": parameter for key, parameter in CASES[name].parameters(module).items()}
     grads = torch.autograd.grad(total, list(wanted.values()))
     return {**dict(zip(COMPILED, outs)), **dict(zip(wanted, grads))}
+
+
+def assert_compiled_trains_right(model: Together, inputs: list[tuple[Tensor, ...]], **bounds: float) -> None:
+    """Outputs and gradients of all parts, compiled with Infuse, as near to float64 as eager's. bounds: of the check."""
+    wide, wide_inputs = copy.deepcopy(model).double(), [widened(values) for values in inputs]
+    exact = results(wide.parts, wide(wide_inputs), wide_inputs)
+    eager = results(model.parts, model(inputs), inputs)
+    compiled = torch.compile(model, backend="infuse", fullgraph=True)
+    for name, got in results(model.parts, compiled(inputs), inputs).items():
+        try:
+            assert_close_to_fp64(got, eager[name], exact[name], **bounds)
+        except AssertionError as error:
+            raise AssertionError(f"{name}: {error}") from None
