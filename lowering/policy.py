@@ -16,7 +16,7 @@ from infuse.lowering import embedding, head_policy, inductor, linear_policy, rot
 from infuse.lowering.heuristics import attention as attention_heuristics
 from infuse.lowering.heuristics import norm as norm_heuristics
 from infuse.ops import attention_backward_kernels, attention_kernels, library, norm_kernels
-from infuse.ops.attention_formulas import only_formula
+from infuse.ops.attention_formulas import has_wide_heads, only_formula
 from infuse.report import Placement
 from infuse.settings import Settings
 
@@ -77,8 +77,8 @@ def _place_attention(
             return Placement("default", "kernel for few query rows")
         if chosen.startswith("forward") and attention_kernels.can_forward in runs:
             return Placement("default", "kernel")
-    if reason := _unknown_to_sdpa(args):
-        return Placement("inline", f"decomposition (SDPA has no {reason})")
+    if reason := _against_sdpa(args):
+        return _inline(reason)
     if q.device.type != "cuda":
         return Placement("inline", f"scaled_dot_product_attention (no kernel for {q.device.type})")
     if not max_autotune:
@@ -98,8 +98,8 @@ def _place_trained_attention(args: Sequence[object], settings: Settings, max_aut
         return Placement("default", "kernels, forwards and backwards")
     if runs and max_autotune and not _drops(args):
         return Placement("default", "kernel or SDPA backend, measured for each pass")
-    if reason := _unknown_to_sdpa(args):
-        return Placement("inline", f"decomposition (SDPA has no {reason})")
+    if reason := _against_sdpa(args):
+        return _inline(reason)
     if q.device.type != "cuda":
         return Placement("inline", f"scaled_dot_product_attention (no kernel for {q.device.type})")
     return Placement("inline", "scaled_dot_product_attention")
@@ -130,12 +130,17 @@ def _describe(args: Sequence[object]) -> attention_heuristics.Site:
     return attention_heuristics.Site(q.shape, k.shape, dtype, bool(is_causal), formula, dropout_p != 0.0)
 
 
-def _unknown_to_sdpa(args: Sequence[object]) -> str:
-    """What of a site torch's SDPA does not compute; "" if there is nothing."""
+def _against_sdpa(args: Sequence[object]) -> str:
+    """Why a site that no kernel takes stays its formula; "" where torch's SDPA computes it, and well."""
+    q, *_ = args
+    assert isinstance(q, Tensor)
     given = dict(zip(("softcap", "sinks"), args[6:]))
     if isinstance(given.get("softcap"), torch.SymFloat) or given.get("softcap"):
-        return "softcap"
-    return "sinks" if given.get("sinks") is not None else ""
+        return "SDPA has no softcap"
+    if given.get("sinks") is not None:
+        return "SDPA has no sinks"
+    written_out = len(args) > 10 and bool(args[10])
+    return "SDPA is slow for heads this wide" if written_out and has_wide_heads(q) else ""
 
 
 def _place_norm(kind: str, x: Tensor, args: Sequence[object], settings: Settings, max_autotune: bool) -> Placement:

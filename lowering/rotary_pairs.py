@@ -7,7 +7,7 @@ gradient. Behind autograd this pass joins them, forward and backward alike: one 
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,7 +15,6 @@ import torch
 from torch.fx import Graph, Node
 
 from infuse.lowering import graph_neighbours, inductor
-from infuse.lowering.donated_buffers import keep_shared
 from infuse.ops import qk_norm_rope_bwd, rope_pair  # noqa: F401  registers the operators
 from infuse.report import SITE_KEY
 
@@ -151,30 +150,3 @@ def _between(first: Node, second: Node) -> list[Node] | None:
         found.append(node)
         node = node.next
     return found
-
-
-class PairRotations(inductor.CustomGraphPass):
-    """The pass for Inductor's post_grad_custom_pre_pass, which sees to donated buffers, too.
-
-    before: the user's own passes, which run first.
-    """
-
-    def __init__(self, build_hash: str, before: tuple[Callable[[Graph], None], ...] = ()) -> None:
-        self.build_hash = build_hash
-        self.before = before
-
-    def __call__(self, graph: Graph) -> None:
-        for user_pass in self.before:
-            user_pass(graph)
-        keep_shared(graph)
-        pair_rotations(graph)
-
-    def uuid(self) -> Any:
-        """Part of the cache key; None, which disables the caches, if a user's pass has none."""
-        theirs = [*_uuids(self.before)]
-        return None if None in theirs else repr(("infuse-pairs", self.build_hash, *theirs))
-
-
-def _uuids(passes: tuple[Callable[[Graph], None], ...]) -> Iterator[Any]:
-    for user_pass in passes:
-        yield user_pass.uuid() if isinstance(user_pass, inductor.CustomGraphPass) else None

@@ -202,7 +202,7 @@ def attention_inline(
         mask = _mask_for_sdpa(mask, q.dtype)
     mask_dtype = mask.dtype if mask is not None and q.is_cuda else None
     plain = only_formula(q.dtype, mask_dtype, softcap, sinks is not None, masked_rows)
-    plain = plain or (round_scores and _has_wide_heads(q))
+    plain = plain or (round_scores and has_wide_heads(q))
     if not plain and (masked_rows == "zeros" or _is_fused(q, k, v, mask, dropout_p, is_causal)):
         return attention_sdpa(q, k, v, mask, scale, is_causal, masked_rows, dropout_p)
     return _written_out(q, k, v, mask, scale, is_causal, softcap, sinks, masked_rows, dropout_p, round_scores)
@@ -277,7 +277,7 @@ def _is_fused(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, dropout_p: f
     )
 
 
-def _has_wide_heads(q: Tensor) -> bool:
+def has_wide_heads(q: Tensor) -> bool:
     """On CUDA: heads wider than what the kernels of flash and cuDNN take, so that SDPA is memory-efficient attention.
 
     That one is slow there, above all backwards, where few keys leave it one block a head: 65,536 rows of 1,024 features

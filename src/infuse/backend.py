@@ -21,7 +21,7 @@ from torch._inductor.custom_graph_pass import CustomGraphPass
 from infuse import history
 from infuse.caches import build_hash, tag_caches
 from infuse.lowering.policy import place
-from infuse.lowering.rotary_pairs import PairRotations
+from infuse.lowering.post_grad_pass import PostGradPass
 from infuse.patterns.passes import rewrite
 from infuse.report import SiteRecord
 from infuse.settings import Settings, resolve, split_options
@@ -159,7 +159,7 @@ def inductor_config(mode: str | None, options: Mapping[str, object] | None) -> d
     rewrite_pass = InfusePass(settings, bool(autotune), before)
     config["pre_grad_custom_pass"] = rewrite_pass
     late = "post_grad_custom_pre_pass"
-    config[late] = PairRotations(build_hash(), _user_passes(config, late))
+    config[late] = PostGradPass(build_hash(), _user_passes(config, late))
     if hasattr(torch._inductor.config, "pre_grad_pass_timing"):
         _run_before_the_caches(config, theirs, rewrite_pass)
     return config
@@ -169,7 +169,7 @@ def _user_passes(config: Mapping[str, Any], name: str) -> tuple[Callable[[Any], 
     """The user's own passes at a place, without ours, which options() inside options() has put around them."""
     given = config.get(name, getattr(torch._inductor.config, name))
     passes = tuple(given) if isinstance(given, (list, tuple)) else (given,) if given else ()
-    own = (InfusePass, PairRotations)
+    own = (InfusePass, PostGradPass)
     return tuple(user for found in passes for user in (found.before if isinstance(found, own) else (found,)))
 
 

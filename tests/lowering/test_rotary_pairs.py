@@ -14,7 +14,7 @@ import infuse
 from infuse.backend import inductor_config
 from infuse.lowering import decisions, profit
 from infuse.lowering.heuristics import rope as heuristics
-from infuse.lowering.rotary_pairs import PairRotations
+from infuse.lowering.post_grad_pass import PostGradPass
 from infuse.ops import library
 from infuse.ops.rope_pair import can_run, rope_pair_ref
 
@@ -208,9 +208,9 @@ def test_a_users_own_pass_runs_first_and_ours_once() -> None:
     assert seen == [2] and code.count(CALL) == 1
     config = inductor_config(None, inductor_config(None, {"post_grad_custom_pre_pass": Count()}))
     late = config["post_grad_custom_pre_pass"]
-    assert isinstance(late, PairRotations) and [type(found) for found in late.before] == [Count]
+    assert isinstance(late, PostGradPass) and [type(found) for found in late.before] == [Count]
     assert "count" in late.uuid()
-    assert PairRotations("hash", (lambda graph: None,)).uuid() is None
+    assert PostGradPass("hash", (lambda graph: None,)).uuid() is None
 
 
 def test_what_the_kernel_does_not_take() -> None:

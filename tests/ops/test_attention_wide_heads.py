@@ -7,8 +7,10 @@ import torch
 import torch.nn.functional as F
 from torch._subclasses.fake_tensor import FakeTensorMode
 
+from infuse.lowering.policy import place
 from infuse.ops import attention_formulas
 from infuse.ops.attention import attention_inline
+from infuse.settings import Settings
 from tests.tolerances import error
 
 
@@ -31,6 +33,18 @@ def test_wide_heads_are_written_out_on_cuda(
         q, k = (torch.empty(1, 1, rows, head_dim, dtype=torch.bfloat16, device="cuda") for rows in (128, 64))
         attention_inline(q, k, k, None, 1.0, round_scores=round_scores)
     assert taken == ["_written_out" if written_out else "attention_sdpa"]
+
+
+@pytest.mark.parametrize("training", [False, True])
+def test_the_report_says_so(training: bool) -> None:
+    def kernel(round_scores: bool) -> str:
+        with FakeTensorMode():
+            q, k = (torch.empty(1, 1, rows, 1024, dtype=torch.bfloat16, device="cuda") for rows in (128, 64))
+        args = (q, k, k, None, 1.0, False, 0.0, None, "zeros", 0.0, round_scores)
+        return place("attention", args, training, settings=Settings(), max_autotune=False).kernel
+
+    assert kernel(True) == "decomposition (SDPA is slow for heads this wide)"
+    assert kernel(False) == "scaled_dot_product_attention"
 
 
 @pytest.mark.gpu
