@@ -26,8 +26,8 @@ DOCUMENTS = (HERE.parent / "README.md", HERE / "README.md")
 NOT_FOR_USERS = "infuse-kernel"
 # Whose tables show the memory that a call takes beyond its inputs, too.
 ABOUT_MEMORY = ("linear_cross_entropy", "models")
-# Cases that a benchmark had once and that larger ones replace.
-RETIRED = {"models": re.compile(r"llama-8b 2 layers")}
+# Cases that a benchmark had once and that others replace.
+RETIRED = {"models": re.compile(r"llama-8b 2 layers"), "parallel": re.compile(r"compiled by layers")}
 # In this order the cases of whole models are told.
 MODEL_STEPS = ("decode", "prefill", "train")
 _BLOCK = re.compile(
@@ -106,16 +106,43 @@ def device_table(benchmark: str, rows: Sequence[Row], cases: str = "") -> str:
         for title, name, cell in BESIDE
         if any(getattr(row, name) is not None for row in used) and (name != "peak_bytes" or benchmark in ABOUT_MEMORY)
     ]
-    lines = [line(*pair, [cell for _, cell in beside]) for pair in pairs]
+    against = against_eager(rows, pairs) if benchmark == "models" else []
+    lines = [
+        " ".join([line(*pair, [cell for _, cell in beside]), *(f"{cells[index]} |" for _, cells in against)])
+        for index, pair in enumerate(pairs)
+    ]
     torches, commits = (sorted({getattr(row, name) for row in used}) for name in ("torch", "commit"))
     caption = (
         f"`{used[-1].gpu}`, torch {', '.join(torches)}, commit {', '.join(commits)}, "
         f"`python benchmarks/{benchmark}.py`; above 1x Infuse is faster."
     )
     head = "| case | best without Infuse | | best with Infuse | | ratio | of the limit |"
-    head += "".join(f" {title} without | with |" for title, _ in beside)
-    rule = "|---|---|---:|---|---:|---:|---:|" + "---:|---:|" * len(beside)
+    head += "".join(f" {title} without | with |" for title, _ in beside) + "".join(
+        f" {title} |" for title, _ in against
+    )
+    rule = "|---|---|---:|---|---:|---:|---:|" + "---:|" * (2 * len(beside) + len(against))
     return "\n".join([caption, "", head, rule, *lines, ""])
+
+
+def against_eager(rows: Sequence[Row], pairs: Sequence[tuple[Row, Row]]) -> list[tuple[str, list[str]]]:
+    """Columns (title, a cell a pair) about the eager code of the same runs, where there is such and stock is faster."""
+    columns: dict[str, list[str]] = {
+        title: [] for title in ("eager", "ratio to it", "of its memory", "of what it saves")
+    }
+    for other, ours in pairs:
+        of_run = (row for row in rows if (row.run_id, row.case, row.impl) == (ours.run_id, ours.case, "eager"))
+        eager = None if other.impl == "eager" else next(of_run, None)
+        cells = [""] * len(columns)
+        if eager is not None:
+            cells = [
+                milliseconds(eager.median_ms),
+                f"{eager.median_ms / ours.median_ms:.2f}x",
+                share(ours.peak_bytes, eager.peak_bytes),
+                share(ours.saved_bytes, eager.saved_bytes),
+            ]
+        for column, cell in zip(columns.values(), cells, strict=True):
+            column.append(cell)
+    return [(title, column) for title, column in columns.items() if any(column)]
 
 
 def newest_pair(rows: Sequence[Row]) -> tuple[Row, Row] | None:
@@ -150,6 +177,10 @@ def line(other: Row, ours: Row, beside: Sequence[Callable[[Row], str]] = ()) -> 
 
 def gibibytes(count: int | None) -> str:
     return "" if count is None else f"{count / 2**30:.2f} GiB"
+
+
+def share(part: int | None, whole: int | None) -> str:
+    return f"{100 * part / whole:.0f}%" if part is not None and whole else ""
 
 
 def seconds(count: float | None) -> str:

@@ -140,3 +140,26 @@ def test_what_was_measured_beside_the_time_has_columns(tmp_path: Path) -> None:
     assert lines[4].endswith("| 3.00 GiB | 1.00 GiB | 40.0 s | 20.0 s |")
     assert lines[5].startswith("| `plain` |") and lines[5].endswith("|  |  |  |  |")
     assert len(lines) == 6
+
+
+def test_models_are_told_against_eager_code_of_the_same_run(tmp_path: Path) -> None:
+    sizes = {"eager": (6.0, 4 << 30), "compile": (3.0, 2 << 30), "infuse": (2.0, 1 << 30)}
+    rows = [dataclasses.replace(row(impl, ms, "step"), peak_bytes=peak) for impl, (ms, peak) in sizes.items()]
+    rows += [row(impl, ms, "slow compile") for impl, ms in (("eager", 2.0), ("compile", 3.0), ("infuse", 1.0))]
+    rows += [row(impl, 2.0, "other run", run_id="run-2") for impl in ("compile", "infuse")]
+    append(results_file(tmp_path, "nvidia-h200", "models"), [*rows, row("eager", 1.0, "other run", run_id="run-1")])
+    lines = tables.tables("models", tmp_path).splitlines()
+    assert lines[2].endswith("| memory without | with | eager | ratio to it | of its memory |")
+    assert lines[4].endswith("| 2.00 GiB | 1.00 GiB | 6.00 ms | 3.00x | 25% |")
+    assert lines[5].startswith("| `slow compile` | eager ") and lines[5].endswith("|  |  |  |  |  |")
+    assert lines[6].startswith("| `other run` |") and lines[6].endswith("|  |  |  |  |  |")
+    assert len({text.count("|") for text in lines[2:]}) == 1
+
+
+def test_cases_that_others_replace_are_left_out(tmp_path: Path) -> None:
+    rows = [
+        row(impl, 1.0, f"train, compiled by {what}") for what in ("layers", "pieces") for impl in ("compile", "infuse")
+    ]
+    append(results_file(tmp_path, "nvidia-h200", "parallel"), rows)
+    text = tables.tables("parallel", tmp_path)
+    assert "compiled by pieces" in text and "compiled by layers" not in text
