@@ -152,7 +152,8 @@ def _choose(of: Pass, site: Site, tensors: tuple[Any, ...], more: dict[str, Any]
     elif labels and (
         not formulas or heuristics.trains(describe(site.inference_args), library.capability(site.q.get_device()))
     ):
-        label, why = labels[0], "heuristic"
+        others = heuristics.backward(describe(site.inference_args)) if of.name == "attention_bwd" else ""
+        label, why = others if others in formulas else labels[0], "heuristic"
     else:
         label, why = next(iter(formulas), FORMULA), declined or "torch's own operator"
     described = f"q {inductor.hints(site.q)} k {inductor.hints(site.k)} {site.q.get_dtype()}"

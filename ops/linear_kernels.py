@@ -45,7 +45,7 @@ class Linears:
     """What a kernel computes. norm: (eps, weight_offset, cast_before_weight, eps_as_minimum), None without a norm.
 
     activation: of the first product, which the second is multiplied with; "" where all products are results.
-    offsets: ends of groups of rows, each with weights of its own, [E, F, D].
+    offsets: ends of groups of rows, each with weights of its own, [E, F, D]; None where x [E, C, D] holds equal groups.
     """
 
     x: Tensor
@@ -97,7 +97,7 @@ def _read_linear_add(x: Tensor, weight: Tensor, bias: Tensor | None, residual: T
 
 
 def _read_grouped(
-    x: Tensor, weights: Sequence[Tensor], offsets: Tensor, order: str, activation: str, *_: Any
+    x: Tensor, weights: Sequence[Tensor], offsets: Tensor | None, order: str, activation: str, *_: Any
 ) -> Linears:
     gate, up = weights if len(weights) == 2 else linear_swiglu.halves(weights[0], order)
     return Linears(x, (gate.mT, up.mT), (None, None), activation=activation, offsets=offsets)
@@ -176,7 +176,7 @@ def _unknown_number(kind: str, args: Sequence[Any]) -> str:
 
 
 def _cannot_be_skinny(given: Linears) -> str:
-    if given.offsets is not None:
+    if given.weights[0].dim() == 3:
         return "no kernel for few rows of many experts"
     return skinny_linear_kernels.can_run(
         given.x,
@@ -229,9 +229,16 @@ def _run_gated(given: Linears, config: int, gate_up: Tensor | None = None) -> li
     x, (gate, up), (gate_bias, up_bias) = _as_rows(given.x), given.weights, given.biases
     assert x is not None
     out = given.x.new_empty((*given.x.shape[:-1], gate.shape[-2]))
-    given_rows = (x, gate, up, gate_bias, up_bias, given.offsets, out.view(-1, out.shape[-1]), _as_rows(gate_up))
+    offsets = _equal_ends(given.x) if gate.dim() == 3 and given.offsets is None else given.offsets
+    given_rows = (x, gate, up, gate_bias, up_bias, offsets, out.view(-1, out.shape[-1]), _as_rows(gate_up))
     gated_linear_kernels.gated_linear(*given_rows, activation=given.activation, config=config)
     return [out]
+
+
+def _equal_ends(x: Tensor) -> Tensor:
+    """The ends of the groups of rows of x [E, C, D]."""
+    groups, size, _ = x.shape
+    return torch.arange(size, groups * size + 1, size, dtype=torch.int32, device=x.device)
 
 
 _FAMILIES = {"skinny": _run_skinny, "gated": _run_gated}

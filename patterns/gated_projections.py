@@ -73,12 +73,12 @@ def read_linears(view: CanonicalGraph, site: Site) -> GateAndUp | str | None:
     return GateAndUp(tuple(linears), found.order, tuple(dict.fromkeys((*trail, *found.products, *found.between))))
 
 
-def read_projections(view: CanonicalGraph, site: Site, product: str) -> Projections | str | None:
-    """The products (by their word) that a swiglu site reads as its gate and up; a reason where others read them too."""
+def read_projections(view: CanonicalGraph, site: Site, *words: str) -> Projections | str | None:
+    """The products (by their words) that a swiglu site reads as gate and up; a reason where others read them too."""
     gate, up = site.args[:2]
     if not isinstance(gate, Node) or not isinstance(up, Node):
         return None
-    sides = [_behind_views(view, node, product) for node in (gate, up)]
+    sides = [_behind_views(view, node, words) for node in (gate, up)]
     (gate_product, gate_trail), (up_product, up_trail) = sides
     if gate_product is None or up_product is None:
         return None
@@ -98,11 +98,11 @@ def read_projections(view: CanonicalGraph, site: Site, product: str) -> Projecti
     return found
 
 
-def _behind_views(view: CanonicalGraph, node: Node, product: str) -> tuple[Node | None, tuple[Node, ...]]:
+def _behind_views(view: CanonicalGraph, node: Node, words: tuple[str, ...]) -> tuple[Node | None, tuple[Node, ...]]:
     """(the product that a node is, or is a view of; the views)"""
     trail: list[Node] = []
     for _ in range(_MAX_VIEWS):
-        if view.word(node) == product:
+        if view.word(node) in words:
             return node, tuple(trail)
         inner = view.argument(node, "input")
         if view.call(node, *_VIEWS) is None or not isinstance(inner, Node):

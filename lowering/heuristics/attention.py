@@ -16,6 +16,7 @@ _QUERIES = range(2, 17)
 _FEWEST_KEYS = 2048
 _DECODED_HEAD_DIM = 128
 _HEAD_DIMS = (64, 128)
+_SMALL_HEAD_DIM = 64
 _LEAST = ((1024, 1024), (512, 16384))  # queries and keys
 
 
@@ -46,6 +47,15 @@ def trains(site: Site, capability: tuple[int, int]) -> bool:
     if site.has_dropout and not site.only_formula:
         return False
     return _has_many_rows(site, capability) and _mask_is_no_bias(site)
+
+
+def backward(site: Site) -> str:
+    """The label of torch's operator that computes the gradients behind Infuse's forward pass, "" for Infuse's own.
+
+    With small heads and every key open cuDNN's takes 0.81 of the time (16 x 16 heads of 64, 4,096 tokens, on an H200).
+    """
+    everything_open = site.mask is None and not site.is_causal and not site.only_formula
+    return "sdpa_cudnn" if site.q[-1] == _SMALL_HEAD_DIM and everything_open else ""
 
 
 def _has_many_rows(site: Site, capability: tuple[int, int]) -> bool:

@@ -215,3 +215,21 @@ def test_many_rows_run_in_the_kernel_where_it_was_measured(
     assert heuristics.trains(site, (9, 0)) is trains
     assert heuristics.inference(site, (8, 0)) == ""
     assert not heuristics.trains(site, (8, 0))
+
+
+@pytest.mark.parametrize(
+    ("head_dim", "more", "label"),
+    [
+        (64, {}, "sdpa_cudnn"),
+        (128, {}, ""),
+        (64, {"is_causal": True}, ""),
+        (64, {"mask": torch.bool}, ""),
+        (64, {"only_formula": True}, ""),
+    ],
+)
+def test_the_gradients_of_small_heads_that_see_every_key_are_cudnns(
+    head_dim: int, more: dict[str, Any], label: str
+) -> None:
+    sizes = (16, 16, 4096, head_dim)
+    given = {"mask": None, "is_causal": False, "only_formula": False, **more}
+    assert heuristics.backward(heuristics.Site(sizes, sizes, **given)) == label

@@ -14,6 +14,7 @@ import infuse
 from infuse.lowering import attention_training as lowering
 from infuse.lowering import decisions, inductor
 from infuse.lowering.policy import place
+from infuse.ops.attention_formulas import attention_bwd_ref
 from infuse.settings import Settings
 from tests.lowering.pretended_attention import backward_on_cpu, forward_on_cpu
 
@@ -117,6 +118,23 @@ def test_max_autotune_chooses_each_pass_by_itself(calls: list[str], monkeypatch:
     chosen = {decision.op: decision.chosen for decision in decisions.decisions() if "_wd" not in decision.op}
     assert chosen == {"attention_fwd": "kernel_0", "attention_bwd": "kernel_1"}
     assert calls == ["forward", "backward"]
+
+
+def test_torchs_backward_follows_a_kernels_forward(
+    calls: list[str],
+    implement_on_cpu: Callable[[str, Callable[..., Any]], None],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def cudnn(*args: Any) -> tuple[Tensor, ...]:
+        calls.append("cuDNN's backward")
+        return attention_bwd_ref(*args, False)[:3]
+
+    implement_on_cpu("attention_cudnn_backward", cudnn)
+    monkeypatch.setattr(lowering.backends, "_takers", lambda args: ["sdpa_cudnn"])
+    monkeypatch.setattr(lowering.heuristics, "trains", lambda *described: True)
+    monkeypatch.setattr(lowering.heuristics, "backward", lambda site: "sdpa_cudnn")
+    check(attend, *inputs(), kernels="auto")
+    assert calls == ["forward", "cuDNN's backward"]
 
 
 def test_without_a_kernel_the_formula_trains() -> None:

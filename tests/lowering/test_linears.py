@@ -95,6 +95,17 @@ def test_the_kernel_gets_what_is_there(calls: list[str], kind: str) -> None:
     assert [decision.chosen for decision in decisions.decisions()] == [f"{family}_-1"]
 
 
+def test_equal_groups_of_rows_are_given_their_ends(calls: list[str]) -> None:
+    def batched(x: Tensor, experts: Tensor) -> Any:
+        return OPS.grouped_linear_swiglu(x * 2, [experts.transpose(1, 2)], None, "gate_up") + 1
+
+    x, experts = tensor(3, 5, DIM), tensor(3, 2 * HIDDEN, DIM)
+    with infuse.override(kernels="always"):
+        out, _ = compiled_code(batched, x, experts)
+    torch.testing.assert_close(out, batched(x, experts), atol=3e-2, rtol=3e-2)
+    assert calls == ["gated"]
+
+
 def test_the_policy_knows_what_no_kernel_computes(calls: list[str]) -> None:
     """Composites are left to their parts there, which may have kernels of their own."""
 

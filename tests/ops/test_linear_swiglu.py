@@ -247,13 +247,30 @@ def test_experts(order: str, separate: bool, transposed: bool) -> None:
         check(getattr(OPS.grouped_linear_swiglu, overload), expert_reference, args)
 
 
+@pytest.mark.parametrize("transposed", [False, True])
+@pytest.mark.parametrize(("order", "separate"), FORMS)
+def test_experts_of_as_many_rows_each(order: str, separate: bool, transposed: bool) -> None:
+    x, weights, _, _ = expert_args(order, separate, transposed)
+    batches = x.detach().unflatten(0, (3, 3)).requires_grad_()
+
+    def by_ends(x: Tensor, weights: Sequence[Tensor], offsets: None, order: str) -> Tensor:
+        ends = torch.tensor([3, 6, 9], dtype=torch.int32)
+        return expert_reference(x.flatten(0, 1), weights, ends, order).unflatten(0, (3, 3))
+
+    for overload in ("default", "inline", "parts"):
+        check(getattr(OPS.grouped_linear_swiglu, overload), by_ends, (batches, weights, None, order))
+
+
 def test_opcheck_passes() -> None:
     for order, separate in (("gate_up", True), ("interleaved", False)):
         args = make(order, separate, torch.float32)
         opcheck(OPS.linear_swiglu.default, (*args, "gelu_tanh"))
         opcheck(OPS.gated_mlp.default, mlp(args, torch.float32))
         opcheck(OPS.gated_mlp.recompute, mlp(args, torch.float32))
-        opcheck(OPS.grouped_linear_swiglu.default, expert_args(order, separate, True, torch.bfloat16))
+        x, weights, *rest = expert_args(order, separate, True, torch.bfloat16)
+        opcheck(OPS.grouped_linear_swiglu.default, (x, weights, *rest))
+        batches = x.detach().unflatten(0, (3, 3)).requires_grad_()
+        opcheck(OPS.grouped_linear_swiglu.default, (batches, weights, None, order))
 
 
 @pytest.mark.parametrize("leading", [(), (3,), (2, 3), (0,)])
@@ -296,3 +313,7 @@ def test_weights_and_orders_that_do_not_fit_are_refused() -> None:
         OPS.grouped_linear_swiglu(x, [torch.ones(2, 8, 4)], torch.tensor([1, 3]), "gate_up")
     with pytest.raises(ValueError, match="weight: size of dimension 0: got 2, expected 1"):
         OPS.grouped_linear_swiglu(x, [torch.ones(2, 8, 4)], torch.tensor([3], dtype=torch.int32), "gate_up")
+    with pytest.raises(ValueError, match=r"x: got 2 dimensions \(3, 8\), expected 3"):
+        OPS.grouped_linear_swiglu(x, [torch.ones(2, 8, 4)], None, "gate_up")
+    with pytest.raises(ValueError, match="weight: size of dimension 0: got 2, expected 3"):
+        OPS.grouped_linear_swiglu(x.view(3, 1, 8), [torch.ones(2, 8, 4)], None, "gate_up")

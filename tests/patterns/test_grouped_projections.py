@@ -1,4 +1,4 @@
-"""Gated activations of a mixture's experts, whose projections are grouped products."""
+"""Gated activations of a mixture's experts, whose projections are grouped or batched products."""
 
 from __future__ import annotations
 
@@ -35,11 +35,28 @@ def interleaved(x: Tensor, w: Tensor, other: Tensor, offs: Tensor) -> Tensor:
     return F.silu(y[..., 1::2]) * y[..., ::2]
 
 
+def shares(x: Tensor) -> Tensor:
+    """As many rows for each expert."""
+    return x[: 3 * EXPERTS].unflatten(0, (EXPERTS, 3))
+
+
+def batches(x: Tensor, w: Tensor, other: Tensor, offs: Tensor) -> Tensor:
+    rows = shares(x)
+    return F.silu(torch.bmm(rows, w)) * torch.bmm(rows, other)
+
+
+def packed_batches(x: Tensor, w: Tensor, other: Tensor, offs: Tensor) -> Tensor:
+    up, gate = (shares(x) @ w).chunk(2, dim=-1)
+    return up * F.gelu(gate, approximate="tanh")
+
+
 SPELLINGS: dict[str, tuple[Formula, str]] = {
     "packed": (packed, "gate_up"),
     "transposed": (transposed, "gate_up"),
     "separate": (separate, "gate_up"),
     "interleaved": (interleaved, "interleaved_up_first"),
+    "batches": (batches, "gate_up"),
+    "packed batches": (packed_batches, "up_gate"),
 }
 
 
@@ -63,7 +80,7 @@ def test_spellings(formula: Formula, order: str, training: bool, dynamic: bool) 
     assert captured.counts == {"grouped_linear_swiglu": 1}
     (node,) = captured.operators()
     assert node.args[3] == order
-    assert "_grouped_mm" not in captured.targets()
+    assert not {"_grouped_mm", "bmm", "matmul"} & set(captured.targets())
 
 
 def with_bias(x: Tensor, w: Tensor, other: Tensor, offs: Tensor) -> Tensor:
@@ -94,6 +111,19 @@ def batched(x: Tensor, w: Tensor, other: Tensor, offs: Tensor) -> Tensor:
     return F.silu(y[..., :HIDDEN]) * y[..., HIDDEN:]
 
 
+def other_batches(x: Tensor, w: Tensor, other: Tensor, offs: Tensor) -> Tensor:
+    return F.silu(torch.bmm(shares(x), w)) * torch.bmm(shares(x).flip(0), other)
+
+
+def one_batch_for_all(x: Tensor, w: Tensor, other: Tensor, offs: Tensor) -> Tensor:
+    return F.silu(x.unsqueeze(0) @ w) * (x.unsqueeze(0) @ other)
+
+
+def added_batches(x: Tensor, w: Tensor, other: Tensor, offs: Tensor) -> Tensor:
+    gate, up = (torch.baddbmm(w.new_ones(1, 1, w.shape[-1]), shares(x), w)).chunk(2, dim=-1)
+    return F.silu(gate) * up
+
+
 KEPT = {
     "bias": (with_bias, ""),
     "mask between": (masked, ""),
@@ -101,6 +131,9 @@ KEPT = {
     "other rows": (other_rows, "project different inputs"),
     "other groups": (other_groups, "project different inputs"),
     "batches instead of groups": (batched, ""),
+    "other batches": (other_batches, "project different inputs"),
+    "one batch that all experts take": (one_batch_for_all, ""),
+    "bias of batches": (added_batches, ""),
 }
 
 
