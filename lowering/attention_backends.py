@@ -23,8 +23,8 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from infuse.lowering import inductor
 from infuse.ops import attention as op
 from infuse.ops import library
+from infuse.ops.attention_cudnn_backward import cudnn_bias
 from infuse.ops.attention_operands import DTYPES
-from infuse.ops.attention_training import cudnn_bias
 
 DEFAULT = "sdpa"
 FLASH_3 = "flash_attention_3"

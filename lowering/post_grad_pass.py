@@ -8,6 +8,7 @@ from typing import Any
 from torch.fx import Graph
 
 from infuse.lowering import inductor
+from infuse.lowering.cudnn_attention import guard_backward
 from infuse.lowering.donated_buffers import keep_shared
 from infuse.lowering.rotary_pairs import pair_rotations
 
@@ -23,6 +24,7 @@ class PostGradPass(inductor.CustomGraphPass):
         for user_pass in self.before:
             user_pass(graph)
         keep_shared(graph)
+        guard_backward(graph)
         pair_rotations(graph)
 
     def uuid(self) -> Any:

@@ -5,9 +5,6 @@ attention_forward(q, k, v, ...) -> out, lse; attention_backward(dout, q, k, v, o
 arguments as of infuse::attention_fwd and infuse::attention_bwd; tile_map: what infuse::attention_tile_map found in the
 mask, None without one; nan_for_masked_rows: what a row gives that sees no key, zeros otherwise. The results' heads lie
 inside, as [B, S, H, D] in memory. CUDA only.
-
-attention_cudnn_backward: torch's operator for cuDNN, which gives wrong gradients where dout and out lie in memory
-differently (seen with torch 2.11), so dout is brought to out's layout first.
 """
 
 from __future__ import annotations
@@ -16,7 +13,7 @@ import torch
 from torch import Tensor
 
 from infuse.ops import attention_backward_kernels, attention_kernels  # noqa: F401, defines what is called
-from infuse.ops.attention import empty_heads_inside, heads_inside
+from infuse.ops.attention import empty_heads_inside
 from infuse.ops.attention_operands import readable
 from infuse.ops.registration import define, implement, register_fake
 
@@ -28,10 +25,6 @@ define(f"attention_forward(Tensor q, Tensor k, Tensor v, {_FLAGS}, int config) -
 define(
     "attention_backward(Tensor dout, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, "
     f"{_FLAGS.replace('bool nan_for_masked_rows, ', '')}, bool deterministic, int config) -> (Tensor, Tensor, Tensor)"
-)
-define(
-    "attention_cudnn_backward(Tensor dout, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, Tensor? mask, "
-    "float scale, bool is_causal) -> (Tensor, Tensor, Tensor)"
 )
 
 
@@ -91,38 +84,6 @@ def _backward(
     return results
 
 
-def _cudnn_backward(
-    dout: Tensor,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    out: Tensor,
-    lse: Tensor,
-    mask: Tensor | None,
-    scale: float,
-    is_causal: bool,
-) -> tuple[Tensor, ...]:
-    if dout.stride() != out.stride():
-        dout = torch.empty_like(out).copy_(dout)
-    unused = torch.empty((), dtype=torch.int64, device=q.device)  # the random state of dropout
-    sizes = (None, None, q.shape[2], k.shape[2], 0.0, is_causal)
-    found = torch.ops.aten._scaled_dot_product_cudnn_attention_backward(
-        dout, q, k, v, out, lse.unsqueeze(-1), unused, unused, cudnn_bias(q, k, mask), *sizes, scale=scale
-    )
-    return tuple(heads_inside(gradient) for gradient in found)
-
-
-def cudnn_bias(q: Tensor, k: Tensor, mask: Tensor | None) -> Tensor | None:
-    """The mask as torch's operators for cuDNN take it: numbers in q's dtype, [B, H, S, T]."""
-    if mask is None:
-        return None
-    if mask.dtype == torch.bool:
-        mask = torch.where(mask, 0.0, float("-inf"))
-    return mask.to(q.dtype).expand(*q.shape[:3], k.shape[2])
-
-
-implement("attention_cudnn_backward", _cudnn_backward, "CompositeExplicitAutograd")
-register_fake("attention_cudnn_backward", _backward_results)
 implement("attention_forward", _forward, "CompositeExplicitAutograd")
 implement("attention_backward", _backward, "CompositeExplicitAutograd")
 register_fake("attention_forward", _forward_results)

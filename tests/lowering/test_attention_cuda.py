@@ -8,11 +8,13 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from torch._inductor.utils import run_and_get_code
 from torch.nn import functional as F
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import infuse
 from infuse.lowering import decisions
-from infuse.ops import attention_training as _operators  # noqa: F401, defines cuDNN's
+from infuse.ops import attention_cudnn_backward as _operators  # noqa: F401, defines them
 from infuse.ops.attention import attention_ref
 
 pytestmark = [pytest.mark.gpu, pytest.mark.usefixtures("kernels")]
@@ -124,18 +126,58 @@ def test_training_with_dropout_keeps_the_mean_and_the_seed() -> None:
     assert (kept.double().mean() - 1).abs() < 5e-3
 
 
+def shaped(length: int, *, inside: bool) -> Tensor:
+    """A gradient [B, H, length, D], whose heads lie inside in memory or not."""
+    size = (B, length, H, D) if inside else (B, H, length, D)
+    dense = torch.randn(size, device="cuda").to(BF16)
+    return dense.transpose(1, 2) if inside else dense
+
+
 @pytest.mark.parametrize("is_causal", [False, True])
-def test_cudnns_backward_whatever_the_layout_of_the_gradient(is_causal: bool) -> None:
-    """torch's operator by itself is wrong where dout and out lie in memory differently."""
-    q, k, v = make()
-    scale = D**-0.5
-    out, lse, *_ = torch.ops.aten._scaled_dot_product_cudnn_attention(q, k, v, None, True, 0.0, is_causal, scale=scale)
-    dout = torch.randn(B, H, S, D, device="cuda").to(BF16)
-    assert dout.stride() != out.stride()
-    found = OPS.attention_cudnn_backward(dout, q, k, v, out, lse.squeeze(-1), None, scale, is_causal)
+@pytest.mark.parametrize("inside", [False, True])
+def test_cudnns_backward_whatever_the_layout_of_the_gradient(inside: bool, is_causal: bool) -> None:
+    """torch's own operator is wrong where an earlier call of its sizes had a gradient that lay differently."""
+    length = 128 + 8 * inside + 16 * is_causal  # sizes of its own for each case: torch remembers them
+    q, k, v = (torch.randn(B, length, H, D, device="cuda").to(BF16).transpose(1, 2) for _ in range(3))
+    scale, aten = D**-0.5, torch.ops.aten
+    out, lse, *_ = aten._scaled_dot_product_cudnn_attention(q, k, v, None, True, 0.0, is_causal, scale=scale)
+    seed = torch.empty((), dtype=torch.int64, device="cuda")
+    rest = (seed, seed, None, None, None, length, length, 0.0, is_causal)
+    first, dout = shaped(length, inside=inside), shaped(length, inside=not inside)
+    aten._scaled_dot_product_cudnn_attention_backward(first, q, k, v, out, lse, *rest, scale=scale)
     wide = [tensor.double().requires_grad_() for tensor in (q, k, v)]
     exact = torch.autograd.grad(attention_ref(*wide, None, scale, is_causal), wide, dout.double())
+    found = OPS.attention_cudnn_backward(dout, q, k, v, out, lse.squeeze(-1), None, scale, is_causal)
     assert_close(list(found), list(exact))
+    found = OPS.sdpa_cudnn_backward(dout, q, k, v, out, lse, *rest, scale=scale)
+    assert_close(list(found), list(exact))
+
+
+@pytest.mark.parametrize("compiled_first", [False, True])
+def test_attention_that_is_torchs_trains_right_whoever_called_cudnn_before(compiled_first: bool) -> None:
+    """And who calls it later is right as well: what compiled code calls leaves nothing to others."""
+    length = 168 + 8 * compiled_first  # torch remembers sizes
+    given = (torch.randn(B, length, H, D, device="cuda").to(BF16) for _ in range(3))
+    tensors = [tensor.transpose(1, 2).requires_grad_() for tensor in given]
+
+    @torch.compile(backend="infuse", fullgraph=True, dynamic=False)
+    def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return (torch.softmax(q @ k.transpose(2, 3) * D**-0.5, -1) @ v).transpose(1, 2)
+
+    def check(is_compiled: bool) -> None:
+        dout = shaped(length, inside=is_compiled)
+        found = attend(*tensors).transpose(1, 2) if is_compiled else F.scaled_dot_product_attention(*tensors)
+        wide = [tensor.detach().double().requires_grad_() for tensor in tensors]
+        exact = torch.autograd.grad(attention_ref(*wide, None, D**-0.5), wide, dout.double())
+        assert_close(list(torch.autograd.grad(found, tensors, dout)), list(exact))
+
+    with sdpa_kernel(SDPBackend.CUDNN_ATTENTION), infuse.override(kernels="never"):
+        if not compiled_first:
+            check(False)
+        _, codes = run_and_get_code(check, True)
+        if compiled_first:
+            check(False)
+    assert "infuse.sdpa_cudnn_backward" in codes[-1]
 
 
 def test_deterministic_training_gives_the_same_bits(monkeypatch: pytest.MonkeyPatch) -> None:

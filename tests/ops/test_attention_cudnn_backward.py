@@ -1,0 +1,62 @@
+"""What cuDNN's backward is given, and that every graph that Infuse compiles calls it so."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.fx import Graph
+
+from infuse.lowering.post_grad_pass import PostGradPass
+from infuse.ops.attention_cudnn_backward import with_own_key
+
+ATEN = torch.ops.aten._scaled_dot_product_cudnn_attention_backward.default
+OURS = torch.ops.infuse.sdpa_cudnn_backward.default
+
+
+def heads(size: tuple[int, ...], inside: bool) -> Tensor:
+    batch, num, length, dim = size
+    if inside:
+        return torch.randn(batch, length, num, dim).transpose(1, 2)
+    return torch.randn(size)
+
+
+@pytest.mark.parametrize("batch", [1, 2])
+@pytest.mark.parametrize("inside", [False, True])
+def test_gradient_and_output_lie_as_q_does_and_k_as_nothing_else(batch: int, inside: bool) -> None:
+    q, k = heads((batch, 4, 6, 8), inside), heads((batch, 2, 10, 8), inside)
+    for other in (False, True):
+        dout, out = heads((batch, 4, 6, 8), other), heads((batch, 4, 6, 8), not other)
+        found_dout, found_k, found_out = with_own_key(dout, q, k, out)
+        for found, given in ((found_dout, dout), (found_k, k), (found_out, out)):
+            assert torch.equal(found, given)
+        sizes = slice(int(batch == 1), None)  # the stride of a single sequence means nothing
+        assert found_dout.stride()[sizes] == found_out.stride()[sizes] == q.stride()[sizes]
+        assert found_k.stride() == (k[0].numel() + 8, *k.stride()[1:])
+        assert (found_k.data_ptr() == k.data_ptr()) == (batch == 1)
+
+
+def test_a_stride_of_zero_is_laid_out() -> None:
+    q, k = heads((2, 4, 6, 8), True), heads((2, 4, 6, 8), True)
+    dout, _, _ = with_own_key(torch.ones(()).expand(q.shape), q, k, q)
+    assert dout.stride() == q.stride() and torch.equal(dout, torch.ones_like(q))
+
+
+def test_results_are_laid_out_as_torchs() -> None:
+    q, k, v = (heads((2, num, length, 8), True).to("meta") for num, length in ((4, 6), (2, 10), (2, 10)))
+    seed = torch.empty((), dtype=torch.int64, device="meta")
+    args: tuple[Any, ...] = (q, q, k, v, q, q[..., :1].float(), seed, seed, None, None, None, 6, 10, 0.0, False)
+    assert [t.stride() for t in OURS(*args)] == [t.stride() for t in (q, k, v)]
+
+
+def test_every_backward_in_cudnn_is_called_so() -> None:
+    graph = Graph()
+    inputs = [graph.placeholder(f"tensor_{i}") for i in range(8)]
+    node = graph.call_function(ATEN, (*inputs, None, None, None, 6, 10, 0.0, False), {"scale": 0.5})
+    graph.output(node)
+    PostGradPass("")(graph)
+    assert node.target is OURS
+    names = [[argument.name for argument in operator._schema.arguments] for operator in (ATEN, OURS)]
+    assert names[0] == names[1]
