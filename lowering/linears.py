@@ -1,8 +1,8 @@
 """Lowering of linears with a norm, a gate or a residual around them: a kernel, or the products that the author has.
 
-What competes under max-autotune is the kernels' configurations and, where they are not known to be faster, the formula,
-whose products Inductor tunes as it would in the graph: cuBLAS, its templates with what they fuse, and for one row its
-reductions.
+Where kernels are known to be faster their launcher chooses, under max-autotune too. Elsewhere what competes there is
+their configurations and the formula, whose products Inductor tunes as it would in the graph: cuBLAS, its templates with
+what they fuse, and for one row its reductions.
 """
 
 from __future__ import annotations
@@ -62,9 +62,7 @@ def filled(form: Sequence[Any], tensors: Iterator[Tensor]) -> list[Any]:
     ]
 
 
-def _measure(
-    kind: str, args: Sequence[Any], found: Iterable[str], formula: Callable[..., Any], *, beside_formula: bool
-) -> dict[str, float]:
+def _measure(kind: str, args: Sequence[Any], found: Iterable[str], formula: Callable[..., Any]) -> dict[str, float]:
     """Milliseconds of every configuration, and of the formula."""
     given = form(args)
     kernels = {
@@ -73,14 +71,13 @@ def _measure(
         for config in range(-1, len(library.configurations(linear_kernels.CONFIGURATIONS[family])))
     }
     layout = inductor.output_layout(formula, args)
-    formulas = {FORMULA: formula} if beside_formula else {}
     tensors = inductor.tensors_of(args)
     ends = {i: _ends_of(args[0]) for i, tensor in enumerate(tensors) if tensor.get_dtype() == torch.int32}
     # Activations were written a moment ago; weights were last read a step ago.
     rows = inductor.hints(args[0])[:-1]
     weights = [i for i, tensor in enumerate(tensors) if inductor.hints(tensor)[:-1] != rows]
     return inductor.measure(
-        f"infuse_{kind}", kernels, formulas, args, layout, tune_products=True, values=ends, cold=weights
+        f"infuse_{kind}", kernels, {FORMULA: formula}, args, layout, tune_products=True, values=ends, cold=weights
     )
 
 
@@ -106,9 +103,9 @@ def _choose(kind: str, args: Sequence[Any], formula: Callable[..., Any]) -> tupl
     capability = library.capability(args[0].get_device())
     if inductor.max_autotune():
         known = [family for family, sizes in found.items() if heuristics.beats_tuned(kind, family, sizes, capability)]
-        timings = _measure(kind, args, known or found, formula, beside_formula=not known)
-        if known and timings:
-            return min(timings, key=timings.__getitem__), "the fastest kernel, measured", timings
+        if known:
+            return f"{known[0]}_-1", "by stored measurements in a decoder", {}
+        timings = _measure(kind, args, found, formula)
         label, _ = profit.choose(timings, FORMULA, 1, 0)
         return label, "measured", timings
     chosen = [family for family, sizes in found.items() if heuristics.runs_well(kind, family, sizes, capability)]
