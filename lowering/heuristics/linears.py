@@ -18,6 +18,8 @@ LARGE_INPUTS, LARGE_OUTPUTS, FILLING_RESULTS = 2048, 8192, 128 * 28672
 FEWEST_TRAINED_ROWS = 2048
 # Of a linear with a residual; with more, cuBLAS's products are as fast.
 MOST_ADDED_ROWS = 32
+# Elements of a product that is written in float32 at once: a quarter GiB.
+FEWEST_WIDE_RESULTS = 1 << 26
 # Qwen3 30B-A3B's.
 EXPERT_ROWS, EXPERT_INPUTS, EXPERT_OUTPUTS = 4096, 2048, 1536
 
@@ -55,6 +57,11 @@ def _is_large(sizes: Sizes) -> bool:
 def packs_well(rows: int, capability: tuple[int, int]) -> bool:
     """Whether one product over packed weights is faster than several of one input."""
     return capability == H200 and rows > MOST_SKINNY_ROWS
+
+
+def widens_well(results: int, capability: tuple[int, int]) -> bool:
+    """Whether a product of half precision is made in float32, `results` elements, faster than made and then widened."""
+    return capability == H200 and results >= FEWEST_WIDE_RESULTS
 
 
 def trains(sizes: Sizes, capability: tuple[int, int]) -> bool:

@@ -113,7 +113,10 @@ def test_refuses_what_does_not_fit() -> None:
 
 
 @pytest.mark.parametrize("rows", [1, 127, 1024, 2047, 2048, 4096, 5000, 8192, 65536, 100_001])
-@pytest.mark.parametrize(("dim", "need_dweight", "least"), [(4096, True, 2048), (896, True, 1024), (4096, False, 1024)])
+@pytest.mark.parametrize(
+    ("dim", "need_dweight", "least"),
+    [(8192, True, 4096), (4096, True, 4096), (2048, True, 2048), (896, True, 1024), (4096, False, 1024)],
+)
 def test_chunks_are_equal_and_not_small(rows: int, dim: int, need_dweight: bool, least: int) -> None:
     step = chunked_cross_entropy.chunk_rows(rows, dim, need_dweight)
     few = step == rows < 2 * least
