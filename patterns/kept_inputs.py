@@ -7,6 +7,8 @@ of, comes straight from an operation that is never computed again, and whose res
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 from torch.fx import Node
 
 from infuse.patterns.canonical import CanonicalGraph
@@ -21,11 +23,14 @@ _VIEWS = ("alias", "reshape", "permute", "expand")
 _PARTS = ("chunk", "split", "unbind", "narrow", "select", "getitem")  # views that are in no table
 
 
-def is_kept(view: CanonicalGraph, site: Site) -> bool:
-    """Whether the input of a norm, or the sum that it is taken of, would be saved without a kernel too."""
+def is_kept(view: CanonicalGraph, site: Site, replaced: Mapping[Node, Node]) -> bool:
+    """Whether the input of a norm, or the sum that it is taken of, would be saved without a kernel too.
+
+    replaced: what earlier rewrites put in the place of nodes. A gated MLP ends in a product as the linear did.
+    """
     if site.kind.startswith("add_"):
         x, residual = site.args[:2]
-        return _is_new(view, x) or _is_new(view, residual)
+        return _is_new(view, x, replaced) or _is_new(view, residual, replaced)
     x = site.args[0]
     x = _behind_views(view, x.args[0] if isinstance(x, Make) else x)
     if not isinstance(x, Node):
@@ -33,7 +38,7 @@ def is_kept(view: CanonicalGraph, site: Site) -> bool:
     if x.op in ("placeholder", "get_attr") or view.word(x) in (*_PRODUCERS, "sdpa"):
         return True
     operands = view.operands(x, "add")
-    return operands is not None and any(_is_new(view, operand) for operand in operands)
+    return operands is not None and any(_is_new(view, operand, replaced) for operand in operands)
 
 
 def _behind_views(view: CanonicalGraph, node: object) -> object:
@@ -47,7 +52,7 @@ def _is_view(view: CanonicalGraph, node: Node) -> bool:
     return view.call(node, *_VIEWS) is not None or name in _PARTS
 
 
-def _is_new(view: CanonicalGraph, operand: object) -> bool:
+def _is_new(view: CanonicalGraph, operand: object, replaced: Mapping[Node, Node]) -> bool:
     """Whether a term of a sum would have to be saved in place of the sum: a product that is read by this sum alone.
 
     On its way it may be scaled by a number or dropped out, for neither of which its value is needed again.
@@ -55,7 +60,7 @@ def _is_new(view: CanonicalGraph, operand: object) -> bool:
     node = operand
     dtype = view.dtype(node)
     while isinstance(node, Node):
-        readers = [reader for reader in view.readers(node) if reader.users]
+        readers = [reader for reader in view.readers(replaced.get(node, node)) if reader.users]
         if len(readers) != 1 or view.dtype(node) != dtype:
             return False
         if view.word(node) in _PRODUCERS:

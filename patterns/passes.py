@@ -311,7 +311,7 @@ class Writer:
         placement = self.place(site.kind, examples, self.training)
         if not self.training or placement.overload != "default" or site.kind not in kept_inputs.KINDS:
             return placement
-        if self.emitter is None or kept_inputs.is_kept(self.emitter.view, site):
+        if self.emitter is None or kept_inputs.is_kept(self.emitter.view, site, self.emitter.replaced):
             return placement
         reason = "its input would be saved for a kernel alone"
         if site.kind in kept_inputs.LEFT_TO_PARTS:

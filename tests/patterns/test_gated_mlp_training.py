@@ -39,10 +39,14 @@ class Block(nn.Module):
 
 
 class Compiled:
-    """A function rewritten and taken through AOTAutograd; forward and backward run eagerly. overload: of gated_mlp."""
+    """A function rewritten and taken through AOTAutograd; forward and backward run eagerly.
 
-    def __init__(self, function: Callable[..., Any], overload: str) -> None:
+    overload: of gated_mlp. add_norms: those of a residual add are sites, whose backward is an operator.
+    """
+
+    def __init__(self, function: Callable[..., Any], overload: str, add_norms: bool = False) -> None:
         self.overload = overload
+        self.patterns = ("rms_norm", *(["add_rms_norm"] if add_norms else []), "swiglu", "gated_mlp")
         self.forward: list[torch.fx.GraphModule] = []
         self.backward: list[torch.fx.GraphModule] = []
         torch._dynamo.reset()
@@ -56,7 +60,7 @@ class Compiled:
     def _backend(self, module: torch.fx.GraphModule, inputs: Sequence[Any]) -> Callable[..., Any]:
         for part in module.modules():
             if isinstance(part, torch.fx.GraphModule):
-                rewrite(part.graph, Settings(patterns=("rms_norm", "swiglu", "gated_mlp")), self._place, training=True)
+                rewrite(part.graph, Settings(patterns=self.patterns), self._place, training=True)
                 part.recompile()
         keep = aot_autograd(
             fw_compiler=self._keeps(self.forward),
@@ -154,3 +158,15 @@ def test_checkpointed_block_keeps_its_input_alone() -> None:
     assert ours == 0
     torch.testing.assert_close(gradients(result, x, module), expected)
     assert "infuse.linear_swiglu_fwd.default" in compiled.called(compiled.backward)
+
+
+def test_operator_of_a_norm_behind_a_gated_mlp_costs_no_memory() -> None:
+    """The sum that it normalises is saved in place of the MLP's result, as for the formula."""
+    module, x = nn.Sequential(Block(), Block()), torch.randn(ROWS, DIM, requires_grad=True)
+    parameters = list(module.parameters())
+    formula, compiled = Compiled(module, "default"), Compiled(module, "default", add_norms=True)
+    _, expected = kept(formula.run, x, parameters)
+    result, ours = kept(compiled.run, x, parameters)
+    assert ours == expected == 2 * (ROWS * 2 * HIDDEN + ROWS) + ROWS * DIM
+    torch.testing.assert_close(gradients(result, x, module), gradients(module(x), x, module))
+    assert compiled.called(compiled.backward).count("infuse.add_rms_norm_bwd.default") == 1
