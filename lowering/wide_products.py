@@ -64,7 +64,7 @@ def _is_returned(node: Node) -> bool:
 
 def _runs_well(product: Node) -> bool:
     value = product.meta["val"]
-    if not all(isinstance(size, int) for size in value.shape):
+    if not all(isinstance(size, int) for size in value.shape) or library.missing(value.device):
         return False
     return heuristics.widens_well(value.numel(), library.capability(value.device))
 
