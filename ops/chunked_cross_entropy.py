@@ -7,13 +7,13 @@ from torch import Tensor
 
 from infuse.ops import cross_entropy_kernels, library
 
-# Rows of a chunk, at least, where there are as many: as many as x has columns, within these limits, so that a chunk's
-# logits take no more memory than the weight's gradient. Each chunk but the first reads and writes that once more. On an
-# H200 with 8192 rows, D 4096 and V 128256 forward and backward take 0.96 of the time of torch.compile with chunks of
-# 4096 rows, 0.99 to 1.00 with 2048, 1.03 with 1024. Short rows of x are cheap to multiply, so that the passes over the
-# logits count for more: with D 896 and V 151936 it is 0.92 with 1024.
-CHUNK_ROWS = 4096
-SHORT_CHUNK_ROWS = 1024  # also where the weight's gradient is not needed
+# Rows of a chunk, at least, where there are as many. Each chunk but the first reads and writes the weight's gradient
+# once more. On an H200 with 8192 rows, D 4096 and V 128256 forward and backward take 0.96 of the time of torch.compile
+# with chunks of 4096 rows, 0.99 to 1.00 with 2048, 1.03 with 1024. Short rows of x are cheap to multiply, so that the
+# passes over the logits count for more: with D 896 and V 151936 it is 0.92 with 1024.
+CHUNK_ROWS = 2048
+SHORT_CHUNK_ROWS = 1024  # for those, and where the weight's gradient is not needed
+_SHORT_DIM = 1024
 _ROW_MULTIPLE = 128  # of a product's tiles
 
 
@@ -27,8 +27,11 @@ def cannot_run(x: Tensor, weight: Tensor, bias: Tensor | None) -> str:
 
 
 def chunk_rows(rows: int, dim: int, need_dweight: bool) -> int:
-    """Rows of a chunk: equal shares, which are not much too small."""
-    least = min(max(dim, SHORT_CHUNK_ROWS), CHUNK_ROWS) if need_dweight else SHORT_CHUNK_ROWS
+    """Rows of a chunk: all where their logits take no more memory than the weight's gradient, which then is written
+    once; otherwise equal shares, which are not much too small."""
+    if need_dweight and rows <= dim:
+        return rows
+    least = CHUNK_ROWS if need_dweight and dim > _SHORT_DIM else SHORT_CHUNK_ROWS
     share = -(-rows // max(1, (rows + least // 8) // least))
     return min(rows, -(-share // _ROW_MULTIPLE) * _ROW_MULTIPLE)
 

@@ -112,15 +112,18 @@ def test_refuses_what_does_not_fit() -> None:
         op.linear_cross_entropy(x[..., 1:], weight, target, bias)
 
 
-@pytest.mark.parametrize("rows", [1, 127, 1024, 2047, 2048, 4096, 5000, 8192, 65536, 100_001])
-@pytest.mark.parametrize(
-    ("dim", "need_dweight", "least"),
-    [(8192, True, 4096), (4096, True, 4096), (2048, True, 2048), (896, True, 1024), (4096, False, 1024)],
-)
+@pytest.mark.parametrize("rows", [1, 127, 1024, 2047, 2048, 4097, 5000, 8192, 65536, 100_001])
+@pytest.mark.parametrize(("dim", "need_dweight", "least"), [(2047, True, 2048), (896, True, 1024), (4096, False, 1024)])
 def test_chunks_are_equal_and_not_small(rows: int, dim: int, need_dweight: bool, least: int) -> None:
     step = chunked_cross_entropy.chunk_rows(rows, dim, need_dweight)
     few = step == rows < 2 * least
     assert few or (7 / 8 * least <= step <= 2 * least and step % 128 == 0 and rows >= 15 / 8 * least)
+
+
+@pytest.mark.parametrize(("rows", "dim"), [(4096, 4096), (4095, 4096), (8192, 8192)])
+def test_logits_as_large_as_the_weight_are_one_chunk(rows: int, dim: int) -> None:
+    assert chunked_cross_entropy.chunk_rows(rows, dim, True) == rows
+    assert chunked_cross_entropy.chunk_rows(2 * dim, dim, True) < dim
 
 
 def test_no_rows_have_no_chunks() -> None:
