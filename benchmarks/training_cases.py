@@ -1,4 +1,10 @@
-"""A training step: the loss of one sequence and all gradients."""
+"""A training step: the loss of one sequence and all gradients.
+
+On an H200 a step of 4,096 tokens of Llama 8B's sizes is bound by power. In a loop it draws 690 of 700 W, and the clock
+falls from 1,980 MHz to what that allows: 1,520 MHz with stock torch.compile, 1,480 with Infuse, whose kernels leave the
+tensor cores idle for less of the time. Products take 52 of 61 ms, so a millisecond saved beside them makes a step about
+half a millisecond shorter. (Clock and power by NVML, torch 2.11.)
+"""
 
 from __future__ import annotations
 
@@ -13,7 +19,8 @@ from model_sources import Model
 from prefill_cases import random_tokens
 from torch import Tensor, nn
 
-# In one sample: only the first step waits for what Python does before the first kernel.
+# In one sample, as in a loop: only the first step waits for what Python does before the first kernel. With one step a
+# sample the pauses would let the clock rise.
 CALLS = 3
 
 
