@@ -1,4 +1,8 @@
-"""Lowering of infuse::attention in inference: SDPA or a kernel; under max-autotune the fastest of all."""
+"""Lowering of infuse::attention in inference: SDPA or a kernel; under max-autotune the fastest of all.
+
+Few query rows that are known to run well in the kernel take it unmeasured: alone, one call after another, kernels take
+other times than in a decoder, where what counts is how soon each can begin behind the one before it.
+"""
 
 from __future__ import annotations
 
@@ -45,12 +49,13 @@ def _choose(candidates: dict[str, Candidate], args: tuple[Any, ...], layout: Any
     if candidates and settings.kernels == "always":
         return next(iter(candidates)), "kernels are always taken", {}
     tunable = isinstance(args[4], float) and (candidates or args[0].get_device().type == "cuda")
-    if tunable and settings.kernels != "never" and inductor.max_autotune():
+    known = _by_heuristic(candidates, args)
+    if tunable and settings.kernels != "never" and inductor.max_autotune() and not known.startswith("decode"):
         label, timings = _measured(candidates, args, layout)
         why = f"measured, out of {', '.join(timings)}" if timings else "the only backend that takes it"
         return label, why, timings
-    if label := _by_heuristic(candidates, args):
-        return label, "heuristic", {}
+    if known:
+        return known, "heuristic", {}
     return backends.DEFAULT, "torch's choice of backend", {}
 
 

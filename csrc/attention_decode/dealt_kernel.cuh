@@ -213,6 +213,7 @@ __device__ __forceinline__ Ring make_ring(const Params& params, const Place& pla
 template <typename Traits>
 __global__ void __launch_bounds__(kMaxDealtWarps* kWarpSize, 1) dealt_kernel(const __grid_constant__ Params params) {
 #if defined(__CUDA_ARCH_FEAT_SM90_ALL)
+  let_next_kernel_start();
   const SharedAddress shared = (dynamic_shared_memory() + kSharedAlignment - 1) / kSharedAlignment * kSharedAlignment;
   const Rows rows{blockIdx.z, blockIdx.y, 0, params.rows};
   const Place place = place_of<Traits>(params, shared);
@@ -232,7 +233,6 @@ __global__ void __launch_bounds__(kMaxDealtWarps* kWarpSize, 1) dealt_kernel(con
   const Ring ring = make_ring<Traits>(params, place, shared);
   sync_own_group<Traits>(place);
   wait_for_previous_kernel();
-  let_next_kernel_start();
   if constexpr (!Traits::kIsWarpgroup) {
     load_queries<Traits>(params, rows, place.queries);
     end_copy_group();

@@ -108,7 +108,7 @@ Prepared prepare(const Arguments& a) {
   params.skips_filled = plan.dealt_warps > 0 && problem.mask_size_bytes > 1;
   params.is_causal = a.is_causal;
   params.nan_for_masked_rows = a.nan_for_masked_rows;
-  if (plan.dealt_warps > 0) {
+  if (plan.dealt_warps > 0 && !plan.is_direct) {
     params.k_map = map_of(a.k, plan.tile);
     params.v_map = map_of(a.v, plan.tile);
   }

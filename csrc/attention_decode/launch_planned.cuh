@@ -2,6 +2,7 @@
 #pragma once
 
 #include "attention_decode/dealt_kernel.cuh"
+#include "attention_decode/direct_kernel.cuh"
 #include "attention_decode/kernel.cuh"
 #include "attention_decode/launch.h"
 #include "dispatch.h"
@@ -36,6 +37,20 @@ void launch_dealt(const Plan& plan, const Params& params, int device, cudaStream
 }
 
 template <typename T>
+void launch_direct(const Plan& plan, const Params& params, int device, cudaStream_t stream) {
+  const auto run = [&](auto kernel) {
+    constexpr int kThreads = kDirectWarps * kWarpSize;
+    resident_ctas(kOp, kernel, kThreads, plan.shared_bytes, device);  // allows the shared memory
+    if (plan.splits > kPortableCluster) allow_large_clusters(kOp, kernel);
+    const dim3 grid(params.splits, params.kv_heads, params.batch);
+    launch_kernel(kOp, kConfigs[kDirect].name, kernel, {grid, dim3(kThreads), plan.shared_bytes, true, plan.splits},
+                  params, device, stream);
+  };
+  if (plan.dim > 64) return run(direct_kernel<DirectTraits<T, 128>>);
+  run(direct_kernel<DirectTraits<T, 64>>);
+}
+
+template <typename T>
 void launch_decode(const Plan& plan, const Params& params, int device, cudaStream_t stream) {
   const Config& config = kConfigs[plan.config];
   const auto run = [&](auto kernel) {
@@ -58,7 +73,9 @@ void launch_decode(const Plan& plan, const Params& params, int device, cudaStrea
 template <DType kDType>
 void launch_planned(const Plan& plan, const Params& params, int device, cudaStream_t stream) {
   using T = Element<kDType>;
-  if (plan.dealt_warps > 0) {
+  if (plan.is_direct) {
+    launch_direct<T>(plan, params, device, stream);
+  } else if (plan.dealt_warps > 0) {
     launch_dealt<T>(plan, params, device, stream);
   } else {
     launch_decode<T>(plan, params, device, stream);

@@ -72,8 +72,8 @@ __device__ __forceinline__ void take_mean(const Params& params, const Rows& rows
   *sum = {{mean.x, mean.y, mean.z, mean.w}, 0.0f, 1.0f};
 }
 
-// Divides, after the head's sink, and writes.
-template <typename T>
+// Divides, after the head's sink, and writes. kMayBeFilled: the mask may be one that adds.
+template <typename T, bool kMayBeFilled = true>
 __device__ __forceinline__ void write_result(const Params& params, std::uint32_t batch, std::uint32_t kv_head,
                                              std::uint32_t row, std::uint32_t column, Partial sum) {
   const std::uint32_t query = params.group.divide(row);
@@ -86,12 +86,14 @@ __device__ __forceinline__ void write_result(const Params& params, std::uint32_t
     for (float& value : sum.out) value *= weight;
     sum.denominator = sum.denominator * weight + weight_of(sink * kLog2e, base);
   }
-  if (may_be_filled(params, sum.largest)) [[unlikely]] {
-    const Rows rows{batch, kv_head, 0, params.rows};
-    if (params.mask_kind == Mask::kFloat32) {
-      take_mean<T, float>(params, rows, row, column, &sum);
-    } else {
-      take_mean<T, T>(params, rows, row, column, &sum);
+  if constexpr (kMayBeFilled) {
+    if (may_be_filled(params, sum.largest)) [[unlikely]] {
+      const Rows rows{batch, kv_head, 0, params.rows};
+      if (params.mask_kind == Mask::kFloat32) {
+        take_mean<T, float>(params, rows, row, column, &sum);
+      } else {
+        take_mean<T, T>(params, rows, row, column, &sum);
+      }
     }
   }
   const float masked = params.nan_for_masked_rows ? __int_as_float(0x7fc00000) : 0.0f;

@@ -17,6 +17,8 @@ constexpr int kBarrierBytes = 8;
 constexpr int kBlockColumns = 64;  // of a box that TMA copies
 constexpr int kSharedAlignment = 1024;  // of dealt_kernel: after which the layout of a warpgroup's tiles repeats
 constexpr int kMaxTilesOfClusterWarp = 2;
+constexpr int kSmallDim = 64;
+constexpr int kDirectWarps = 8, kDirectRows = 8, kDirectTile = 16;  // of direct_kernel: of a CTA; of a K/V head; keys
 constexpr int kMaxSplits = 1024;
 constexpr int kReservedBytes = 1024;  // of shared memory, for each CTA
 
@@ -41,11 +43,13 @@ constexpr Config kConfigs[] = {
     {"warpgroups_cluster", 64, 3, 8, true},   // 8
     {"warpgroup_split", 64, 3, 4, false},     // 9
     {"warpgroups_split", 64, 3, 8, false},    // 10
+    // This where direct_kernel can run, else as if none were asked for.
+    {"direct_cluster", kDirectTile, 1, kDirectWarps, true},  // 11
 };
 constexpr int kNumConfigs = sizeof(kConfigs) / sizeof(kConfigs[0]);
 constexpr int kHeuristic = -1;
-constexpr int kWarp4Cluster = 3, kWarp8Cluster = 4, kWarp4Split = 5, kWarp8Split = 6;
-constexpr int kWarpgroupsCluster = 8, kWarpgroupsSplit = 10;
+constexpr int kWarp4Cluster = 3, kWarp8Cluster = 4, kWarp4Split = 5;
+constexpr int kWarpgroupsCluster = 8, kWarpgroupsSplit = 10, kDirect = 11;
 constexpr int kWarpgroupRows = 64, kWarpgroupTile = 64;
 constexpr int kMaxWarpgroupDim = 128;
 
@@ -77,7 +81,7 @@ struct Plan {
   // Of dealt_kernel: warps of a CTA (0: not this kernel), rows that a CTA of a cluster merges, and places in shared
   // memory.
   int dealt_warps, share;
-  bool is_warpgroup;
+  bool is_warpgroup, is_direct;
   int ring_offset, mask_offset, inbox_offset, barrier_offset;
   int mask_bytes;  // of a tile
 };
@@ -106,6 +110,10 @@ constexpr bool has_dealt_kernel(const Problem& problem, int dim, int config, con
   if (!device.has_clusters || !problem.has_maps) return false;
   if (kConfigs[config].tile == kWarpgroupTile) return problem.rows <= kWarpgroupRows && dim <= kMaxWarpgroupDim;
   return problem.rows <= kWarpRows;
+}
+
+constexpr bool has_direct_kernel(const Problem& problem, int dim, const Device& device) {
+  return device.has_clusters && problem.rows <= kDirectRows && dim <= kMaxWarpgroupDim && problem.mask_size_bytes <= 1;
 }
 
 // CTAs on an SM at once, by shared memory; registers suffice for two.
@@ -138,22 +146,38 @@ constexpr int splits_that_fill(const Problem& problem, const Device& device) {
   return static_cast<int>(splits);
 }
 
-// Measured on an H200 with 32 and 8 heads of 128: clusters where each has a part of the device to itself and little to
-// do, or where two CTAs do; eight warps where there is one CTA an SM, unless most of the cache may be empty.
+// The same for small CTAs in clusters, two an SM. A cluster lies within one of the device's parts of up to 18 SMs, so
+// those of other sizes than powers of two, and large ones that need two places of every SM, would have to wait for one
+// another.
+constexpr int splits_of_small_ctas(const Problem& problem, const Device& device) {
+  constexpr int kSmallCluster = 4;
+  const std::int64_t heads = problem.batch * problem.kv_heads;
+  int splits = 2;
+  while (splits < kSmallCluster && 2 * splits * heads <= 2 * device.num_sms) splits *= 2;
+  while (splits >= kSmallCluster && splits < kMaxCluster && 2 * splits * heads <= device.num_sms) splits *= 2;
+  return splits;
+}
+
+// Measured on an H200 among the other kernels of decoder layers, 14 heads of 64 that share 2 and 32 of 128 that share
+// 8, batches of 1 to 64: small CTAs in clusters, which need no second kernel, until a cache is so long that it counts that
+// clusters leave some SMs with less to do; for small heads that fill the device large CTAs alone.
 constexpr int choose_dealt_config(const Problem& problem, const Device& device) {
   constexpr std::int64_t kClusterKeys = 2048, kManyKeys = 8192;
+  const bool fill = splits_that_fill(problem, device) <= 2;
+  if (problem.rows <= kWarpRows) {
+    const bool is_small = larger(problem.dim, problem.dim_v) <= kSmallDim;
+    if (is_small && splits_that_fill(problem, device) == 1) return kWarp8Cluster;
+    return fill || problem.keys <= kManyKeys ? kWarp4Cluster : kWarp4Split;
+  }
   const bool alone = problem.batch * problem.kv_heads * kPortableCluster * 2 <= device.num_sms;
-  const bool cluster =
-      splits_that_fill(problem, device) <= 2 || (alone && problem.keys <= kClusterKeys);
-  if (problem.rows > kWarpRows) return cluster ? kWarpgroupsCluster : kWarpgroupsSplit;
-  if (cluster) return splits_that_fill(problem, device) <= 2 ? kWarp4Cluster : kWarp8Cluster;
-  return problem.keys <= kManyKeys ? kWarp8Split : kWarp4Split;
+  return fill || (alone && problem.keys <= kClusterKeys) ? kWarpgroupsCluster : kWarpgroupsSplit;
 }
 
 // As many as fill the device, while each group of warps has a tile.
 constexpr int choose_dealt_splits(const Problem& problem, const Plan& plan, const Device& device) {
   const int groups = plan.is_warpgroup ? plan.dealt_warps / kWarps : plan.dealt_warps;
   const int most = larger(1, static_cast<int>(ceil_div(plan.tiles, groups)));
+  if (plan.config == kWarp4Cluster) return smaller(splits_of_small_ctas(problem, device), most);
   const int limit = kConfigs[plan.config].cluster ? kPortableCluster : kMaxSplits;
   return smaller(smaller(splits_that_fill(problem, device), most), limit);
 }
@@ -173,6 +197,50 @@ constexpr Plan plan_dealt(const Problem& problem, Plan plan, int splits, const D
   if (splits <= 0) plan.splits = choose_dealt_splits(problem, plan, device);
   place_dealt(problem, &plan);
   plan.cluster = kConfigs[plan.config].cluster && plan.splits > 1;
+  return plan;
+}
+
+// A power of two, as splits_of_small_ctas, so that each SM has a CTA at most. Clusters of 16 of these find room in few
+// places, unless two of their CTAs fit an SM.
+constexpr int splits_of_direct(const Problem& problem, const Device& device) {
+  constexpr std::int64_t kFewHeads = 4;
+  const std::int64_t heads = problem.batch * problem.kv_heads;
+  const bool is_small = larger(problem.dim, problem.dim_v) <= kSmallDim;
+  const int most = is_small || heads <= kFewHeads ? kMaxCluster : kPortableCluster;
+  int splits = 1;
+  while (splits < most && 2 * splits * heads <= device.num_sms) splits *= 2;
+  return splits;
+}
+
+// Measured on an H200 among the other kernels of decoder layers, 14 heads of 64 that share 2 and 32 of 128 that share
+// 8, batches of 1 to 64 over caches of 4096: where little is read, and no warp has more than a few tiles, one after
+// another.
+constexpr bool suits_direct_kernel(const Problem& problem, const Device& device) {
+  constexpr std::int64_t kMostTiles = 8, kMostBytes = 16 << 20, kMostBytesOfSmall = 32 << 20;
+  const std::int64_t heads = problem.batch * problem.kv_heads;
+  const std::int64_t warps = splits_of_direct(problem, device) * kDirectWarps;
+  const std::int64_t bytes = heads * problem.keys * row_bytes(problem.dim + problem.dim_v);
+  return bytes <= (larger(problem.dim, problem.dim_v) <= kSmallDim ? kMostBytesOfSmall : kMostBytes) &&
+         ceil_div(problem.keys, kDirectTile) <= kMostTiles * warps;
+}
+
+// While each warp has a tile.
+constexpr Plan plan_direct(const Problem& problem, Plan plan, int splits, const Device& device) {
+  plan.is_direct = true;
+  plan.dealt_warps = kDirectWarps;
+  plan.tile = kDirectTile;
+  plan.tiles = ceil_div(problem.keys, kDirectTile);
+  plan.row_blocks = 1;
+  if (splits <= 0) {
+    const int most = larger(1, static_cast<int>(ceil_div(plan.tiles, kDirectWarps)));
+    splits = smaller(splits_of_direct(problem, device), most);
+  }
+  plan.splits = smaller(splits, kMaxCluster);
+  plan.cluster = plan.splits > 1;
+  plan.share = static_cast<int>(ceil_div(problem.rows, plan.splits));
+  plan.inbox_offset = kDirectWarps * kDirectRows * (plan.dim + 4) * 4;
+  plan.barrier_offset = plan.inbox_offset + plan.splits * plan.share * (problem.dim_v * 4 + 8);
+  plan.shared_bytes = plan.barrier_offset + kBarrierBytes;
   return plan;
 }
 
@@ -200,7 +268,13 @@ constexpr Plan make_plan(const Problem& problem, int config, int splits, const D
   plan.dim = padded_dim(larger(problem.dim, problem.dim_v));
   plan.row_warps = problem.rows <= kWarpRows ? 1 : problem.rows <= 2 * kWarpRows ? 2 : 4;
   plan.config = config;
-  if (config == kHeuristic) plan.config = choose_dealt_config(problem, device);
+  if (config == kHeuristic) {
+    plan.config = suits_direct_kernel(problem, device) ? kDirect : choose_dealt_config(problem, device);
+  }
+  if (plan.config == kDirect) {
+    if (has_direct_kernel(problem, plan.dim, device)) return plan_direct(problem, plan, splits, device);
+    plan.config = choose_dealt_config(problem, device);
+  }
   if (kConfigs[plan.config].dealt_warps > 0) {
     if (has_dealt_kernel(problem, plan.dim, plan.config, device)) return plan_dealt(problem, plan, splits, device);
     plan.config = choose_config(device, plan.row_warps);

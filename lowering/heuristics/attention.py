@@ -14,7 +14,7 @@ from infuse.lowering.heuristics import H200
 
 _QUERIES = range(2, 17)
 _FEWEST_KEYS = 2048
-_DECODED_HEAD_DIM = 128
+_DECODED_HEAD_DIM = 128  # of several queries
 _HEAD_DIMS = (64, 128)
 _SMALL_HEAD_DIM = 64
 _LEAST = ((1024, 1024), (512, 16384))  # queries and keys
@@ -75,14 +75,15 @@ def _mask_is_no_bias(site: Site) -> bool:
 def decodes_well(site: Site, capability: tuple[int, int]) -> bool:
     """Whether the kernel for few query rows is taken, always for heads that share K and V.
 
-    For several queries, where torch's kernels read K and V once for each head, and for one behind a mask: over a cache
-    that is half full it takes 0.6 of the time of torch's kernels, which read all of it, over a full one up to 1.09
-    (64 x 8 caches of 4,096 keys on an H200).
+    For several queries, where torch's kernels read K and V once for each head, and for one behind a mask. Behind one,
+    over caches of 4,096 keys that are half full, on an H200: 8 heads of 128 take 0.4 of the time of torch's kernels,
+    which read all of it, in batches of 1 and 0.6 in those of 64; 2 heads of 64 take 0.4 to 0.5. Over full ones it is up
+    to 1.09.
     """
     _, heads, queries, head_dim = site.q
     _, kv_heads, keys, _ = site.k
-    if capability != H200 or head_dim != _DECODED_HEAD_DIM or heads == kv_heads or not isinstance(keys, int):
+    if capability != H200 or heads == kv_heads or not isinstance(keys, int):
         return False
     if queries == 1:
-        return site.mask is torch.bool and keys >= 1024
-    return queries in _QUERIES and keys >= _FEWEST_KEYS
+        return head_dim in _HEAD_DIMS and site.mask is torch.bool and keys >= 1024
+    return head_dim == _DECODED_HEAD_DIM and queries in _QUERIES and keys >= _FEWEST_KEYS

@@ -36,6 +36,10 @@ void check(const Problem& problem, int config, const Device& device) {
   require(plan.splits == 1 || plan.splits <= plan.tiles, "splits without a tile", problem, plan);
   const int largest = plan.dealt_warps > 0 ? kMaxCluster : kPortableCluster;
   require(!plan.cluster || (device.has_clusters && plan.splits <= largest), "cluster", problem, plan);
+  if (plan.is_direct) {
+    require(problem.rows <= kDirectRows && problem.mask_size_bytes <= 1, "what direct_kernel takes", problem, plan);
+    require(plan.inbox_offset % 16 == 0 && plan.barrier_offset % kBarrierBytes == 0, "alignment", problem, plan);
+  }
   if (plan.dealt_warps > 0) {
     require(plan.shared_bytes <= device.shared_bytes, "too much shared memory", problem, plan);
     require(plan.splits * plan.share >= problem.rows, "share", problem, plan);

@@ -96,6 +96,16 @@ def test_max_autotune_measures_kernels_beside_torchs_own(
     assert timed == [{backends.DEFAULT, *KERNELS}] * 2
 
 
+def test_few_rows_that_are_known_to_run_well_are_not_measured(
+    cpu_kernel: list[tuple[int, str, bool]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(inductor, "measure", lambda *_, **__: pytest.fail("measured"))
+    monkeypatch.setattr(heuristics, "inference", lambda *described: "decode_-1")
+    compiled_code(lambda *tensors: OPS.attention(*args(*tensors)), *inputs(), mode="max-autotune-no-cudagraphs")
+    (decision,) = decisions.decisions()
+    assert (decision.chosen, decision.why) == ("decode_-1", "heuristic")
+
+
 def test_the_policy_knows_what_the_kernels_cannot_do(cpu_kernel: list[Any], monkeypatch: pytest.MonkeyPatch) -> None:
     q, k, v = inputs()
     mask = torch.ones(2, 1, 2, 24, dtype=torch.bool)
@@ -143,6 +153,8 @@ CACHE = (1, 8, 2048, 128)
         ((1, 32, 2, 128), (1, 32, 2048, 128), None, False),
         ((1, 32, 2, 128), (1, 8, 128, 128), None, False),
         ((1, 32, 2, 64), (1, 8, 2048, 64), None, False),
+        ((1, 14, 1, 64), (1, 2, 2048, 64), torch.bool, True),
+        ((1, 14, 1, 80), (1, 2, 2048, 80), torch.bool, False),
     ],
 )
 def test_without_a_measurement_few_rows_run_in_the_kernel_where_torch_reads_more(

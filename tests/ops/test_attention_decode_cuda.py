@@ -31,6 +31,8 @@ SHAPES = (
     (1, 8, 4, 2, 1025, 192, 128),
     (2, 32, 8, 16, 130, 72, 40),
     (1, 64, 1, 2, 640, 128, 128),
+    (2, 14, 2, 1, 1500, 64, 64),
+    (1, 8, 2, 2, 700, 96, 40),
 )
 Inputs = tuple[Tensor, Tensor, Tensor]
 
@@ -38,7 +40,7 @@ Inputs = tuple[Tensor, Tensor, Tensor]
 def configs() -> list[tuple[int, int]]:
     """Configuration and number of splits: what the launcher chooses, every configuration, and splits of each kind."""
     every = range(len(library.configurations(attention_kernels.DECODE)))
-    splits = (*itertools.product((0, 1), (1, 2, 5)), *itertools.product((3, 5), (1, 2, 5, 16)), (4, 3))
+    splits = (*itertools.product((0, 1), (1, 2, 5)), *itertools.product((3, 5, 11), (1, 2, 5, 16)), (4, 3))
     return [(-1, 0), *((config, 0) for config in every), *splits]
 
 
