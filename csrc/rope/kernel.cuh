@@ -270,6 +270,7 @@ __global__ __launch_bounds__(kMaxThreads, Traits::kMinCtas) void rope_kernel(con
   const std::uint32_t head = place.block * kHeads * params.batches;
   std::uint32_t heads = part.heads - head;  // from the first of this batch on
 
+  let_next_kernel_start();  // what follows in a decoder has weights or keys to fetch meanwhile
   wait_for_previous_kernel();
   const X* x_row = row_at<const X>(part.x, part.x_stride, place, head);
   Heads<Traits> rows;
@@ -282,7 +283,6 @@ __global__ __launch_bounds__(kMaxThreads, Traits::kMinCtas) void rope_kernel(con
     for (int v = 0; v < 2; ++v) scale[v].load(params, part, slot.offset[v], slot.valid[v]);
   }
   X* out_row = static_cast<X*>(part.out) + out_offset(part, place) + head * part.out_stride[2];
-  let_next_kernel_start();
   if constexpr (Traits::kNorm) {
 #pragma unroll
     for (int v = 0; v < 2; ++v) scale[v].finish(params, part);

@@ -8,6 +8,7 @@
 #include "skinny_linear/mma_kernel.cuh"
 #include "skinny_linear/norm_kernel.cuh"
 #include "skinny_linear/ring_kernel.cuh"
+#include "skinny_linear/row_kernel.cuh"
 
 namespace infuse::skinny_linear {
 
@@ -35,8 +36,7 @@ inline CUtensorMap map_of(DType dtype, const void* data, std::int64_t rows, std:
   return make_tensor_map(kOp, blocks, box_rows, kBlockColumns, true, box_blocks);
 }
 
-template <typename Traits>
-void launch_ring(DType dtype, const Plan& plan, const Params& base, int device, cudaStream_t stream) {
+inline RingParams ring_params(DType dtype, const Plan& plan, const Params& base) {
   RingParams params{};
   params.base = base;
   params.keeps_x = plan.keeps_x;
@@ -48,11 +48,34 @@ void launch_ring(DType dtype, const Plan& plan, const Params& base, int device, 
         map_of(dtype, linear.weight, linear.features, base.dim, linear.weight_stride, plan.tile_rows, plan.blocks);
   }
   if (!plan.keeps_x) params.x = map_of(dtype, base.x, base.rows, base.dim, base.x_stride, plan.columns, plan.blocks);
+  return params;
+}
+
+template <typename Traits>
+void launch_ring(DType dtype, const Plan& plan, const Params& base, int device, cudaStream_t stream) {
   constexpr auto kernel = ring_kernel<Traits>;
   allow_shared<kernel>(device);
   const dim3 grid(static_cast<unsigned>(plan.tiles * plan.splits)), block(plan.warps * kWarpSize + kWarpSize);
-  launch_kernel(kOp, kConfigs[plan.config].name, kernel, {grid, block, plan.shared_bytes, true, plan.splits}, params,
-                device, stream);
+  launch_kernel(kOp, kConfigs[plan.config].name, kernel, {grid, block, plan.shared_bytes, true, plan.splits},
+                ring_params(dtype, plan, base), device, stream);
+}
+
+// kBatch: features that a warp adds up together, if it has as many.
+template <typename T, bool kGated, int kPieces>
+void launch_row(DType dtype, const Plan& plan, const Params& base, int device, cudaStream_t stream) {
+  const auto launch = [&](auto batch) {
+    constexpr auto kernel = row_kernel<RowTraits<T, kGated, kPieces, decltype(batch)::value>>;
+    allow_shared<kernel>(device);
+    const dim3 grid(static_cast<unsigned>(plan.tiles)), block(plan.warps * kWarpSize);
+    launch_kernel(kOp, kConfigs[plan.config].name, kernel, {grid, block, plan.shared_bytes, true},
+                  ring_params(dtype, plan, base), device, stream);
+  };
+  constexpr int kMany = kGated ? 4 : 8;
+  if (plan.tile_rows * plan.column_groups / kRowWarps >= kMany) {
+    launch(std::integral_constant<int, kMany>{});
+  } else {
+    launch(std::integral_constant<int, 1>{});
+  }
 }
 
 template <DType kDType>
@@ -64,6 +87,17 @@ void launch_norm(const Plan& plan, const Params& params, void* y, int device, cu
 template <DType kDType>
 void launch_planned(const Plan& plan, const Params& params, int device, cudaStream_t stream) {
   using T = Element<kDType>;
+  if (plan.by_row) {
+    dispatch_int<1, 2, 3, 4>(kOp, "pieces of x of a lane", plan.row_pieces, [&](auto pieces) {
+      constexpr int kPieces = decltype(pieces)::value;
+      if (params.activation != Activation::kNone) {
+        launch_row<T, true, kPieces>(kDType, plan, params, device, stream);
+      } else {
+        launch_row<T, false, kPieces>(kDType, plan, params, device, stream);
+      }
+    });
+    return;
+  }
   dispatch_int<8, 16, 32, 64>(kOp, "columns of the kernel's products", plan.columns, [&](auto columns) {
     constexpr int kColumns = decltype(columns)::value;
     if (!plan.is_wgmma) {

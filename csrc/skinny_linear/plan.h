@@ -19,10 +19,13 @@ constexpr int kRingWarps = kMaxGroups * 4;  // that multiply
 constexpr int kMaxStages = 8;
 constexpr int kMaxBlocks = 8;
 constexpr int kSharedAlignment = 1024;
-constexpr int kBytesOfBarriers = 2 * kMaxStages * 8;
+constexpr int kInboxBarrierBytes = 16;  // the last of the barriers
+constexpr int kBytesOfBarriers = 2 * kMaxStages * 8 + kInboxBarrierBytes;
 constexpr int kMaxKeptRows = 8;
 constexpr int kMaxKeptBytes = 32 * 1024;
 constexpr int kNormThreads = 256, kMaxNormBytes = 40 * 1024;  // of the norm as a kernel of its own
+constexpr int kRowWarps = 8, kMaxRowPieces = 4;  // of the kernel for one row
+constexpr int kMostBoxBlocks = 256;  // of a copy
 constexpr int kMmaTileRows = 32, kMmaStageColumns = 128, kMmaStages = 4;
 
 // A CTA's shared memory, at most: all of an SM's, or what two CTAs of an SM can have each. Two small tiles on an SM even
@@ -31,21 +34,23 @@ constexpr int kHalfBytes = 112 * 1024, kAllBytes = 224 * 1024;
 constexpr int kMinStageBytes = 12 * 1024;
 
 // splits: CTAs that share the columns. most_rows: features of a tile. keeps_x: x is normalised in every CTA and stays in
-// shared memory, if it is small; otherwise it comes with the weights, normalised by a kernel of its own.
+// shared memory, if it is small; otherwise it comes with the weights, normalised by a kernel of its own. by_row: the
+// kernel for one row, where that can be.
 struct Config {
   const char* name;
   bool is_wgmma;
   int splits, most_rows, shared_bytes;
-  bool keeps_x;
+  bool keeps_x, by_row = false;
 };
 constexpr Config kConfigs[] = {
     {"wgmma_1_large", true, 1, 128, kAllBytes, true}, {"wgmma_1", true, 1, 64, kHalfBytes, true},
     {"wgmma_2_large", true, 2, 128, kAllBytes, true}, {"wgmma_2", true, 2, 32, kHalfBytes, true},
     {"wgmma_4", true, 4, 64, kHalfBytes, true},       {"wgmma_8", true, 8, 64, kHalfBytes, true},
     {"wgmma_1_streamed", true, 1, 128, kHalfBytes, false},
+    {"row", true, 1, 64, kAllBytes, true, true},
     {"mma", false, 1, 0, 0, false},
 };
-enum { kOneLarge, kOne, kTwoLarge, kTwo, kFour };
+enum { kOneLarge, kOne, kTwoLarge, kTwo, kFour, kRow = 7 };
 constexpr int kNumConfigs = sizeof(kConfigs) / sizeof(kConfigs[0]);
 constexpr int kMmaConfig = kNumConfigs - 1;
 
@@ -66,11 +71,12 @@ struct Problem {
 
 struct Plan {
   int config;
-  bool is_wgmma, keeps_x;
+  bool is_wgmma, keeps_x, by_row;
   bool norms_first;  // in a kernel before this one
   int norm_bytes;    // of that kernel's shared memory; 0 leaves it to csrc/norm
   int columns;    // of a product: the rows of x, filled up
   int warps;          // that multiply
+  int row_pieces;     // of 8 columns of one row, of a lane
   int column_groups;  // of them, that share the columns
   int tile_rows;  // features of a tile
   std::int64_t tiles, first_tile[3];
@@ -116,6 +122,14 @@ constexpr int overrun_rows(const Plan& plan) {
   return rounded_up(plan.tile_rows, step) - plan.tile_rows;
 }
 
+// Sums that the CTAs of a cluster send to one of them, in pieces of 2 or 4.
+constexpr int inbox_bytes(const Problem& problem, const Plan& plan) {
+  if (plan.splits == 1) return 0;
+  const int width = plan.columns <= kMaxKeptRows ? 2 : 4, operands = problem.is_gated ? 2 : 1;
+  const std::int64_t pieces = problem.rows * plan.tile_rows / width;
+  return rounded_up(pieces, plan.splits) * operands * width * 4;
+}
+
 // Stages of the ring and where things lie. x, if it is kept, and the norm's weight come behind the ring, also behind what
 // products read beyond the last tile.
 constexpr void place_wgmma(const Problem& problem, const Config& config, const Device& device, Plan* plan) {
@@ -136,7 +150,8 @@ constexpr void place_wgmma(const Problem& problem, const Config& config, const D
   const int norm_weight =
       plan->keeps_x && problem.has_norm ? rounded_up(problem.dim * (problem.norm_weight_is_fp32 ? 4 : 2), kBlockRowBytes) : 0;
   const int overrun = overrun_rows(*plan) * kBlockRowBytes;
-  const int rest = kept_x + norm_weight + overrun + kBytesOfBarriers + kSharedAlignment;
+  const int inbox = inbox_bytes(problem, *plan);
+  const int rest = kept_x + norm_weight + overrun + kBytesOfBarriers + inbox + kSharedAlignment;
   const int most = smaller(device.shared_bytes, larger(config.shared_bytes, rest + 2 * plan->stage_bytes));
   const std::int64_t own = ceil_div(plan->iterations, plan->splits);
   plan->stages = smaller(kMaxStages, (most - rest) / plan->stage_bytes);
@@ -150,17 +165,53 @@ constexpr void place_wgmma(const Problem& problem, const Config& config, const D
   plan->kept_x_offset = ring + overrun;
   plan->norm_weight_offset = plan->kept_x_offset + kept_x;
   plan->barrier_offset = plan->norm_weight_offset + norm_weight;
-  plan->shared_bytes = plan->barrier_offset + kBytesOfBarriers + kSharedAlignment;
+  plan->shared_bytes = plan->barrier_offset + kBytesOfBarriers + inbox + kSharedAlignment;
 }
 
-// Measured on an H200 with the projections of an MLP of 4096 and of 896 columns.
+// Sums of a tile that groups of columns leave behind the barriers.
+constexpr int row_sums_bytes(int operands, int groups, int tile_rows) {
+  return groups > 1 ? groups * operands * tile_rows * 4 : 0;
+}
+
+// The kernel for one row: tiles as small as two CTAs an SM allow, and groups of columns so that a lane has few pieces.
+// False where it cannot be.
+constexpr bool place_row(const Problem& problem, const Config& config, const Device& device, Plan* plan) {
+  const std::int64_t share = share_of_sm(problem, device), blocks = ceil_div(problem.dim, kBlockColumns);
+  if (problem.rows != 1 || problem.features[0] == 0 || share > config.most_rows) return false;
+  if (blocks > kMostBoxBlocks || problem.norm_weight_is_fp32) return false;
+  int groups = 1;
+  while (groups < kRowWarps && problem.dim > std::int64_t{groups} * kMaxRowPieces * 8 * 32) groups *= 2;
+  if (problem.dim > std::int64_t{groups} * kMaxRowPieces * 8 * 32) return false;
+  const int tile_rows = share <= 16 ? 8 : rounded_up(share, 8), operands = problem.is_gated ? 2 : 1;
+  if (tile_rows * groups / kRowWarps > 32) return false;
+  const std::int64_t bytes = blocks * operands * tile_rows * kBlockRowBytes;
+  const int rest = kBytesOfBarriers + row_sums_bytes(operands, groups, tile_rows) + kSharedAlignment;
+  if (bytes + rest > smaller(device.shared_bytes, config.shared_bytes)) return false;
+  plan->by_row = plan->keeps_x = true;
+  plan->warps = kRowWarps;
+  plan->column_groups = groups;
+  plan->row_pieces = static_cast<int>(ceil_div(problem.dim, std::int64_t{groups} * 8 * 32));
+  plan->tile_rows = tile_rows;
+  plan->blocks = static_cast<int>(blocks);
+  plan->stages = 1;
+  plan->iterations = 1;
+  plan->stage_bytes = plan->barrier_offset = static_cast<int>(bytes);
+  plan->shared_bytes = plan->barrier_offset + rest;
+  return true;
+}
+
+// Measured on an H200 with the projections of an MLP of 4096 and of 896 columns, and in decoders' layers of these sizes.
 constexpr int choose_config(const Problem& problem, const Device& device) {
   if (!device.has_wgmma) return kMmaConfig;
-  constexpr std::int64_t kManyFeatures = 64, kFewFeatures = 16;
+  Plan row{};
+  if (place_row(problem, kConfigs[kRow], device, &row)) return kRow;
+  constexpr std::int64_t kManyFeatures = 64, kSomeFeatures = 40, kFewFeatures = 16;
   const std::int64_t share = share_of_sm(problem, device);
-  if (share > kManyFeatures) return problem.rows <= kMaxKeptRows ? kOneLarge : kOne;
+  const bool keeps_rows = problem.rows <= kMaxKeptRows;
+  if (share > kManyFeatures) return keeps_rows ? kOneLarge : kOne;
   if (problem.is_gated) return kOne;
   if (share <= kFewFeatures) return kFour;
+  if (share > kSomeFeatures) return keeps_rows ? kOneLarge : kTwoLarge;
   return problem.rows <= 32 ? kTwo : kTwoLarge;
 }
 
@@ -177,7 +228,7 @@ constexpr Plan plan_config(const Problem& problem, int number, const Config& cho
     plan.stage_bytes = (kMmaTileRows + plan.columns) * kMmaStageColumns * 2;
     const int sums = 4 * plan.columns * (kMmaTileRows + 4) * 4;
     plan.shared_bytes = larger(kMmaStages * plan.stage_bytes, sums) + kSharedAlignment;
-  } else {
+  } else if (!chosen.by_row || !place_row(problem, chosen, device, &plan)) {
     const std::int64_t dim_blocks = ceil_div(problem.dim, kBlockColumns);
     while (plan.splits > 1 && plan.splits > dim_blocks) plan.splits /= 2;
     plan.tile_rows = choose_tile_rows(problem, plan.splits, chosen.most_rows, device);

@@ -124,22 +124,40 @@ __device__ __forceinline__ std::uint32_t sums_pitch(const Params& base) {
   return Traits::kOperands * base.tile_rows + 4;
 }
 
+// What the CTAs of a cluster send each other: a CTA finishes every `splits`-th piece of kWidth results of the tile, and
+// gets the others' sums of them, and its own, as floats [rank][place][operand][kWidth]. Nobody reads another CTA's shared
+// memory, so that nobody has to stay until it was read.
+struct Inbox {
+  SharedAddress sums, barrier;
+  std::uint32_t rank, splits, share, own;  // pieces of any CTA, and of this one
+};
+
+template <typename Traits>
+__device__ __forceinline__ Inbox make_inbox(const Params& base, SharedAddress shared, std::uint32_t rank) {
+  const std::uint32_t pieces = base.rows * base.tile_rows / Traits::kWidth;
+  const SharedAddress barrier = shared + base.barrier_offset + kBytesOfBarriers - kInboxBarrierBytes;
+  return {barrier + kInboxBarrierBytes, barrier, rank, base.splits, (pieces + base.splits - 1) / base.splits,
+          (pieces + base.splits - 1 - rank) / base.splits};
+}
+
+// By one thread, before the cluster is told that this CTA is ready.
+template <typename Traits>
+__device__ __forceinline__ void open_inbox(const Inbox& inbox) {
+  init_barrier(inbox.barrier, 1);
+  publish_barriers();
+  arrive_expecting(inbox.barrier, inbox.own * inbox.splits * Traits::kOperands * Traits::kWidth * 4);
+}
+
 template <int kWidth>
 __device__ __forceinline__ void add_sums(SharedAddress place, float (&sums)[kWidth]) {
+  float values[kWidth];
   if constexpr (kWidth == 2) {
-    const float2 values = load_pair_from_cluster(place);
-    sums[0] += values.x;
-    sums[1] += values.y;
+    asm volatile("ld.shared.v2.f32 {%0, %1}, [%2];" : "=f"(values[0]), "=f"(values[1]) : "r"(place) : "memory");
   } else {
-#pragma unroll
-    for (int i = 0; i < kWidth; i += 4) {
-      const float4 values = load_from_cluster(place + i * 4);
-      sums[i] += values.x;
-      sums[i + 1] += values.y;
-      sums[i + 2] += values.z;
-      sums[i + 3] += values.w;
-    }
+    unpack(load_shared<float, kWidth>(place), values);
   }
+#pragma unroll
+  for (int i = 0; i < kWidth; ++i) sums[i] += values[i];
 }
 
 // kWidth neighbouring sums: of the CTA's groups of columns, in their order.
@@ -147,55 +165,73 @@ template <typename Traits>
 __device__ __forceinline__ void add_groups(const Params& base, SharedAddress place, std::uint32_t group_bytes,
                                            float (&sums)[Traits::kWidth]) {
 #pragma unroll
+  for (float& sum : sums) sum = 0.0f;
+#pragma unroll
   for (int group = 0; group < Traits::kMostGroups; ++group) {
     if (Traits::kByWarps || group < base.column_groups) add_sums(place + group * group_bytes, sums);
   }
 }
 
-// Leaves the sums of all groups of columns in the first one's place, for the other CTAs of the cluster.
+// Sends the CTA's sums of the tile to those that finish them.
 template <typename Traits>
-__device__ __forceinline__ void join_groups(const Params& base, SharedAddress place, std::uint32_t threads) {
-  const std::uint32_t pitch = sums_pitch<Traits>(base), group_bytes = base.rows * pitch * 4;
-  for (std::uint32_t item = threadIdx.x; item < base.rows * pitch / Traits::kWidth; item += threads) {
-    float sums[Traits::kWidth] = {};
-    const SharedAddress own = place + item * Traits::kWidth * 4;
-    add_groups<Traits>(base, own, group_bytes, sums);
+__device__ __forceinline__ void send_sums(const Params& base, SharedAddress place, const Inbox& inbox,
+                                          std::uint32_t threads) {
+  constexpr int kWidth = Traits::kWidth, kPieceBytes = kWidth * 4;
+  const std::uint32_t pieces = base.tile_rows / kWidth, pitch = sums_pitch<Traits>(base);
+  for (std::uint32_t item = threadIdx.x; item < base.rows * pieces; item += threads) {
+    const std::uint32_t row = item / pieces, feature = item % pieces * kWidth;
+    const std::uint32_t owner = item % inbox.splits, slot = inbox.rank * inbox.share + item / inbox.splits;
+    const SharedAddress barrier = shared_of_cta(inbox.barrier, owner);
 #pragma unroll
-    for (int i = 0; i < Traits::kWidth; ++i) {
-      asm volatile("st.shared.f32 [%0], %1;" ::"r"(own + i * 4), "f"(sums[i]) : "memory");
+    for (int operand = 0; operand < Traits::kOperands; ++operand) {
+      float sums[kWidth];
+      add_groups<Traits>(base, place + (row * pitch + operand * base.tile_rows + feature) * 4, base.rows * pitch * 4, sums);
+      const SharedAddress target = inbox.sums + (slot * Traits::kOperands + operand) * kPieceBytes;
+      if constexpr (kWidth == 2) {
+        store_to_cluster(shared_of_cta(target, owner), barrier, make_float2(sums[0], sums[1]));
+      } else {
+        store_to_cluster(shared_of_cta(target, owner), barrier, make_float4(sums[0], sums[1], sums[2], sums[3]));
+      }
     }
   }
 }
 
-// kWidth neighbouring sums: of the CTAs of the cluster in their order, or of the groups of columns of the only one.
+// kWidth sums of one operand of this CTA's piece `place`, of all CTAs in their order.
 template <typename Traits>
-__device__ __forceinline__ void add_up(const Params& base, SharedAddress place, std::uint32_t group_bytes,
-                                       float (&sums)[Traits::kWidth]) {
+__device__ __forceinline__ void add_sent(const Inbox& inbox, std::uint32_t place, int operand,
+                                         float (&sums)[Traits::kWidth]) {
+  constexpr int kPieceBytes = Traits::kWidth * 4;
 #pragma unroll
   for (float& sum : sums) sum = 0.0f;
-  if (base.splits == 1) {
-    add_groups<Traits>(base, place, group_bytes, sums);
-  } else {
 #pragma unroll 4
-    for (std::uint32_t rank = 0; rank < base.splits; ++rank) add_sums(shared_of_cta(place, rank), sums);
+  for (std::uint32_t rank = 0; rank < inbox.splits; ++rank) {
+    const std::uint32_t slot = (rank * inbox.share + place) * Traits::kOperands + operand;
+    add_sums(inbox.sums + slot * kPieceBytes, sums);
   }
 }
 
 // This CTA's share of the tile's results.
 template <typename Traits>
 __device__ __forceinline__ void finish_tile(const Params& base, const Tile& tile, SharedAddress place,
-                                            std::uint32_t rank, std::uint32_t threads) {
+                                            const Inbox& inbox, std::uint32_t threads) {
   constexpr int kWidth = Traits::kWidth;
   const std::uint32_t pieces = base.tile_rows / kWidth, pitch = sums_pitch<Traits>(base);
-  const std::uint32_t group_bytes = base.rows * pitch * 4;
-  for (std::uint32_t item = rank * threads + threadIdx.x; item < base.rows * pieces; item += threads * base.splits) {
-    const std::uint32_t row = item / pieces, feature = item % pieces * kWidth;
+  if (inbox.splits > 1 && inbox.own > 0) wait(inbox.barrier, 0);
+  for (std::uint32_t i = threadIdx.x; i < inbox.own; i += threads) {
+    const std::uint32_t item = i * inbox.splits + inbox.rank, row = item / pieces, feature = item % pieces * kWidth;
     if (tile.feature + feature >= base.linears[tile.linear].features) continue;
-    float sums[kWidth], up[kWidth];
-    const SharedAddress own = place + (row * pitch + feature) * 4;
-    add_up<Traits>(base, own, group_bytes, sums);
-    if constexpr (Traits::kGated) add_up<Traits>(base, own + base.tile_rows * 4, group_bytes, up);
-    store_results<typename Traits::T>(base, tile.linear, row, tile.feature + feature, sums, up);
+    float sums[Traits::kOperands][kWidth];
+#pragma unroll
+    for (int operand = 0; operand < Traits::kOperands; ++operand) {
+      if (inbox.splits > 1) {
+        add_sent<Traits>(inbox, i, operand, sums[operand]);
+      } else {
+        const SharedAddress own = place + (row * pitch + operand * base.tile_rows + feature) * 4;
+        add_groups<Traits>(base, own, base.rows * pitch * 4, sums[operand]);
+      }
+    }
+    store_results<typename Traits::T>(base, tile.linear, row, tile.feature + feature, sums[0],
+                                      sums[Traits::kOperands - 1]);
   }
 }
 

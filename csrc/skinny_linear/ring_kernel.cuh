@@ -2,7 +2,7 @@
 //
 // One thread keeps a ring of stages full with copies of the weights, which depend on no kernel before this one: the ring
 // is full before that kernel has ended. A CTA takes so little shared memory that one of the next kernel has room beside
-// it. The columns of a tile may be shared by the CTAs of a cluster, which read each other's sums in the end.
+// it. The columns of a tile may be shared by the CTAs of a cluster, which send each other their sums in the end.
 #pragma once
 
 #include <cstdint>
@@ -35,8 +35,7 @@ __device__ __forceinline__ void multiply_tile(const RingParams& params, const Ri
     sync();
     put_sums<Traits>(base, ring.start + column_group * base.rows * sums_pitch<Traits>(base) * 4, group, sums);
   }
-  if (base.splits == 1 || base.column_groups > 1) sync();
-  if (base.splits > 1 && base.column_groups > 1) join_groups<Traits>(base, ring.start, threads);
+  sync();
 }
 
 #endif
@@ -53,6 +52,7 @@ __global__ void __launch_bounds__(kMaxGroups* kWarpgroup + kWarpSize, 2)
   const Tile tile = tile_of(base, blockIdx.x / base.splits);
   const Ring ring{shared, shared + base.barrier_offset, base.iterations * rank / base.splits,
                   base.iterations * (rank + 1) / base.splits};
+  const Inbox inbox = make_inbox<Traits>(base, shared, rank);
   if (threadIdx.x == threads) {
     prefetch_map(params.weights[tile.linear]);
     if (Traits::kGated) prefetch_map(params.weights[1]);
@@ -62,9 +62,11 @@ __global__ void __launch_bounds__(kMaxGroups* kWarpgroup + kWarpSize, 2)
       init_barrier(ring.full(stage), 1);
       init_barrier(ring.empty(stage), Traits::kByWarps ? threads / kWarpSize : threads / base.column_groups / kWarpSize);
     }
+    if (base.splits > 1) open_inbox<Traits>(inbox);
     publish_barriers();
   }
   __syncthreads();
+  if (base.splits > 1) tell_cluster();
   if (threadIdx.x >= threads) {
     if (threadIdx.x == threads) produce<Traits>(params, tile, ring);
     __syncwarp();
@@ -77,9 +79,11 @@ __global__ void __launch_bounds__(kMaxGroups* kWarpgroup + kWarpSize, 2)
     }
     multiply_tile<Traits>(params, ring, kept_x, threads);
   }
-  if (base.splits > 1) sync_cluster();
-  if (threadIdx.x < threads) finish_tile<Traits>(base, tile, shared, rank, threads);
-  if (base.splits > 1) sync_cluster();  // nobody reads this CTA's sums any more
+  if (base.splits > 1) wait_for_cluster();
+  if (threadIdx.x < threads) {
+    if (base.splits > 1) send_sums<Traits>(base, shared, inbox, threads);
+    finish_tile<Traits>(base, tile, shared, inbox, threads);
+  }
 #endif
 }
 

@@ -22,6 +22,23 @@ void require(bool holds, const char* what, const Problem& p, const Plan& plan) {
   std::exit(1);
 }
 
+void check_row(const Problem& problem, const Plan& plan) {
+  const int operands = problem.is_gated ? 2 : 1, groups = plan.column_groups;
+  require(problem.rows == 1 && !problem.norm_weight_is_fp32 && plan.splits == 1, "one row", problem, plan);
+  require(groups >= 1 && groups <= kRowWarps && kRowWarps % groups == 0, "groups of columns", problem, plan);
+  require(plan.row_pieces >= 1 && plan.row_pieces <= kMaxRowPieces, "pieces of a lane", problem, plan);
+  require(std::int64_t{plan.row_pieces} * groups * 32 * 8 >= problem.dim, "columns of the lanes", problem, plan);
+  const int features = plan.tile_rows * groups / kRowWarps;
+  require(features <= 32 && features * kRowWarps == plan.tile_rows * groups, "features of a warp", problem, plan);
+  require(plan.tile_rows % 8 == 0 && plan.tile_rows <= kRowWarps * 32, "rows of a tile", problem, plan);
+  require(plan.stages == 1 && plan.iterations == 1 && plan.blocks <= kMostBoxBlocks, "stage", problem, plan);
+  require(plan.blocks * kBlockColumns >= problem.dim, "columns", problem, plan);
+  require(plan.stage_bytes == plan.blocks * operands * plan.tile_rows * kBlockRowBytes, "bytes", problem, plan);
+  require(plan.barrier_offset >= plan.stage_bytes && plan.barrier_offset % 8 == 0, "barrier", problem, plan);
+  const int sums = groups > 1 ? groups * operands * plan.tile_rows * 4 : 0;
+  require(plan.barrier_offset + kBytesOfBarriers + sums + kSharedAlignment <= plan.shared_bytes, "end", problem, plan);
+}
+
 void check_wgmma(const Problem& problem, const Plan& plan) {
   const int operands = problem.is_gated ? 2 : 1;
   require(plan.tile_rows % 8 == 0 && plan.tile_rows <= kMaxGroups * kGroupRows, "rows of a tile", problem, plan);
@@ -45,7 +62,8 @@ void check_wgmma(const Problem& problem, const Plan& plan) {
   const std::int64_t weight = plan.keeps_x && problem.has_norm ? problem.dim * (problem.norm_weight_is_fp32 ? 4 : 2) : 0;
   require(plan.barrier_offset >= plan.norm_weight_offset + weight && plan.barrier_offset % 8 == 0, "barriers", problem,
           plan);
-  require(plan.barrier_offset + kBytesOfBarriers + kSharedAlignment <= plan.shared_bytes, "end", problem, plan);
+  const std::int64_t inbox = plan.splits > 1 ? problem.rows * plan.tile_rows * operands * 4 : 0;
+  require(plan.barrier_offset + kBytesOfBarriers + inbox + kSharedAlignment <= plan.shared_bytes, "end", problem, plan);
 }
 
 void check(const Problem& problem, int config, const Device& device) {
@@ -60,12 +78,28 @@ void check(const Problem& problem, int config, const Device& device) {
     while ((tiles - plan.first_tile[i]) * plan.tile_rows < problem.features[i]) ++tiles;
   }
   require(plan.tiles == tiles, "tiles", problem, plan);
-  if (plan.is_wgmma) check_wgmma(problem, plan);
+  if (plan.is_wgmma) plan.by_row ? check_row(problem, plan) : check_wgmma(problem, plan);
+}
+
+// One token of a small decoder, Qwen2.5 0.5B's: all its linears fit, and those of two that follow each other side by side.
+void check_small_decoder() {
+  const Device& h200 = kDevices[0];
+  const Problem qkv{1, 896, 3, {896, 128, 128}, false, true, false}, out{1, 896, 1, {896}, false, false, false};
+  const Problem gate_up{1, 896, 2, {4864, 4864}, true, true, false}, down{1, 4864, 1, {896}, false, false, false};
+  constexpr int kBytesOfSm = 228 * 1024, kReserved = 1024 + 32 + 128;
+  int before = 0;
+  for (const Problem& problem : {qkv, out, gate_up, down, qkv}) {
+    const Plan plan = make_plan(problem, kHeuristic, h200);
+    require(plan.by_row && plan.tiles <= 2 * h200.num_sms, "the kernel for one row", problem, plan);
+    require(before + plan.shared_bytes + 2 * kReserved <= kBytesOfSm, "room beside the one before", problem, plan);
+    before = plan.shared_bytes;
+  }
 }
 
 }  // namespace
 
 int main() {
+  check_small_decoder();
   for (const Device& device : kDevices) {
     for (const std::int64_t rows : {1, 2, 3, 8, 9, 16, 17, 32, 64}) {
       for (const std::int64_t dim : {8, 64, 72, 896, 4096, 4864, 14336, 1 << 20}) {
