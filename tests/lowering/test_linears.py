@@ -198,3 +198,5 @@ def test_without_a_measurement_only_what_was_measured_takes_a_kernel() -> None:
     assert not runs("linear_swiglu", "gated", 128, 4096, 11008) and not runs("linear_swiglu", "gated", 8192, 896, 9728)
     assert runs("grouped_linear_swiglu", "gated", 4096, 2048, 1536)
     assert not runs("grouped_linear_swiglu", "gated", 64, 2048, 1536)
+    for kind in ("linear_swiglu", "grouped_linear_swiglu"):
+        assert runs(kind, "gated", 65536, 1024, 4096) and not runs(kind, "gated", 16384, 1024, 4096)
