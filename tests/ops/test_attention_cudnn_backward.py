@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch._inductor.config
 from torch import Tensor
 from torch.fx import Graph
 
@@ -51,12 +52,14 @@ def test_results_are_laid_out_as_torchs() -> None:
     assert [t.stride() for t in OURS(*args)] == [t.stride() for t in (q, k, v)]
 
 
-def test_every_backward_in_cudnn_is_called_so() -> None:
+@pytest.mark.parametrize("cpp", [False, True])
+def test_every_backward_in_cudnn_is_called_so_where_python_can_be_called(cpp: bool) -> None:
     graph = Graph()
     inputs = [graph.placeholder(f"tensor_{i}") for i in range(8)]
     node = graph.call_function(ATEN, (*inputs, None, None, None, 6, 10, 0.0, False), {"scale": 0.5})
     graph.output(node)
-    PostGradPass("")(graph)
-    assert node.target is OURS
+    with torch._inductor.config.patch(cpp_wrapper=cpp):
+        PostGradPass("")(graph)
+    assert node.target is (ATEN if cpp else OURS)
     names = [[argument.name for argument in operator._schema.arguments] for operator in (ATEN, OURS)]
     assert names[0] == names[1]
