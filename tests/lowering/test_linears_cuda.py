@@ -66,6 +66,30 @@ def test_few_rows_of_a_layer(rows: int, packed: bool) -> None:
     assert chosen == dict.fromkeys(KINDS, "skinny_-1")
 
 
+@pytest.mark.parametrize("packed", [False, True])
+@pytest.mark.parametrize("rows", [1, 77, 300])
+def test_experts_of_as_many_rows_each(rows: int, packed: bool) -> None:
+    decisions.clear()
+    experts = 5
+    generator = torch.Generator("cuda").manual_seed(0)
+
+    def random(*shape: int) -> Tensor:
+        return (torch.randn(shape, generator=generator, device="cuda") * DIM**-0.5).bfloat16()
+
+    def gated(x: Tensor, *weights: Tensor) -> Tensor:
+        products = [torch.bmm(x, weight) for weight in weights]
+        gate, up = products[0].chunk(2, -1) if len(products) == 1 else products
+        return F.silu(gate) * up
+
+    x = random(experts, rows, DIM)
+    weights = [random(experts, DIM, 2 * HIDDEN)] if packed else [random(experts, DIM, HIDDEN) for _ in range(2)]
+    with infuse.override(kernels="always"):
+        found = torch.compile(gated, backend="infuse", fullgraph=True, dynamic=False)(x, *weights)
+    right = gated(x.double(), *(weight.double() for weight in weights))
+    assert error(found, right) <= 2 * error(gated(x, *weights), right)
+    assert [decision.chosen for decision in decisions.decisions()] == ["gated_-1"]
+
+
 @pytest.mark.parametrize("mode", ["max-autotune", "reduce-overhead"])
 def test_in_cuda_graphs(mode: str) -> None:
     """The kernels start early there, each beside the end of the one before it. Triton's products take minutes."""
