@@ -49,13 +49,15 @@ class Heartbeat:
         self.rename(name)
         self._store.set(f"beat/{self._rank}", "0")
         keys = [f"beat/{other}" for other in self._others]
-        try:
-            if keys:
-                self._store.wait(keys, timedelta(seconds=self.timeout_s))
-        except dist.DistError as error:
-            absent = ", ".join(str(other) for other in self._others if not self._store.check([f"beat/{other}"]))
-            got = f"rank {self._rank} waited {self.timeout_s:g} s for rank {absent}"
-            raise PeerLostError(f"process_group: {got}, expected every rank to start") from error
+        end = time.monotonic() + self.timeout_s
+        # Asked again and again: beside one waiting call a busy machine's store has left another's request unanswered.
+        while keys and not self._store.check(keys):
+            is_late = time.monotonic() > end
+            absent = [str(rank) for rank in self._others if is_late and not self._store.check([f"beat/{rank}"])]
+            if absent:
+                got = f"rank {self._rank} waited {self.timeout_s:g} s for rank {', '.join(absent)}"
+                raise PeerLostError(f"process_group: {got}, expected every rank to start")
+            time.sleep(self.interval_s / 10)
         now = time.monotonic()
         self._seen = dict.fromkeys(self._others, (b"0", now))
         self._thread.start()

@@ -21,6 +21,8 @@ from infuse.models.parallel.heartbeat import Heartbeat, PeerLostError
 Result = TypeVar("Result")
 _VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
 _NUMBERS = itertools.count()  # of the groups that this process has joined: each has keys of its own in the store
+# NCCL's groups warn that a send waits for the collectives before it, which is the order that a pipeline's steps have.
+_WARNING_OF_ORDER = "TORCH_NCCL_SHOW_EAGER_INIT_P2P_SERIALIZATION_WARNING"
 _OF_CONNECTIONS = ("gloo", "nccl", "connection")  # words in the RuntimeErrors of collectives whose peer has gone
 
 
@@ -78,6 +80,7 @@ def process_group(
     beats: Any = PrefixStore("peers", store)
     heartbeat = Heartbeat(beats.clone(), rank, world_size, timeout_s)
     heartbeat.meet(_name(f"rank {rank} of {world_size}"))
+    os.environ.setdefault(_WARNING_OF_ORDER, "false")
     try:
         dist.init_process_group(
             "nccl" if own.type == "cuda" else "gloo",
