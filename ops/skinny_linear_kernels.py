@@ -10,8 +10,8 @@ Shapes: x, residual, sum_out [R, D], R up to 64, D a multiple of 8; weights [F_i
 and each result is rounded once. Rows of x, residual and the weights are contiguous and begin at multiples of 16 bytes;
 views of a packed projection will do: `packed[:F]`, `packed[1::2]`. See csrc/skinny_linear.
 
-The kernels begin to read the weights, and the norm's, while the kernel before them in the stream may still run. That
-one must not write them, unless it lets no other start before its end, as all but Infuse's own kernels do.
+In a CUDA graph the kernels begin to read the weights, and the norm's, while the kernel before them may still run. That
+one must not write them. The graph's first kernel waits, and all do outside of graphs.
 
 config: -1 lets the launcher choose, otherwise an index into its table.
 """

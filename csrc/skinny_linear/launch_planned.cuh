@@ -25,6 +25,14 @@ void allow_shared(int device) {
   last = device;
 }
 
+// These kernels load weights before they wait for their predecessor. In a CUDA graph that is a kernel of the graph,
+// where nobody writes weights; otherwise it may be an optimiser's step or a copy of new weights.
+inline bool starts_early(cudaStream_t stream) {
+  cudaStreamCaptureStatus status{};
+  check_cuda(cudaStreamIsCapturing(stream, &status), kOp, "whether the stream is captured");
+  return status == cudaStreamCaptureStatusActive;
+}
+
 // Of a matrix whose columns are taken apart into blocks of 64, so that one copy brings several of them, block by block.
 // A last block that is not full would be lost; copies of such a matrix bring one block each.
 inline CUtensorMap map_of(DType dtype, const void* data, std::int64_t rows, std::int64_t columns, std::int64_t stride,
@@ -56,8 +64,8 @@ void launch_ring(DType dtype, const Plan& plan, const Params& base, int device, 
   constexpr auto kernel = ring_kernel<Traits>;
   allow_shared<kernel>(device);
   const dim3 grid(static_cast<unsigned>(plan.tiles * plan.splits)), block(plan.warps * kWarpSize + kWarpSize);
-  launch_kernel(kOp, kConfigs[plan.config].name, kernel, {grid, block, plan.shared_bytes, true, plan.splits},
-                ring_params(dtype, plan, base), device, stream);
+  const Launch launch{grid, block, plan.shared_bytes, starts_early(stream), plan.splits};
+  launch_kernel(kOp, kConfigs[plan.config].name, kernel, launch, ring_params(dtype, plan, base), device, stream);
 }
 
 // kBatch: features that a warp adds up together, if it has as many.
@@ -67,7 +75,7 @@ void launch_row(DType dtype, const Plan& plan, const Params& base, int device, c
     constexpr auto kernel = row_kernel<RowTraits<T, kGated, kPieces, decltype(batch)::value>>;
     allow_shared<kernel>(device);
     const dim3 grid(static_cast<unsigned>(plan.tiles)), block(plan.warps * kWarpSize);
-    launch_kernel(kOp, kConfigs[plan.config].name, kernel, {grid, block, plan.shared_bytes, true},
+    launch_kernel(kOp, kConfigs[plan.config].name, kernel, {grid, block, plan.shared_bytes, starts_early(stream)},
                   ring_params(dtype, plan, base), device, stream);
   };
   constexpr int kMany = kGated ? 4 : 8;
@@ -80,7 +88,7 @@ void launch_row(DType dtype, const Plan& plan, const Params& base, int device, c
 
 template <DType kDType>
 void launch_norm(const Plan& plan, const Params& params, void* y, int device, cudaStream_t stream) {
-  const Launch launch{dim3(params.rows), dim3(kNormThreads), plan.norm_bytes, true};
+  const Launch launch{dim3(params.rows), dim3(kNormThreads), plan.norm_bytes, starts_early(stream)};
   launch_kernel(kOp, "norm", norm_kernel<Element<kDType>>, launch, NormParams{params, y}, device, stream);
 }
 
@@ -104,8 +112,8 @@ void launch_planned(const Plan& plan, const Params& params, int device, cudaStre
       constexpr auto kernel = mma_kernel<MmaTraits<T, kColumns>>;
       allow_shared<kernel>(device);
       const dim3 grid(static_cast<unsigned>(plan.tiles));
-      launch_kernel(kOp, kConfigs[plan.config].name, kernel, {grid, dim3(kMmaThreads), plan.shared_bytes, true}, params,
-                    device, stream);
+      launch_kernel(kOp, kConfigs[plan.config].name, kernel,
+                    {grid, dim3(kMmaThreads), plan.shared_bytes, starts_early(stream)}, params, device, stream);
     } else {
       const auto launch = [&](auto tiles) {
         constexpr int kTiles = decltype(tiles)::value;

@@ -258,6 +258,17 @@ class TestKernels:
                     x = x + F.linear(F.silu(gate) * up, down)
                 torch.testing.assert_close(states[-1], x, rtol=0.03, atol=0.06)
 
+    @pytest.mark.parametrize("rows", [1, 16])
+    def test_weights_that_the_kernel_before_it_wrote(self, rows: int) -> None:
+        """Only in a CUDA graph are weights loaded before that kernel has ended."""
+        x = random(rows, 4096)
+        for config in every_config():
+            made = make(64, 4096, (4096,))
+            weight = torch.zeros(64, 4096, dtype=BF16, device="cuda")
+            made.run(config, [weight])
+            (out,), _ = Operands(x, (weight,)).run(config)
+            torch.testing.assert_close(out, F.linear(x, weight), rtol=0.03, atol=2.0)
+
     def test_what_the_kernel_cannot_take_is_an_error(self) -> None:
         good = make(2, 64, (32,))
         for wrong, message in (
