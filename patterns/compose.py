@@ -96,7 +96,8 @@ def compose(
             for part in proposal.parts:
                 del current[id(part)]
             current[id(proposal)] = proposal
-            made.update(dict.fromkeys(proposal.outputs, proposal))
+            hidden = [node for node in proposal.interior if node in made]  # what its parts made for one another
+            made.update(dict.fromkeys((*proposal.outputs, *hidden), proposal))
             inside.update(dict.fromkeys(proposal.interior, proposal))
     return [*current.values()], [_remark(kinds, reason) for reason, kinds in declined.items()]
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import pytest
@@ -15,23 +15,17 @@ from infuse.lowering.policy import place as lowering_place
 from infuse.patterns.passes import rewrite
 from infuse.report import Placement
 from infuse.settings import Settings
-from tests.patterns.capture import Captured, assert_same_results, capture, default_overload
+from tests.patterns.capture import Captured, assert_same_results, capture, composites
 from tests.patterns.rope_spellings import full, rotate_every_two, rotate_half
 from tests.patterns.test_rope_models import hugging_face
 
 BATCH, HEADS, KV_HEADS, DIM, LENGTH, CACHE = 2, 4, 2, 8, 3, 7
 
 
-def with_cache_kernel(kind: str, examples: tuple[object, ...], training: bool) -> Placement:
-    """As if there were a kernel for the cache write."""
-    if kind == "rope_cache_write":
-        return Placement("default", "reference")
-    return default_overload(kind, examples, training)
-
-
-def captured_of(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Captured:
+def captured_of(function: Callable[..., Any], *args: Any, kernels: Sequence[str] = (), **kwargs: Any) -> Captured:
+    """As if there were a kernel for the cache write, and more `kernels`."""
     with torch.no_grad():
-        return capture(function, *args, place=with_cache_kernel, **kwargs)
+        return capture(function, *args, place=composites("rope_cache_write", *kernels), **kwargs)
 
 
 rope = full(rotate_half)
@@ -276,14 +270,18 @@ def test_torchtune(tokens: int) -> None:
     assert_same_results(captured)
 
 
-@pytest.mark.parametrize(("name", "norms"), [("llama", False), ("qwen3", True)])
-def test_hugging_face_static_cache(name: str, norms: bool) -> None:
+@pytest.mark.parametrize(
+    ("name", "norms", "kernels"), [("llama", False, ()), ("qwen3", True, ()), ("qwen3", True, ("qk_norm_rope",))]
+)
+def test_hugging_face_static_cache(name: str, norms: bool, kernels: tuple[str, ...]) -> None:
+    """Also where rotations and their norms have become one operator before."""
     transformers = pytest.importorskip("transformers")
     model = hugging_face(name, {"head_dim": 8}, torch.float32)
     cache = transformers.StaticCache(config=model.config, max_cache_len=16)
     with torch.no_grad():
         model(torch.ones(1, 3, dtype=torch.int64), past_key_values=cache)
-    captured = captured_of(lambda ids: model(ids, past_key_values=cache).logits, torch.ones(1, 1, dtype=torch.int64))
+    ids = torch.ones(1, 1, dtype=torch.int64)
+    captured = captured_of(lambda ids: model(ids, past_key_values=cache).logits, ids, kernels=kernels)
     layers = model.config.num_hidden_layers
     assert captured.counts["rope_cache_write"] == layers and "rope" not in captured.counts
     written = [node for node in captured.operators() if "rope_cache_write" in str(node.target)]
@@ -354,7 +352,7 @@ def test_exported_graphs() -> None:
     with torch.no_grad():
         exported = torch.export.export(module, args).graph_module
         original = copy.deepcopy(exported)
-        records = rewrite(exported.graph, Settings(), with_cache_kernel, False)
+        records = rewrite(exported.graph, Settings(), composites("rope_cache_write"), False)
         exported.recompile()
         inputs = [module.wqkv.weight, *module.kv_cache.buffers(), *args]
         mine, theirs = ([tensor.clone() for tensor in inputs] for _ in range(2))
