@@ -130,6 +130,7 @@ def _worker(rank: int, folder: str) -> None:
     with torch.no_grad():
         causal = ops.attention(*(spread(tensor, Shard(1)) for tensor in (q, k, v)), None, 0.3, True)
         _check("causal", causal, ops.attention(q, k, v, None, 0.3, True))
+    dist.barrier()  # gloo may abort a process whose peer still sends when it leaves
     dist.destroy_process_group()
 
 
