@@ -154,12 +154,3 @@ def test_models_are_told_against_eager_code_of_the_same_run(tmp_path: Path) -> N
     assert lines[5].startswith("| `slow compile` | eager ") and lines[5].endswith("|  |  |  |  |  |")
     assert lines[6].startswith("| `other run` |") and lines[6].endswith("|  |  |  |  |  |")
     assert len({text.count("|") for text in lines[2:]}) == 1
-
-
-def test_cases_that_others_replace_are_left_out(tmp_path: Path) -> None:
-    rows = [
-        row(impl, 1.0, f"train, compiled by {what}") for what in ("layers", "pieces") for impl in ("compile", "infuse")
-    ]
-    append(results_file(tmp_path, "nvidia-h200", "parallel"), rows)
-    text = tables.tables("parallel", tmp_path)
-    assert "compiled by pieces" in text and "compiled by layers" not in text
