@@ -125,24 +125,17 @@ def device_table(benchmark: str, rows: Sequence[Row], cases: str = "") -> str:
 
 
 def against_eager(rows: Sequence[Row], pairs: Sequence[tuple[Row, Row]]) -> list[tuple[str, list[str]]]:
-    """Columns (title, a cell a pair) about the eager code of the same runs, where there is such and stock is faster."""
-    columns: dict[str, list[str]] = {
-        title: [] for title in ("eager", "ratio to it", "of its memory", "of what it saves")
-    }
-    for other, ours in pairs:
+    """Columns (title, a cell a pair) about the eager code of the same runs, where each has some."""
+    found: list[list[str]] = []
+    for _, ours in pairs:
         of_run = (row for row in rows if (row.run_id, row.case, row.impl) == (ours.run_id, ours.case, "eager"))
-        eager = None if other.impl == "eager" else next(of_run, None)
-        cells = [""] * len(columns)
-        if eager is not None:
-            cells = [
-                milliseconds(eager.median_ms),
-                f"{eager.median_ms / ours.median_ms:.2f}x",
-                share(ours.peak_bytes, eager.peak_bytes),
-                share(ours.saved_bytes, eager.saved_bytes),
-            ]
-        for column, cell in zip(columns.values(), cells, strict=True):
-            column.append(cell)
-    return [(title, column) for title, column in columns.items() if any(column)]
+        eager = next(of_run, None)
+        if eager is None:
+            return []
+        times = [milliseconds(eager.median_ms), f"{eager.median_ms / ours.median_ms:.2f}x"]
+        found.append([*times, share(ours.peak_bytes, eager.peak_bytes), share(ours.saved_bytes, eager.saved_bytes)])
+    columns = zip(("eager", "ratio to it", "of its memory", "of what it saves"), map(list, zip(*found)))
+    return [(title, column) for title, column in columns if any(column)]
 
 
 def newest_pair(rows: Sequence[Row]) -> tuple[Row, Row] | None:
