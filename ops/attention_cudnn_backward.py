@@ -14,6 +14,7 @@ sdpa_cudnn_backward: the same as aten::_scaled_dot_product_cudnn_attention_backw
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -57,57 +58,43 @@ def with_own_key(dout: Tensor, q: Tensor, k: Tensor, out: Tensor) -> tuple[Tenso
     return _laid_out(dout, order), _laid_out(k, _order(k), _PADDING), _laid_out(out, order)
 
 
-def _sdpa_backward(
-    grad_out: Tensor, query: Tensor, key: Tensor, value: Tensor, out: Tensor, lse: Tensor, *rest: object, **scale: float
-) -> tuple[Tensor, ...]:
-    grad_out, padded, out = with_own_key(grad_out, query, key, out)
-    found = torch.ops.aten._scaled_dot_product_cudnn_attention_backward(
-        grad_out, query, padded, value, out, lse.contiguous(), *rest, **scale
-    )
-    likes = _sdpa_results(grad_out, query, key, value)
-    return tuple(
-        gradient if gradient.stride() == like.stride() else torch.empty_like(like).copy_(gradient)
-        for gradient, like in zip(found, likes)
+def _gradients(
+    dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, *rest: Any, **scale: Any
+) -> Any:
+    """torch's operator, with layouts that are no other call's."""
+    dout, padded, out = with_own_key(dout, q, k, out)
+    return torch.ops.aten._scaled_dot_product_cudnn_attention_backward(
+        dout, q, padded, v, out, lse.contiguous(), *rest, **scale
     )
 
 
-def _sdpa_results(
-    grad_out: Tensor, query: Tensor, key: Tensor, value: Tensor, *_: object, **__: object
-) -> tuple[Tensor, ...]:
+def _laid_out_like(gradient: Tensor, tensor: Tensor) -> Tensor:
+    """The gradient in the layout that torch.empty_like gives the tensor's."""
+    strides = torch.empty_like(tensor, device="meta").stride()
+    if gradient.stride() == strides:
+        return gradient
+    return torch.empty_like(tensor).copy_(gradient)
+
+
+def _sdpa_backward(grad_out: Tensor, query: Tensor, key: Tensor, value: Tensor, *rest: Any, **scale: Any) -> Any:
+    found = _gradients(grad_out, query, key, value, *rest, **scale)
+    return tuple(map(_laid_out_like, found, (query, key, value)))
+
+
+def _sdpa_results(grad_out: Tensor, query: Tensor, key: Tensor, value: Tensor, *_: Any, **__: Any) -> Any:
     return torch.empty_like(query), torch.empty_like(key), torch.empty_like(value)
 
 
 def _backward(
-    dout: Tensor,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    out: Tensor,
-    lse: Tensor,
-    mask: Tensor | None,
-    scale: float,
-    is_causal: bool,
+    dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, mask: Any, scale: float, is_causal: bool
 ) -> tuple[Tensor, ...]:
     unused = torch.empty((), dtype=torch.int64, device=q.device)  # the random state of dropout
-    dout, padded, out = with_own_key(dout, q, k, out)
     sizes = (None, None, q.shape[2], k.shape[2], 0.0, is_causal)
-    found = torch.ops.aten._scaled_dot_product_cudnn_attention_backward(
-        dout,
-        q,
-        padded,
-        v,
-        out,
-        lse.contiguous().unsqueeze(-1),
-        unused,
-        unused,
-        cudnn_bias(q, k, mask),
-        *sizes,
-        scale=scale,
-    )
-    return tuple(heads_inside(gradient) for gradient in found)
+    rest = (lse.unsqueeze(-1), unused, unused, cudnn_bias(q, k, mask), *sizes)
+    return tuple(heads_inside(gradient) for gradient in _gradients(dout, q, k, v, out, *rest, scale=scale))
 
 
-def _backward_results(dout: Tensor, q: Tensor, k: Tensor, v: Tensor, *_: object) -> tuple[Tensor, ...]:
+def _backward_results(dout: Tensor, q: Tensor, k: Tensor, v: Tensor, *_: Any) -> tuple[Tensor, ...]:
     return tuple(empty_heads_inside(tensor, tensor.shape[3]) for tensor in (q, k, v))
 
 

@@ -7,11 +7,12 @@ from typing import Any
 import pytest
 import torch
 import torch._inductor.config
+import torch.nn.functional as F
 from torch import Tensor
 from torch.fx import Graph
 
 from infuse.lowering.post_grad_pass import PostGradPass
-from infuse.ops.attention_cudnn_backward import with_own_key
+from infuse.ops.attention_cudnn_backward import cudnn_bias, with_own_key
 
 ATEN = torch.ops.aten._scaled_dot_product_cudnn_attention_backward.default
 OURS = torch.ops.infuse.sdpa_cudnn_backward.default
@@ -50,6 +51,37 @@ def test_results_are_laid_out_as_torchs() -> None:
     seed = torch.empty((), dtype=torch.int64, device="meta")
     args: tuple[Any, ...] = (q, q, k, v, q, q[..., :1].float(), seed, seed, None, None, None, 6, 10, 0.0, False)
     assert [t.stride() for t in OURS(*args)] == [t.stride() for t in (q, k, v)]
+
+
+def _formula(
+    dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, *rest: Any, scale: float
+) -> tuple[Tensor, ...]:
+    """As torch's operator for cuDNN, whose results are contiguous here."""
+    assert dout.stride() == out.stride() == q.stride() and k.stride(0) == k[0].numel() + 8
+    assert lse.shape == (*q.shape[:3], 1) and lse.is_contiguous()
+    with torch.enable_grad():
+        leaves = [tensor.detach().clone().requires_grad_() for tensor in (q, k, v)]
+        answer = F.scaled_dot_product_attention(*leaves, rest[2], is_causal=rest[8], scale=scale, enable_gqa=True)
+    return tuple(gradient.contiguous() for gradient in torch.autograd.grad(answer, leaves, dout))
+
+
+@pytest.mark.parametrize("masked", [False, True])
+def test_both_operators_call_it_alike(masked: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.ops.aten, "_scaled_dot_product_cudnn_attention_backward", _formula)
+    q, k, v = (heads((2, num, length, 8), True) for num, length in ((4, 6), (2, 10), (2, 10)))
+    dout, lse = heads((2, 4, 6, 8), False), torch.randn(2, 6, 4).transpose(1, 2)
+    mask = torch.rand(6, 10) < 0.7 if masked else None
+    bias = cudnn_bias(q, k, mask)
+    seed = torch.empty((), dtype=torch.int64)
+    ours = torch.ops.infuse.attention_cudnn_backward(dout, q, k, v, q, lse, mask, 0.3, False)
+    sizes = (None, None, 6, 10, 0.0, False)
+    torchs = OURS(dout, q, k, v, q, lse.unsqueeze(-1), seed, seed, bias, *sizes, scale=0.3)
+    leaves = [tensor.detach().requires_grad_() for tensor in (q, k, v)]
+    answer = F.scaled_dot_product_attention(*leaves, mask, scale=0.3, enable_gqa=True)
+    for mine, theirs, right, like in zip(ours, torchs, torch.autograd.grad(answer, leaves, dout), (q, k, v)):
+        torch.testing.assert_close(mine, right)
+        torch.testing.assert_close(theirs, right)
+        assert mine.stride() == theirs.stride() == like.stride()
 
 
 @pytest.mark.parametrize("cpp", [False, True])
