@@ -185,7 +185,8 @@ __device__ __forceinline__ void send_sums(const Params& base, SharedAddress plac
 #pragma unroll
     for (int operand = 0; operand < Traits::kOperands; ++operand) {
       float sums[kWidth];
-      add_groups<Traits>(base, place + (row * pitch + operand * base.tile_rows + feature) * 4, base.rows * pitch * 4, sums);
+      const SharedAddress own = place + (row * pitch + operand * base.tile_rows + feature) * 4;
+      add_groups<Traits>(base, own, base.rows * pitch * 4, sums);
       const SharedAddress target = inbox.sums + (slot * Traits::kOperands + operand) * kPieceBytes;
       if constexpr (kWidth == 2) {
         store_to_cluster(shared_of_cta(target, owner), barrier, make_float2(sums[0], sums[1]));

@@ -1,9 +1,10 @@
-// Linears of one row whose tile of weights fits into shared memory as a whole (sm_90a): it is there before x is known, so
-// that what counts is how soon after x the results are written.
+// Linears of one row whose tile of weights fits into shared memory as a whole (sm_90a): it is there before x is known,
+// so that what counts is how soon after x the results are written.
 //
 // Every warp has x in registers, all of it or a group's share of the columns, and multiplies it with its features by
-// fused multiply-adds; sums over columns by shuffles. Products of tensor cores take longer for so little: their operands
-// go through shared memory, behind barriers of the CTA. Only groups of columns meet in one.
+// fused multiply-adds; sums over columns by shuffles. Products of tensor cores take longer for so little: their
+// operands go through shared memory, behind barriers of the CTA. Only groups of columns meet in one. On an H200 a step
+// of Qwen2.5 0.5B's 24 layers took 654 us with this kernel and 788 us with that of ring_kernel.cuh.
 #pragma once
 
 #include <cstdint>
@@ -101,7 +102,8 @@ __device__ __forceinline__ void load_row(const Params& params, const RowPart& pa
   for (int i = 0; i < Traits::kPieces; ++i) {
     const std::uint32_t piece = part.piece(i);
     own[i] = load<Reuse::kOnce, T, 8>(static_cast<const T*>(params.x) + piece * 8, piece < pieces);
-    other[i] = load<Reuse::kOnce, T, 8>(static_cast<const T*>(norm.residual) + piece * 8, has_residual && piece < pieces);
+    const bool is_added = has_residual && piece < pieces;
+    other[i] = load<Reuse::kOnce, T, 8>(static_cast<const T*>(norm.residual) + piece * 8, is_added);
   }
 #pragma unroll
   for (int i = 0; i < Traits::kPieces; ++i) unpack(own[i], x[i]);
@@ -136,25 +138,6 @@ __device__ __forceinline__ void load_row(const Params& params, const RowPart& pa
   }
 }
 
-// 16 bytes of shared memory when `valid`, else zeros; no branch separates the loads of an unrolled loop.
-template <typename T>
-__device__ __forceinline__ Vec<T, 8> load_shared_if(SharedAddress address, bool valid) {
-  Vec<T, 8> vec = {};
-  asm volatile(
-      "{\n"
-      "  .reg .pred valid;\n"
-      "  setp.ne.b32 valid, %5, 0;\n"
-      "  @valid ld.shared.v4.u32 {%0, %1, %2, %3}, [%4];\n"
-      "}"
-      : "+r"(vec.words[0]), "+r"(vec.words[1]), "+r"(vec.words[2]), "+r"(vec.words[3])
-      : "r"(address), "r"(static_cast<int>(valid)));
-  return vec;
-}
-
-__device__ __forceinline__ void store_float(SharedAddress address, float value) {
-  asm volatile("st.shared.f32 [%0], %1;" ::"r"(address), "f"(value) : "memory");
-}
-
 // kCount features from `feature` of the tile on: the warp's sums of the gate or the only weight, and of the up
 // projection, are left in mine[] of the lanes that have the features' places behind part.first.
 template <typename Traits, int kCount>
@@ -176,7 +159,7 @@ __device__ __forceinline__ void multiply_features(const Params& params, const Ro
       const SharedAddress place = block + value % kOperands * operand_bytes + row * kBlockRowBytes +
                                   ((part.lane ^ row) % 8) * 16;
       float w[8], sum = 0.0f;
-      unpack(load_shared_if<typename Traits::T>(place, piece < params.dim / 8), w);
+      unpack(load_shared_if<typename Traits::T, 8>(place, piece < params.dim / 8), w);
 #pragma unroll
       for (int j = 0; j < 8; ++j) sum = fmaf(w[j], x[i][j], sum);
       values[value] += sum;
@@ -200,7 +183,9 @@ __device__ __forceinline__ void join_columns(const Params& params, const RowPart
   if (part.lane < part.count) {
     const SharedAddress own = place + part.group * group_bytes + (part.first + part.lane) * 4;
 #pragma unroll
-    for (int operand = 0; operand < kOperands; ++operand) store_float(own + operand * tile_bytes, mine[operand]);
+    for (int operand = 0; operand < kOperands; ++operand) {
+      store_shared(own + operand * tile_bytes, Vec<float, 1>{{__float_as_uint(mine[operand])}});
+    }
   }
   __syncthreads();
   if (threadIdx.x >= params.tile_rows) return;

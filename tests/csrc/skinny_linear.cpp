@@ -81,7 +81,7 @@ void check(const Problem& problem, int config, const Device& device) {
   if (plan.is_wgmma) plan.by_row ? check_row(problem, plan) : check_wgmma(problem, plan);
 }
 
-// One token of a small decoder, Qwen2.5 0.5B's: all its linears fit, and those of two that follow each other side by side.
+// One token of a small decoder, Qwen2.5 0.5B's: all its linears fit, and any two that follow each other side by side.
 void check_small_decoder() {
   const Device& h200 = kDevices[0];
   const Problem qkv{1, 896, 3, {896, 128, 128}, false, true, false}, out{1, 896, 1, {896}, false, false, false};

@@ -29,6 +29,7 @@ FLAGS = ("-O1", "-std=c++20", "-x", "c++", "-Xcompiler=-fno-strict-aliasing,-Wal
         "norm_backward",
         "rope",
         "skinny_linear",
+        "skinny_row",
     ],
 )
 def test_kernel_is_right_on_the_cpu(program: str, tmp_path: Path) -> None:

@@ -76,12 +76,34 @@ __device__ __forceinline__ Vec<T, kElems> load_shared(SharedAddress address) {
   return vec;
 }
 
+// 16 bytes when `valid`, else zeros. The predicate is in the assembly, so that no branch separates the loads of an
+// unrolled loop.
+template <typename T, int kElems>
+__device__ __forceinline__ Vec<T, kElems> load_shared_if(SharedAddress address, bool valid) {
+  static_assert(Vec<T, kElems>::kBytes == 16);
+  Vec<T, kElems> vec = {};
+  asm volatile(
+      "{\n"
+      "  .reg .pred valid;\n"
+      "  setp.ne.b32 valid, %5, 0;\n"
+      "  @valid ld.shared.v4.u32 {%0, %1, %2, %3}, [%4];\n"
+      "}"
+      : "+r"(vec.words[0]), "+r"(vec.words[1]), "+r"(vec.words[2]), "+r"(vec.words[3])
+      : "r"(address), "r"(static_cast<int>(valid))
+      : "memory");
+  return vec;
+}
+
 template <typename T, int kElems>
 __device__ __forceinline__ void store_shared(SharedAddress address, const Vec<T, kElems>& vec) {
-  static_assert(vec.kBytes == 16);
-  asm volatile("st.shared.v4.u32 [%0], {%1, %2, %3, %4};" ::"r"(address), "r"(vec.words[0]), "r"(vec.words[1]),
-               "r"(vec.words[2]), "r"(vec.words[3])
-               : "memory");
+  if constexpr (vec.kBytes == 16) {
+    asm volatile("st.shared.v4.u32 [%0], {%1, %2, %3, %4};" ::"r"(address), "r"(vec.words[0]), "r"(vec.words[1]),
+                 "r"(vec.words[2]), "r"(vec.words[3])
+                 : "memory");
+  } else {
+    static_assert(vec.kBytes == 4);
+    asm volatile("st.shared.u32 [%0], %1;" ::"r"(address), "r"(vec.words[0]) : "memory");
+  }
 }
 
 // The same value, of which both compilers know nothing, so that they keep it instead of computing it anew wherever it

@@ -132,6 +132,14 @@ inline float __shfl_xor_sync(unsigned, float value, int mask) {
   return fibers[current ^ static_cast<std::size_t>(mask)].exchanged[slot];
 }
 
+inline float __shfl_sync(unsigned, float value, int lane) {
+  using namespace emulation;
+  const long slot = fibers[current].shuffles++ % 2;
+  fibers[current].exchanged[slot] = value;
+  wait_for_all();
+  return fibers[current / 32 * 32 + static_cast<std::size_t>(lane % 32)].exchanged[slot];
+}
+
 template <typename T>
 T __ldg(const T* address) {
   emulation::check_access(address, sizeof(T), alignof(T));

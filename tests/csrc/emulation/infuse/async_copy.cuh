@@ -48,6 +48,11 @@ Vec<T, kElems> load_shared(SharedAddress address) {
 }
 
 template <typename T, int kElems>
+Vec<T, kElems> load_shared_if(SharedAddress address, bool valid) {
+  return valid ? load_shared<T, kElems>(address) : Vec<T, kElems>{};
+}
+
+template <typename T, int kElems>
 void store_shared(SharedAddress address, const Vec<T, kElems>& vec) {
   std::memcpy(shared_bytes_at(address, vec.kBytes), vec.words, vec.kBytes);
 }

@@ -9,5 +9,9 @@ namespace infuse {
 inline void sync_cluster() { emulation::die("a cluster of CTAs"); }
 inline SharedAddress shared_of_cta(SharedAddress own, std::uint32_t) { return own; }
 inline float4 load_from_cluster(SharedAddress) { emulation::die("a cluster of CTAs"); }
+template <typename Values>
+void store_to_cluster(SharedAddress, SharedAddress, const Values&) {
+  emulation::die("a cluster of CTAs");
+}
 
 }  // namespace infuse
