@@ -104,7 +104,7 @@ Prepared prepare(const Arguments& a) {
   const Problem problem{full[0], full[1], a.k.sizes[1], full[2], full[3],
                         static_cast<int>(a.q.sizes[3]), static_cast<int>(a.v.sizes[3]), a.is_causal,
                         a.mask != nullptr, a.tile_map != nullptr, a.dropout_p != 0.0, a.softcap != 0.0,
-                        a.sinks != nullptr, is_expanded(a.q) || is_expanded(a.k) || is_expanded(a.v)};
+                        is_expanded(a.q) || is_expanded(a.k) || is_expanded(a.v)};
   const Device device = describe(a.q.device);
   const Plan plan = make_plan(problem, static_cast<int>(a.config), static_cast<int>(a.splits), device);
   check_plan(plan, problem, device);

@@ -41,7 +41,7 @@ struct Problem {
   std::int64_t batch, heads, kv_heads, queries, keys;
   int dim, dim_v;
   bool is_causal;
-  bool has_mask, has_map, has_dropout, has_softcap, has_sinks;
+  bool has_mask, has_map, has_dropout, has_softcap;
   bool has_expanded;  // q, k or v has the stride 0 along a dimension of more than 1
 };
 

@@ -67,17 +67,6 @@ __device__ __forceinline__ float4 load_from_cluster(SharedAddress address) {
   return values;
 }
 
-__device__ __forceinline__ float2 load_pair_from_cluster(SharedAddress address) {
-  float2 values = make_float2(0.0f, 0.0f);
-#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
-  asm volatile("ld.shared::cluster.v2.f32 {%0, %1}, [%2];"
-               : "=f"(values.x), "=f"(values.y)
-               : "r"(address)
-               : "memory");
-#endif
-  return values;
-}
-
 // Writes into another CTA's shared memory in the background; its barrier there counts the bytes.
 __device__ __forceinline__ void store_to_cluster(SharedAddress address, SharedAddress barrier, const float4& values) {
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900

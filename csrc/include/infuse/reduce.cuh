@@ -6,8 +6,7 @@ namespace infuse {
 
 constexpr int kWarpSize = 32;
 constexpr unsigned kFullMask = 0xffffffffu;
-constexpr int kMinThreadsPerRow = 8;  // a row's group of lanes inside a warp
-constexpr int kMaxWarps = 32;         // in a CTA
+constexpr int kMaxWarps = 32;  // in a CTA
 
 // Every lane of a group of `width` neighbouring lanes gets the group's sum; 8 <= width <= 32. Straight-line code:
 // the two conditions are the same for the whole launch.

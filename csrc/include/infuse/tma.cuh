@@ -65,15 +65,6 @@ __device__ __forceinline__ void store_box(const CUtensorMap& map, SharedAddress 
       : "memory");
 }
 
-// The same, added to what is there (float32).
-__device__ __forceinline__ void add_box(const CUtensorMap& map, SharedAddress shared, std::int32_t column,
-                                        std::int32_t row, std::int32_t head, std::int32_t batch) {
-  asm volatile("cp.reduce.async.bulk.tensor.4d.global.shared::cta.add.bulk_group [%0, {%2, %3, %4, %5}], [%1];" ::"l"(
-                   &map),
-               "r"(shared), "r"(column), "r"(row), "r"(head), "r"(batch)
-               : "memory");
-}
-
 // Ends a group of this thread's stores.
 __device__ __forceinline__ void end_box_stores() { asm volatile("cp.async.bulk.commit_group;" ::: "memory"); }
 
@@ -81,12 +72,6 @@ __device__ __forceinline__ void end_box_stores() { asm volatile("cp.async.bulk.c
 template <int kPending>
 __device__ __forceinline__ void wait_for_box_reads() {
   asm volatile("cp.async.bulk.wait_group.read %0;" ::"n"(kPending) : "memory");
-}
-
-// Waits until at most kPending groups are under way at all.
-template <int kPending>
-__device__ __forceinline__ void wait_for_box_stores() {
-  asm volatile("cp.async.bulk.wait_group %0;" ::"n"(kPending) : "memory");
 }
 
 // Between a thread's own accesses to shared memory and those of the copy engine or of wgmma.

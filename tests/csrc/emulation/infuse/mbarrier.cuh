@@ -19,7 +19,6 @@ inline EmulatedBarrier& barrier_at(SharedAddress address) {
 
 inline void init_barrier(SharedAddress barrier, std::uint32_t) { barrier_at(barrier) = {}; }
 inline void publish_barriers() {}
-inline void arrive(SharedAddress) {}
 
 inline void arrive_expecting(SharedAddress barrier, std::uint32_t bytes) {
   barrier_at(barrier).bytes += static_cast<std::int32_t>(bytes);
