@@ -105,10 +105,10 @@ Prepared prepare(const Arguments& a) {
   params.row_blocks = FastDivisor(static_cast<std::uint32_t>(plan.row_blocks));
   params.scale_log2 = static_cast<float>(a.softcap != 0.0 ? a.scale / a.softcap : a.scale * kLog2e);
   params.softcap_log2 = static_cast<float>(a.softcap * kLog2e);
-  params.skips_filled = plan.dealt_warps > 0 && problem.mask_size_bytes > 1;
+  params.skips_filled = plan.kernel == Kernel::kDealt && problem.mask_size_bytes > 1;
   params.is_causal = a.is_causal;
   params.nan_for_masked_rows = a.nan_for_masked_rows;
-  if (plan.dealt_warps > 0 && !plan.is_direct) {
+  if (plan.kernel == Kernel::kDealt) {
     params.k_map = map_of(a.k, plan.tile);
     params.v_map = map_of(a.v, plan.tile);
   }

@@ -73,12 +73,10 @@ void launch_decode(const Plan& plan, const Params& params, int device, cudaStrea
 template <DType kDType>
 void launch_planned(const Plan& plan, const Params& params, int device, cudaStream_t stream) {
   using T = Element<kDType>;
-  if (plan.is_direct) {
-    launch_direct<T>(plan, params, device, stream);
-  } else if (plan.dealt_warps > 0) {
-    launch_dealt<T>(plan, params, device, stream);
-  } else {
-    launch_decode<T>(plan, params, device, stream);
+  switch (plan.kernel) {
+    case Kernel::kDecode: launch_decode<T>(plan, params, device, stream); break;
+    case Kernel::kDealt: launch_dealt<T>(plan, params, device, stream); break;
+    case Kernel::kDirect: launch_direct<T>(plan, params, device, stream); break;
   }
   if (params.part_out != nullptr) launch_merge<T>(params, device, stream);
 }

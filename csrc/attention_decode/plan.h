@@ -22,29 +22,32 @@ constexpr int kDirectWarps = 8, kDirectRows = 8, kDirectTile = 16;  // of direct
 constexpr int kMaxSplits = 1024;
 constexpr int kReservedBytes = 1024;  // of shared memory, for each CTA
 
-// tile: keys; stages: tiles that a group of warps has under way or in use. dealt_warps: of a CTA of dealt_kernel, 0 for
-// decode_kernel. cluster: the splits of dealt_kernel are a cluster, which merges them; else a second kernel does.
+enum class Kernel { kDecode, kDealt, kDirect };  // decode_kernel, dealt_kernel, direct_kernel
+
+// tile: keys; stages: tiles that a group of warps has under way or in use. Of dealt_kernel, dealt_warps: of a CTA;
+// cluster: the splits are a cluster, which merges them; else a second kernel does.
 struct Config {
   const char* name;
+  Kernel kernel;
   int tile, stages, dealt_warps;
   bool cluster;
 };
 
 constexpr Config kConfigs[] = {
-    {"tile16_s3", 16, 3, 0, false},  // 0
-    {"tile32_s4", 32, 4, 0, false},  // 1: for many rows, whose warps share a ring
-    {"tile16_s2", 16, 2, 0, false},  // 2: for devices with less shared memory
+    {"tile16_s3", Kernel::kDecode, 16, 3, 0, false},  // 0
+    {"tile32_s4", Kernel::kDecode, 32, 4, 0, false},  // 1: for many rows, whose warps share a ring
+    {"tile16_s2", Kernel::kDecode, 16, 2, 0, false},  // 2: for devices with less shared memory
     // These where dealt_kernel can run, else as if none were asked for.
-    {"warp4_cluster", 16, 3, 4, true},        // 3
-    {"warp8_cluster", 16, 3, 8, true},        // 4
-    {"warp4_split", 16, 3, 4, false},         // 5
-    {"warp8_split", 16, 3, 8, false},         // 6
-    {"warpgroup_cluster", 64, 3, 4, true},    // 7
-    {"warpgroups_cluster", 64, 3, 8, true},   // 8
-    {"warpgroup_split", 64, 3, 4, false},     // 9
-    {"warpgroups_split", 64, 3, 8, false},    // 10
+    {"warp4_cluster", Kernel::kDealt, 16, 3, 4, true},        // 3
+    {"warp8_cluster", Kernel::kDealt, 16, 3, 8, true},        // 4
+    {"warp4_split", Kernel::kDealt, 16, 3, 4, false},         // 5
+    {"warp8_split", Kernel::kDealt, 16, 3, 8, false},         // 6
+    {"warpgroup_cluster", Kernel::kDealt, 64, 3, 4, true},    // 7
+    {"warpgroups_cluster", Kernel::kDealt, 64, 3, 8, true},   // 8
+    {"warpgroup_split", Kernel::kDealt, 64, 3, 4, false},     // 9
+    {"warpgroups_split", Kernel::kDealt, 64, 3, 8, false},    // 10
     // This where direct_kernel can run, else as if none were asked for.
-    {"direct_cluster", kDirectTile, 1, kDirectWarps, true},  // 11
+    {"direct_cluster", Kernel::kDirect, kDirectTile, 1, 0, true},  // 11
 };
 constexpr int kNumConfigs = sizeof(kConfigs) / sizeof(kConfigs[0]);
 constexpr int kHeuristic = -1;
@@ -70,6 +73,7 @@ struct Device {
 
 struct Plan {
   int config;
+  Kernel kernel;
   int dim;        // the kernel's: 64, 128 or 256
   int tile;       // keys
   int row_warps;  // 1, 2 or 4
@@ -78,12 +82,11 @@ struct Plan {
   bool cluster;  // the splits are one cluster
   int shared_bytes, bits_offset;
   std::int64_t tiles;
-  // Of dealt_kernel: warps of a CTA (0: not this kernel), rows that a CTA of a cluster merges, and places in shared
-  // memory.
-  int dealt_warps, share;
-  bool is_warpgroup, is_direct;
-  int ring_offset, mask_offset, inbox_offset, barrier_offset;
-  int mask_bytes;  // of a tile
+  // Of dealt_kernel and direct_kernel: rows that a CTA of a cluster merges, and places in shared memory.
+  int share, inbox_offset, barrier_offset;
+  // Of dealt_kernel: warps of a CTA, more places, and bytes of a tile's mask.
+  int dealt_warps, ring_offset, mask_offset, mask_bytes;
+  bool is_warpgroup;
 };
 
 constexpr int padded_dim(int dim) { return dim <= 64 ? 64 : dim <= 128 ? 128 : 256; }
@@ -183,6 +186,7 @@ constexpr int choose_dealt_splits(const Problem& problem, const Plan& plan, cons
 }
 
 constexpr Plan plan_dealt(const Problem& problem, Plan plan, int splits, const Device& device) {
+  plan.kernel = Kernel::kDealt;
   plan.dealt_warps = kConfigs[plan.config].dealt_warps;
   plan.is_warpgroup = kConfigs[plan.config].tile == kWarpgroupTile;
   plan.tile = kConfigs[plan.config].tile;
@@ -226,8 +230,7 @@ constexpr bool suits_direct_kernel(const Problem& problem, const Device& device)
 
 // While each warp has a tile.
 constexpr Plan plan_direct(const Problem& problem, Plan plan, int splits, const Device& device) {
-  plan.is_direct = true;
-  plan.dealt_warps = kDirectWarps;
+  plan.kernel = Kernel::kDirect;
   plan.tile = kDirectTile;
   plan.tiles = ceil_div(problem.keys, kDirectTile);
   plan.row_blocks = 1;
@@ -275,11 +278,12 @@ constexpr Plan make_plan(const Problem& problem, int config, int splits, const D
     if (has_direct_kernel(problem, plan.dim, device)) return plan_direct(problem, plan, splits, device);
     plan.config = choose_dealt_config(problem, device);
   }
-  if (kConfigs[plan.config].dealt_warps > 0) {
+  if (kConfigs[plan.config].kernel == Kernel::kDealt) {
     if (has_dealt_kernel(problem, plan.dim, plan.config, device)) return plan_dealt(problem, plan, splits, device);
     plan.config = choose_config(device, plan.row_warps);
   }
   const Config& chosen = kConfigs[plan.config];
+  plan.kernel = Kernel::kDecode;
   plan.tile = plan.dim > 128 ? 16 : chosen.tile;
   plan.tiles = ceil_div(problem.keys, plan.tile);
   const int bits_bytes = 2 * 4 * static_cast<int>(ceil_div(plan.tiles, 32));

@@ -30,17 +30,18 @@ void check(const Problem& problem, int config, const Device& device) {
     require(plan.shared_bytes <= device.shared_bytes, "too much shared memory", problem, plan);
   }
   require(plan.dim >= problem.dim && plan.dim >= problem.dim_v, "head_dim", problem, plan);
-  require(plan.dealt_warps > 0 || plan.row_blocks * plan.row_warps * kWarpRows >= problem.rows, "rows", problem, plan);
+  const bool is_decode = plan.kernel == Kernel::kDecode;
+  require(!is_decode || plan.row_blocks * plan.row_warps * kWarpRows >= problem.rows, "rows", problem, plan);
   require(plan.tiles * plan.tile >= problem.keys && plan.tiles <= kMaxTiles, "tiles", problem, plan);
   require(plan.splits >= 1 && plan.splits <= kMaxSplits, "splits", problem, plan);
   require(plan.splits == 1 || plan.splits <= plan.tiles, "splits without a tile", problem, plan);
-  const int largest = plan.dealt_warps > 0 ? kMaxCluster : kPortableCluster;
+  const int largest = is_decode ? kPortableCluster : kMaxCluster;
   require(!plan.cluster || (device.has_clusters && plan.splits <= largest), "cluster", problem, plan);
-  if (plan.is_direct) {
+  if (plan.kernel == Kernel::kDirect) {
     require(problem.rows <= kDirectRows && problem.mask_size_bytes <= 1, "what direct_kernel takes", problem, plan);
     require(plan.inbox_offset % 16 == 0 && plan.barrier_offset % kBarrierBytes == 0, "alignment", problem, plan);
   }
-  if (plan.dealt_warps > 0) {
+  if (!is_decode) {
     require(plan.shared_bytes <= device.shared_bytes, "too much shared memory", problem, plan);
     require(plan.splits * plan.share >= problem.rows, "share", problem, plan);
     require(plan.row_blocks == 1 && problem.rows <= kWarpgroupRows, "rows of a cluster", problem, plan);
