@@ -7,8 +7,9 @@
 
 Shapes: x, residual, sum_out [R, D], R up to 64, D a multiple of 8; weights [F_i, D], up to three; biases [F_i]; addend
 [R, F_0]; out_i [R, F_i]. Dtypes: bfloat16 or float16, one for all; norm_weight also float32. Sums are kept in float32
-and each result is rounded once. Rows of x, residual and the weights are contiguous and begin at multiples of 16 bytes;
-views of a packed projection will do: `packed[:F]`, `packed[1::2]`. See csrc/skinny_linear.
+and each result is rounded once, to x's dtype; an out_i in float32 gets it widened again. Rows of x, residual and the
+weights are contiguous and begin at multiples of 16 bytes; views of a packed projection will do: `packed[:F]`,
+`packed[1::2]`. See csrc/skinny_linear.
 
 In a CUDA graph the kernels begin to read the weights, and the norm's, while the kernel before them may still run. That
 one must not write them. The graph's first kernel waits, and all do outside of graphs.

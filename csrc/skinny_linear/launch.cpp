@@ -26,12 +26,16 @@ Activation activation_of(std::string_view name) {
   fail(kOp, "activation, got ", std::string(name), ", expected silu, gelu_tanh, gelu_erf or an empty name");
 }
 
-void check_matrix(const TensorArg& tensor, const TensorArg& x, std::int64_t rows, std::int64_t columns) {
-  check_dtype(kOp, tensor, x.dtype);
+void check_layout(const TensorArg& tensor, const TensorArg& x, std::int64_t rows, std::int64_t columns) {
   check_same_device(kOp, tensor, x);
   check(tensor.num_dims == 2 && tensor.sizes[0] == rows && tensor.sizes[1] == columns, kOp, "shape of ", tensor.name,
         ", got ", shape_text(tensor), ", expected [", rows, ", ", columns, "]");
   check_last_stride(kOp, tensor);
+}
+
+void check_matrix(const TensorArg& tensor, const TensorArg& x, std::int64_t rows, std::int64_t columns) {
+  check_dtype(kOp, tensor, x.dtype);
+  check_layout(tensor, x, rows, columns);
 }
 
 bool is_aligned_by_16(const TensorArg& tensor) {
@@ -48,9 +52,11 @@ void check_readable(const TensorArg& tensor) {
         tensor.strides[0], ", expected one above 0");
 }
 
-void check_written(const TensorArg& tensor, const TensorArg& x, std::int64_t columns) {
-  check_matrix(tensor, x, x.sizes[0], columns);
-  check_rows_apart(kOp, tensor);
+void check_out(const TensorArg& out, const TensorArg& x, std::int64_t features) {
+  check(out.dtype == x.dtype || out.dtype == DType::kFloat32, kOp, "dtype of ", out.name, ", got ", name(out.dtype),
+        ", expected ", name(x.dtype), " or float32");
+  check_layout(out, x, x.sizes[0], features);
+  check_rows_apart(kOp, out);
 }
 
 void check_norm(const Arguments& a) {
@@ -61,7 +67,7 @@ void check_norm(const Arguments& a) {
   if (a.residual != nullptr) {
     check_matrix(*a.residual, x, x.sizes[0], x.sizes[1]);
     check_readable(*a.residual);
-    check_written(*a.sum, x, x.sizes[1]);
+    check_matrix(*a.sum, x, x.sizes[0], x.sizes[1]);
     check_contiguous(kOp, *a.sum);
     check(is_aligned_by_16(*a.sum), kOp, "address of sum_out, expected a multiple of 16 bytes");
   }
@@ -99,7 +105,7 @@ int check_linears(const Arguments& a, bool gated) {
     }
     const bool has_out = !gated || i == 0;
     check((a.outs[i] != nullptr) == has_out, kOp, "out", i, has_out ? ", got none" : ", got one, expected none");
-    if (has_out) check_written(*a.outs[i], x, features);
+    if (has_out) check_out(*a.outs[i], x, features);
   }
   check(!gated || (count == 2 && a.weights[1]->sizes[0] == a.weights[0]->sizes[0]), kOp,
         "weights of an activation, got ", count, ", expected two of one shape, gate and up");
@@ -138,6 +144,7 @@ Linear describe_linear(const Arguments& a, int i, const Plan& plan) {
     linear.out = out->data;
     linear.out_stride = out->strides[0];
     linear.is_wide = is_aligned_by_16(*out);
+    linear.out_is_fp32 = out->dtype == DType::kFloat32;
   }
   if (const TensorArg* bias = a.biases[i]) {
     linear.bias = bias->data;

@@ -16,7 +16,8 @@ namespace infuse::skinny_linear {
 constexpr char kOp[] = "skinny_linear_out";
 
 // Tensors are null where the operator is not given one. x, residual and sum [rows, dim]; weights [features, dim]; biases
-// [features]; addend and outs [rows, features]. With an activation the first two weights are gate and up of outs[0].
+// [features]; addend and outs [rows, features], outs also in float32. With an activation the first two weights are gate
+// and up of outs[0].
 struct Arguments {
   const TensorArg* x;
   const TensorArg* residual;

@@ -19,6 +19,7 @@ struct Linear {
   std::uint32_t features;
   std::uint32_t first_tile;  // tiles of all linears are numbered through; of what does not exist beyond the last
   bool is_wide;              // 8 features of bias, out and addend begin at multiples of 16 bytes
+  bool out_is_fp32;          // of x's dtype otherwise, which results are rounded to in any case
 };
 
 // RMSNorm of x, as in ops/rms_norm.py.

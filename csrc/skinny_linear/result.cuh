@@ -1,4 +1,4 @@
-// From the sums of a tile to results: bias, activation, addend, one rounding.
+// From the sums of a tile to results: bias, activation, addend, one rounding, also of those that are stored in fp32.
 #pragma once
 
 #include <cstdint>
@@ -61,13 +61,45 @@ __device__ __forceinline__ void add_bias(const Linear& linear, std::uint32_t fea
   for (int i = 0; i < kWidth; ++i) values[i] += bias[i];
 }
 
+// Rounds neighbouring results to T and stores those of them that exist.
+template <typename T, int kWidth>
+__device__ __forceinline__ void store_rounded(const Linear& linear, std::uint32_t row, std::uint32_t feature,
+                                              float (&values)[kWidth]) {
+  const std::uint32_t count = linear.features - feature;
+  const std::int64_t place = row * linear.out_stride + feature;
+  const bool is_whole = linear.is_wide && count >= kWidth;
+  const Vec<T, kWidth> packed = pack<T>(values);
+  if (linear.out_is_fp32) {
+    float* out = static_cast<float*>(linear.out) + place;
+    unpack(packed, values);
+    if (is_whole) {
+      store(out, pack<float>(values));
+    } else {
+#pragma unroll
+      for (std::uint32_t i = 0; i < kWidth; ++i) {
+        if (i < count) out[i] = values[i];
+      }
+    }
+    return;
+  }
+  T* out = static_cast<T*>(linear.out) + place;
+  if (is_whole) {
+    store(out, packed);
+  } else {
+#pragma unroll
+    for (std::uint32_t i = 0; i < kWidth; ++i) {
+      const Vec<T, 1> one{{packed.words[i / 2] >> (i % 2 * 16)}};
+      if (i < count) store(out + i, one);
+    }
+  }
+}
+
 // Finishes features [feature, feature + kWidth) of a row of linear `number`. sums: of the linear, or of the gate; up: if
 // there is an activation.
 template <typename T, int kWidth>
 __device__ __forceinline__ void store_results(const Params& params, std::uint32_t number, std::uint32_t row,
                                               std::uint32_t feature, float (&sums)[kWidth], float (&up)[kWidth]) {
   const Linear& linear = params.linears[number];
-  const std::uint32_t count = linear.features - feature;
   add_bias<T>(linear, feature, sums);
   if (params.activation != Activation::kNone) {
     add_bias<T>(params.linears[1], feature, up);
@@ -77,21 +109,11 @@ __device__ __forceinline__ void store_results(const Params& params, std::uint32_
   if (params.addend != nullptr && number == 0) {
     const T* source = static_cast<const T*>(params.addend) + row * params.addend_stride + feature;
     float addend[kWidth];
-    load_results(source, linear.is_wide, count, addend);
+    load_results(source, linear.is_wide, linear.features - feature, addend);
 #pragma unroll
     for (int i = 0; i < kWidth; ++i) sums[i] += addend[i];
   }
-  T* out = static_cast<T*>(linear.out) + row * linear.out_stride + feature;
-  const Vec<T, kWidth> packed = pack<T>(sums);
-  if (linear.is_wide && count >= kWidth) {
-    store(out, packed);
-  } else {
-#pragma unroll
-    for (std::uint32_t i = 0; i < kWidth; ++i) {
-      const Vec<T, 1> one{{packed.words[i / 2] >> (i % 2 * 16)}};
-      if (i < count) store(out + i, one);
-    }
-  }
+  store_rounded<T>(linear, row, feature, sums);
 }
 
 }  // namespace infuse::skinny_linear

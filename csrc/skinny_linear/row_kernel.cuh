@@ -215,7 +215,13 @@ __device__ __forceinline__ void finish_feature(const Params& params, const Tile&
   using T = typename Traits::T;
   float value = sums[0] + addends.bias;
   if constexpr (Traits::kGated) value = activate(params.activation, value) * (sums[1] + addends.up_bias);
-  static_cast<T*>(params.linears[tile.linear].out)[feature] = static_cast<T>(value + addends.residual);
+  const Linear& linear = params.linears[tile.linear];
+  const T rounded = static_cast<T>(value + addends.residual);
+  if (linear.out_is_fp32) {
+    static_cast<float*>(linear.out)[feature] = static_cast<float>(rounded);
+  } else {
+    static_cast<T*>(linear.out)[feature] = rounded;
+  }
 }
 
 // blockIdx.x: the tile. All weights of a tile are one stage of the ring.

@@ -25,6 +25,7 @@ FLAGS = ("-O1", "-std=c++20", "-x", "c++", "-Xcompiler=-fno-strict-aliasing,-Wal
         "cross_entropy",
         "gated_backward",
         "gemm",
+        "linear_results",
         "norm",
         "norm_backward",
         "rope",

@@ -35,10 +35,10 @@ class Operands:
     activation: str = ""
     addend: Tensor | None = None
 
-    def outs(self) -> list[Tensor]:
-        """Results to be written, full of NaN."""
-        count = 1 if self.activation else len(self.weights)
-        return [self.x.new_full((self.x.shape[0], weight.shape[0]), math.nan) for weight in self.weights[:count]]
+    def outs(self, dtype: torch.dtype | None = None) -> list[Tensor]:
+        """Results to be written, in x's dtype unless one is given, full of NaN."""
+        shapes = [(self.x.shape[0], weight.shape[0]) for weight in self.weights[: 1 if self.activation else None]]
+        return [self.x.new_full(shape, math.nan, dtype=dtype or self.x.dtype) for shape in shapes]
 
     def formula(self, dtype: torch.dtype) -> tuple[list[Tensor], Tensor]:
         """The results and the sum as eager torch computes them in a dtype."""
@@ -203,6 +203,32 @@ class TestKernels:
             torch.testing.assert_close(place[:, 3:67], expected, rtol=0.02, atol=0.02)
             assert (place[:, :3] == 7).all() and (place[:, 67:] == 7).all()
 
+    @pytest.mark.parametrize("rows", [1, 8, 16, 64])
+    @pytest.mark.parametrize("dtype", [BF16, FP16])
+    def test_results_in_float32_are_the_rounded_ones(self, rows: int, dtype: torch.dtype) -> None:
+        for operands in (
+            with_norm(make(rows, 896, (20000,), dtype)),
+            with_norm(make(rows, 4096, (4096,), dtype), residual=False),
+            with_norm(with_biases(make(rows, 1000, (100, 3, 77), dtype))),
+            with_addend(replace(make(rows, 264, (65, 65), dtype), activation="silu")),
+        ):
+            for config in every_config():
+                narrow, total = operands.run(config)
+                wide, same = operands.run(config, operands.outs(FP32))
+                for expected, got in zip(narrow, wide):
+                    assert torch.equal(got, expected.float()), f"configuration {config}"
+                assert total is None or same is None or torch.equal(total, same)
+
+    def test_results_in_float32_at_odd_places(self) -> None:
+        for rows in (1, 5, 16):
+            operands = make(rows, 256, (64,))
+            for config in every_config():
+                (expected,), _ = operands.run(config)
+                place = torch.full((rows, 131), 7.0, device="cuda")
+                operands.run(config, [place[:, 3:67]])
+                assert torch.equal(place[:, 3:67], expected.float()), f"configuration {config}"
+                assert (place[:, :3] == 7).all() and (place[:, 67:] == 7).all()
+
     def test_nan_and_infinity_stay_in_their_row(self) -> None:
         for rows in (3, 20):
             operands = replace(with_norm(make(rows, 512, (96, 96)), residual=False), activation="silu")
@@ -284,6 +310,8 @@ class TestKernels:
         ):
             with pytest.raises(RuntimeError, match=message):
                 wrong.run()
+        with pytest.raises(RuntimeError, match="dtype of out0, got float16, expected bfloat16 or float32"):
+            good.run(outs=good.outs(FP16))
         with pytest.raises(RuntimeError, match="config"):
             good.run(1000)
 

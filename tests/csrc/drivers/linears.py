@@ -11,25 +11,28 @@ import torch
 from infuse.ops import gated_backward_kernels, gated_linear_kernels, skinny_linear_kernels
 from infuse.ops.gated_linear_kernels import ACTIVATIONS
 from tests.csrc.drivers.launches import OPS, Launch, configs, driver, if_it_can, padded, random, vector_of
-from tests.ops.norm_forms import BF16, FP16
+from tests.ops.norm_forms import BF16, FP16, FP32
 
 
 @driver
 def skinny_linear(device: torch.device) -> Iterator[Launch]:
     """Rows of every kind of product, with each prologue and epilogue; odd sizes, packed weights, padded rows."""
-    # Rows, columns, features of each weight, dtype, whether there is a norm with a residual, activation.
+    # Rows, columns, features of each weight, dtype, that of results, whether norm and residual come first, activation.
     problems = (
-        (1, 896, (100, 8, 33), BF16, True, ""),
-        (5, 264, (77, 77), FP16, True, "silu"),
-        (12, 200, (77, 77), BF16, False, "gelu_tanh"),
-        (64, 328, (96,), FP16, True, ""),
+        (1, 896, (100, 8, 33), BF16, BF16, True, ""),
+        (1, 896, (100,), BF16, FP32, True, ""),
+        (5, 264, (77, 77), FP16, FP16, True, "silu"),
+        (5, 264, (77,), FP16, FP32, True, ""),
+        (12, 200, (77, 77), BF16, BF16, False, "gelu_tanh"),
+        (64, 328, (96,), FP16, FP16, True, ""),
+        (64, 328, (96,), BF16, FP32, True, ""),
     )
-    for rows, dim, features, dtype, norm, activation in problems:
+    for rows, dim, features, dtype, out_dtype, norm, activation in problems:
         for config in configs(skinny_linear_kernels.FAMILY):
             x = padded(rows, dim, dtype, device)
             weights = [padded(count, dim, dtype, device) for count in features]
             biases = [vector_of(count, dtype=dtype, device=device) for count in features]
-            outs = [torch.empty(rows, count, dtype=dtype, device=device) for count in features]
+            outs = [torch.empty(rows, count, dtype=out_dtype, device=device) for count in features]
             given = {"residual": padded(rows, dim, dtype, device), "norm": True} if norm else {}
             if norm:
                 given["norm_weight"] = vector_of(dim, dtype=dtype, device=device)
