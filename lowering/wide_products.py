@@ -5,11 +5,20 @@
 The product is accumulated in float32 anyway. Written as that it is not rounded in between, and the pass that reads the
 narrow result and writes the wide one is saved: on an H200 0.5 ms of 30 for the logits of 4,096 tokens of Llama 3.
 
+    prims.convert_element_type(norm_linear(...)[0], float32)  ->  norm_linear(..., in_float32=True)[0]
+
+Behind a norm the linear may be a kernel, which a pass that widens could not be fused with. It rounds as before: the
+operator's formula contains the conversion, so that nothing changes where the products are torch's after all. On an H200
+that pass took 7 us of the 968 of a step, over the logits of 16 rows of Qwen2.5 0.5B.
+
 Only where the wide tensor is a result of the graph. What else reads a widened product is fused with the widening, and
 reads half as much where the product stays narrow.
 """
 
 from __future__ import annotations
+
+import operator
+from collections.abc import Sequence
 
 import torch
 from torch.fx import Graph, Node
@@ -17,11 +26,12 @@ from torch.fx import Graph, Node
 from infuse.lowering import graph_neighbours, inductor
 from infuse.lowering.decisions import Decision, record
 from infuse.lowering.heuristics import linears as heuristics
-from infuse.ops import library
+from infuse.ops import library, linear_kernels
 
 KIND = "wide_product"
 _CONVERT = torch.ops.prims.convert_element_type.default
 _PRODUCT = torch.ops.aten.mm.default
+_NORM_LINEAR = torch.ops.infuse.norm_linear.default
 _WIDE_PRODUCT = torch.ops.aten.mm.dtype
 _NARROW = (torch.bfloat16, torch.float16)
 # Views of all of a tensor's elements, in their order.
@@ -36,11 +46,14 @@ _VIEWS = (
 def widen_products(graph: Graph) -> None:
     """Rewrites the graph, which Inductor is about to lower, where numerics and stored measurements allow it."""
     settings = inductor.settings_in_effect()
-    if settings.kernels == "never" or settings.numerics == "exact" or inductor.writes_cpp():
-        return
+    may_round_less = settings.kernels != "never" and settings.numerics != "exact" and not inductor.writes_cpp()
     for node in graph.find_nodes(op="call_function", target=_CONVERT):
         chain = _from_product(node) if node.args[1] == torch.float32 and _is_returned(node) else []
-        if chain and _runs_well(chain[0]):
+        if not chain:
+            continue
+        if chain[0].target is operator.getitem:
+            _widen_linear(node, chain)
+        elif may_round_less and _runs_well(chain[0]):
             _widen(node, chain)
 
 
@@ -50,12 +63,22 @@ def _from_product(node: Node) -> list[Node]:
     value = node.args[0]
     while isinstance(value, Node) and len(value.users) == 1:
         chain.insert(0, value)
-        if value.target is _PRODUCT:
+        if value.target is _PRODUCT or _is_linear(value):
             return chain if value.meta["val"].dtype in _NARROW else []
         if value.target not in _VIEWS:
             return []
         value = value.args[0]
     return []
+
+
+def _is_linear(value: Node) -> bool:
+    """Whether a value is all that is read of the only linear behind a norm."""
+    source, *rest = value.args
+    if value.target is not operator.getitem or not isinstance(source, Node) or source.target is not _NORM_LINEAR:
+        return False
+    _, _, weights, *_ = source.args
+    assert isinstance(weights, Sequence)
+    return rest == [0] and len(weights) == 1 and [user.args[1] for user in source.users].count(0) == 1
 
 
 def _is_returned(node: Node) -> bool:
@@ -67,6 +90,19 @@ def _runs_well(product: Node) -> bool:
     if not all(isinstance(size, int) for size in value.shape) or library.missing(value.device):
         return False
     return heuristics.widens_well(value.numel(), library.capability(value.device))
+
+
+def _widen_linear(node: Node, chain: list[Node]) -> None:
+    """Puts the views of a linear in the place of the conversion `node`, and makes them float32."""
+    linear = chain[0].args[0]
+    assert isinstance(linear, Node)
+    linear.args = (*linear_kernels.with_defaults("norm_linear", linear.args)[:-1], True)
+    product, *sums = linear.meta["val"]
+    linear.meta["val"] = [product.to(torch.float32), *sums]
+    for value in chain:
+        value.meta["val"] = value.meta["val"].to(torch.float32)
+    node.replace_all_uses_with(chain[-1])
+    node.graph.erase_node(node)
 
 
 def _widen(node: Node, chain: list[Node]) -> None:

@@ -46,6 +46,7 @@ class Linears:
 
     activation: of the first product, which the second is multiplied with; "" where all products are results.
     offsets: ends of groups of rows, each with weights of its own, [E, F, D]; None where x [E, C, D] holds equal groups.
+    in_float32: the results are widened, after they were rounded.
     """
 
     x: Tensor
@@ -57,6 +58,7 @@ class Linears:
     activation: str = ""
     addend: Tensor | None = None
     offsets: Tensor | None = None
+    in_float32: bool = False
 
 
 def _read_norm_linear(
@@ -65,9 +67,10 @@ def _read_norm_linear(
     weights: Sequence[Tensor],
     biases: Sequence[Tensor | None],
     norm_weight: Tensor | None,
-    *norm: Any,
+    *numbers: Any,
 ) -> Linears:
-    return Linears(x, tuple(weights), tuple(biases), residual, norm, norm_weight)
+    *norm, in_float32 = numbers
+    return Linears(x, tuple(weights), tuple(biases), residual, tuple(norm), norm_weight, in_float32=in_float32)
 
 
 def _read_norm_linear_swiglu(
@@ -205,7 +208,8 @@ def _run_skinny(given: Linears, config: int) -> list[Tensor]:
     x, residual, addend = (_as_rows(tensor) for tensor in (given.x, given.residual, given.addend))
     assert x is not None
     sizes = [given.weights[0].shape[0]] if given.activation else [weight.shape[0] for weight in given.weights]
-    results = [given.x.new_empty((*given.x.shape[:-1], size)) for size in sizes]
+    dtype = torch.float32 if given.in_float32 else given.x.dtype
+    results = [given.x.new_empty((*given.x.shape[:-1], size), dtype=dtype) for size in sizes]
     total = None if residual is None else given.x.new_empty(given.x.shape)
     skinny_linear_kernels.run(
         x,

@@ -5,13 +5,13 @@
 
 Shapes: x, residual, sum [..., D]; weights [F_i, D]; biases [F_i] or None; norm_weight [D] or None; y_i [..., F_i].
 The norm rounds as infuse.ops.rms_norm does; its result and the linears share one dtype.
-Results: [y_0, y_1, ...], with a residual followed by the sum.
+Results: [y_0, y_1, ...], with a residual followed by the sum. in_float32: each y_i of half precision is
+widened, after it was rounded.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -22,7 +22,10 @@ from infuse.ops.add_rms_norm import add_rms_norm_ref
 from infuse.ops.composites import register_composite
 from infuse.ops.rms_norm import FLAGS, rms_norm_ref
 
-ARGUMENTS = "Tensor x, Tensor? residual, Tensor[] weights, Tensor?[] biases, Tensor? norm_weight, float eps, " + FLAGS
+ARGUMENTS = (
+    "Tensor x, Tensor? residual, Tensor[] weights, Tensor?[] biases, Tensor? norm_weight, float eps, "
+    f"{FLAGS}, bool in_float32=False"
+)
 
 
 def check_linears(
@@ -51,8 +54,12 @@ def _formula(
         biases: Sequence[Tensor | None],
         norm_weight: Tensor | None,
         eps: float,
-        *flags: Any,
+        weight_offset: float = 0.0,
+        cast_before_weight: bool = False,
+        eps_as_minimum: bool = False,
+        in_float32: bool = False,
     ) -> list[Tensor]:
+        flags = (weight_offset, cast_before_weight, eps_as_minimum)
         check_linears("norm_linear", x.shape[-1], weights, biases)
         sums: list[Tensor] = []
         if residual is None:
@@ -60,7 +67,10 @@ def _formula(
         else:
             y, total = add_norm(x, residual, norm_weight, eps, *flags)
             sums = [total]
-        return [*(F.linear(y, weight, bias) for weight, bias in zip(weights, biases)), *sums]
+        products = [F.linear(y, weight, bias) for weight, bias in zip(weights, biases)]
+        if in_float32:
+            products = [product.to(torch.promote_types(product.dtype, torch.float32)) for product in products]
+        return [*products, *sums]
 
     return norm_linear
 

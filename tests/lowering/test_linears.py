@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 import infuse
 from infuse.lowering import decisions, linears
@@ -200,3 +201,20 @@ def test_without_a_measurement_only_what_was_measured_takes_a_kernel() -> None:
     assert not runs("grouped_linear_swiglu", "gated", 64, 2048, 1536)
     for kind in ("linear_swiglu", "grouped_linear_swiglu"):
         assert runs(kind, "gated", 65536, 1024, 4096) and not runs(kind, "gated", 16384, 1024, 4096)
+
+
+def head(x: Tensor, norm_weight: Tensor, weight: Tensor) -> Tensor:
+    return F.linear(F.rms_norm(x, (DIM,), norm_weight, 1e-6), weight).float()
+
+
+@pytest.mark.parametrize("winner", ["skinny_1", linears.FORMULA])
+def test_logits_that_are_returned_in_float32_are_written_so(
+    calls: list[str], choose_always: Callable[[str], list[set[str]]], winner: str
+) -> None:
+    choose_always(winner)
+    tensors = (torch.randn(2, 3, DIM).bfloat16(), tensor(DIM) + 1, tensor(HIDDEN, DIM))
+    out, code = compiled_code(head, *tensors, mode="max-autotune-no-cudagraphs")
+    assert out.dtype == torch.float32 and torch.equal(out, out.bfloat16().float())
+    torch.testing.assert_close(out, head(*tensors), atol=3e-2, rtol=3e-2)
+    is_kernel = winner != linears.FORMULA
+    assert ("infuse.norm_linear_kernel" in code) == is_kernel and ("cpp_fused" in code) == (not is_kernel)

@@ -11,6 +11,7 @@ from torch.nn import functional as F
 
 import infuse
 from infuse.lowering import decisions
+from tests.lowering.compiled import compiled_code
 
 pytestmark = [pytest.mark.gpu, pytest.mark.usefixtures("kernels")]
 
@@ -112,3 +113,26 @@ def test_many_rows_take_one_kernel_for_gate_and_up(packed: bool) -> None:
     assert error(found, right) <= 2 * error(eager, right)
     chosen: Any = [decision.chosen for decision in decisions.decisions() if decision.op == "linear_swiglu"]
     assert chosen == ["gated_-1"]
+
+
+class Head(nn.Module):
+    """A decoder's last norm and its logits."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm, self.logits = nn.RMSNorm(DIM, eps=1e-6), nn.Linear(DIM, 1000, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        logits: Tensor = self.logits(self.norm(x))
+        return logits
+
+
+@pytest.mark.parametrize("rows", [1, 8, 16, 64])
+def test_logits_are_written_in_float32(rows: int) -> None:
+    torch.manual_seed(0)
+    module, x = Head().cuda().bfloat16().eval(), torch.randn(rows, 1, DIM, device="cuda").bfloat16()
+    with infuse.override(kernels="always"):
+        found, code = compiled_code(lambda x: module(x).float(), x)
+        narrow, _ = compiled_code(module, x)
+    assert "infuse.norm_linear_kernel" in code and "@triton" not in code
+    assert torch.equal(found, narrow.float())

@@ -82,6 +82,46 @@ def test_other_products_stay(function: Callable[..., Any]) -> None:
     assert counts(rewritten(function))[1] == 0
 
 
+def norm_linear(x: Tensor, *weights: Tensor, residual: Tensor | None = None) -> list[Tensor]:
+    found: list[Tensor] = torch.ops.infuse.norm_linear(x, residual, weights, [None] * len(weights), None, 1e-6, 1.0)
+    return found
+
+
+def in_float32(traced: GraphModule) -> bool:
+    (node,) = traced.graph.find_nodes(op="call_function", target=torch.ops.infuse.norm_linear.default)
+    return node.args[6:] == (1.0, False, False, True)
+
+
+@pytest.mark.parametrize("settings", [Settings(), Settings(numerics="exact"), Settings(kernels="never")])
+def test_a_linear_behind_a_norm_makes_them_as_they_were_rounded(
+    settings: Settings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(inductor, "settings_in_effect", lambda: settings)
+    traced = rewritten(lambda x, weight: norm_linear(x, weight, residual=x)[0].flatten(0, 1).float(), vocab=24)
+    assert in_float32(traced)
+    (result,) = traced.graph.output_node().args
+    assert isinstance(result, torch.fx.Node)
+    assert result.meta["val"].shape == (ROWS, 24) and result.meta["val"].dtype == torch.float32
+    assert not traced.graph.find_nodes(op="call_function", target=torch.ops.prims.convert_element_type.default)
+
+
+@pytest.mark.parametrize(
+    "function",
+    [
+        lambda x, weight: norm_linear(x, weight)[0].float().logsumexp(-1),  # fused with the widening
+        lambda x, weight: (lambda y: (y.float(), y))(norm_linear(x, weight)[0]),  # the narrow one is a result, too
+        lambda x, weight: (lambda y: (y.float(), y.flatten().float()))(norm_linear(x, weight)[0]),  # two tensors
+        lambda x, weight: norm_linear(x, weight)[0].select(1, 3).float(),  # of some rows only
+        lambda x, weight: norm_linear(x, weight, weight)[0].float(),  # one linear of two
+        lambda x, weight: norm_linear(x, weight, residual=x)[1].float(),  # the sum
+        lambda x, weight: norm_linear(x, weight)[0].double(),
+    ],
+    ids=["loss", "narrow result", "two results", "some rows", "two linears", "sum", "double"],
+)
+def test_other_linears_behind_a_norm_stay(function: Callable[..., Any]) -> None:
+    assert not in_float32(rewritten(function, vocab=24))
+
+
 @pytest.mark.parametrize("change", [{"vocab": VOCAB // 2}, {"dtype": torch.float32}, {"device": "cpu"}])
 def test_unmeasured_problems_stay(change: dict[str, Any]) -> None:
     assert counts(rewritten(lambda x, weight: F.linear(x, weight).float(), **change))[1] == 0

@@ -48,6 +48,15 @@ def add_norm_args(dtype: torch.dtype) -> tuple[Any, ...]:
     return x, leaf(2, 3, 8, dtype=dtype), *rest
 
 
+def wide_args(dtype: torch.dtype) -> tuple[Any, ...]:
+    return *add_norm_args(dtype), 0.0, False, False, True
+
+
+def wide_formula(*args: Any) -> Any:
+    *outs, total = norm_formula(*args[:6])
+    return [*(out.to(torch.promote_types(out.dtype, torch.float32)) for out in outs), total]
+
+
 def packed_args(dtype: torch.dtype) -> tuple[Any, ...]:
     return leaf(2, 3, 8, dtype=dtype), *linears((4, 6, 4), dtype)
 
@@ -103,6 +112,7 @@ def qk_norm_formula(
 CASES: list[Case] = [
     ("norm_linear", norm_formula, norm_args),
     ("norm_linear", norm_formula, add_norm_args),
+    ("norm_linear", wide_formula, wide_args),
     ("norm_linear_swiglu", norm_gate_formula, norm_gate_args),
     ("norm_linear_swiglu", norm_gate_formula, add_norm_gate_args),
     ("linear_add", lambda x, w, b, r: F.linear(x, w, b) + r, linear_add_args),
@@ -112,7 +122,16 @@ CASES: list[Case] = [
     ("qk_norm_rope", qk_norm_formula, qk_rms_norm_args),
 ]
 IDS = [
-    *("norm", "add and norm", "norm and gate", "add, norm and gate", "linear and add", "packed already", "packed"),
+    *(
+        "norm",
+        "add and norm",
+        "add, norm and float32",
+        "norm and gate",
+        "add, norm and gate",
+        "linear and add",
+        "packed already",
+        "packed",
+    ),
     *("LayerNorm and rotation", "RMSNorm and rotation"),
 ]
 
