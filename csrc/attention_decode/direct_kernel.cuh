@@ -17,50 +17,57 @@
 
 namespace infuse::attention_decode {
 
-constexpr std::uint32_t kNothing = 0xffffffff;
+// Four bits, set where the byte is not 0.
+__device__ __forceinline__ std::uint32_t bits_of_bytes(std::uint32_t bytes) {
+  constexpr std::uint32_t kLow = 0x7f7f7f7f;
+  const std::uint32_t top_bits = ((bytes & kLow) + kLow | bytes) & ~kLow;
+  return (top_bits >> 7) * 0x10204080 >> 28;  // brings the four side by side
+}
 
 // The warp's tiles: number i is first + i * step, i < count. They are looked at 32 at once, a lane each.
 struct DirectTiles {
   std::uint32_t first, step, count;
-  std::uint32_t base;           // number of the first of those looked at, at first 32 before it
-  std::uint32_t seen, changed;  // bits of those that are left, and of those to which the mask must be applied
+  std::uint32_t base;  // number of the first of those looked at, at first 32 before it
+  std::uint32_t seen;  // bits of those that are left
+  std::uint32_t open;  // of the lane's tile
 
   __device__ __forceinline__ void look(const Params& params, const Rows& rows, const MaskRows& mask,
                                        std::uint32_t from) {
     const std::uint32_t number = from + threadIdx.x % kWarpSize, key = (first + number * step) * 16;
-    bool any = number < count, all = true;
-    if (params.mask_kind != Mask::kNone && any) {
-      any = false;
+    open = number < count ? kAllOpen : 0;
+    if (params.mask_kind != Mask::kNone && number < count) {
+      std::uint32_t all = kAllOpen;
+      open = 0;
       const std::uint32_t end = key + 16 < params.keys ? key + 16 : params.keys;
 #pragma unroll 1
       for (std::uint32_t slot = 0; slot < mask.count; ++slot) {
         const std::uint8_t* row = mask_row<std::uint8_t>(params, rows, mask.row_of(params, slot));
+        std::uint32_t found = 0;
         if (params.mask_is_aligned && key + 16 <= params.keys) {
-          constexpr std::uint32_t kAllTrue = 0x01010101;
           const Vec<std::uint8_t, 16> vec = load<Reuse::kOnce, std::uint8_t, 16>(row + key, true);
-          any |= (vec.words[0] | vec.words[1] | vec.words[2] | vec.words[3]) != 0;
-          all &= (vec.words[0] & vec.words[1] & vec.words[2] & vec.words[3]) == kAllTrue;
+#pragma unroll
+          for (int w = 0; w < 4; ++w) found |= bits_of_bytes(vec.words[w]) << 4 * w;
         } else {
-          all = false;
 #pragma unroll 1
-          for (std::uint32_t i = key; i < end; ++i) any |= row[i] != 0;
+          for (std::uint32_t i = key; i < end; ++i) found |= (row[i] != 0 ? 1u : 0u) << (i - key);
         }
+        open |= found;
+        all &= found;
       }
+      if (open != all) open |= kRowsDiffer;
     }
     base = from;
-    seen = __ballot_sync(kFullMask, any);
-    changed = __ballot_sync(kFullMask, !all);
+    seen = __ballot_sync(kFullMask, open != 0);
   }
 
-  // The number of the next tile, with kChanged, or kNothing.
-  __device__ __forceinline__ std::uint32_t next(const Params& params, const Rows& rows, const MaskRows& mask) {
+  __device__ __forceinline__ OpenTile next(const Params& params, const Rows& rows, const MaskRows& mask) {
     while (seen == 0) {
-      if (base + kWarpSize >= count) return kNothing;  // of unsigned numbers, also at first
+      if (base + kWarpSize >= count) return {kNothing, 0};  // of unsigned numbers, also at first
       look(params, rows, mask, base + kWarpSize);
     }
     const std::uint32_t bit = __ffs(static_cast<int>(seen)) - 1;
     seen &= seen - 1;
-    return base + bit + ((changed >> bit & 1) != 0 ? kChanged : 0);
+    return {first + (base + bit) * step, __shfl_sync(kFullMask, open, static_cast<int>(bit))};
   }
 };
 
@@ -75,13 +82,10 @@ __device__ __forceinline__ DirectTiles direct_tiles(const Params& params, const 
   return {first, step, needed > first ? (needed - first + step - 1) / step : 0, 0u - kWarpSize, 0, 0};
 }
 
-// Brings tiles into the L2 that the mask seems to open: it may still be written. Returns the number of the first.
-template <typename Traits>
-__device__ __forceinline__ std::uint32_t prefetch_open_tiles(const Params& params, const Rows& rows,
-                                                             const MaskRows& mask, const DirectTiles& tiles,
-                                                             const DirectSource<typename Traits::T>& source) {
-  constexpr int kMost = 8;
-  const std::uint32_t lane = threadIdx.x % kWarpSize, key = (tiles.first + lane * tiles.step) * 16;
+// The first tile that the mask seems to open, which may still be written, or kNothing.
+__device__ __forceinline__ std::uint32_t guess_first(const Params& params, const Rows& rows, const MaskRows& mask,
+                                                     const DirectTiles& tiles) {
+  const std::uint32_t lane = threadIdx.x % kWarpSize, tile = tiles.first + lane * tiles.step, key = tile * 16;
   bool open = lane < tiles.count;
   if (open && params.mask_kind != Mask::kNone && params.mask_is_aligned && key + 16 <= params.keys) {
     // Past L1, where the mask would otherwise lie as it was when it is read again.
@@ -89,34 +93,26 @@ __device__ __forceinline__ std::uint32_t prefetch_open_tiles(const Params& param
     const uint4 vec = __ldcg(reinterpret_cast<const uint4*>(row));
     open = (vec.x | vec.y | vec.z | vec.w) != 0;
   }
-  std::uint32_t left = __ballot_sync(kFullMask, open);
-  const std::uint32_t first = left != 0 ? __ffs(static_cast<int>(left)) - 1 : kNothing;
-  const bool is_k = lane < 16;
-  const auto* rows_start = is_k ? source.k : source.v;
-  const std::int64_t stride = is_k ? params.k_stride.row : params.v_stride.row;
-  const std::uint32_t bytes = (is_k ? params.dim : params.dim_v) * sizeof(typename Traits::T);
-#pragma unroll 1
-  for (int i = 0; i < kMost && left != 0; ++i, left &= left - 1) {
-    const std::uint32_t of_lane = (tiles.first + (__ffs(static_cast<int>(left)) - 1) * tiles.step) * 16 + lane % 16;
-    if (of_lane < params.keys) prefetch_to_l2(rows_start + of_lane * stride, bytes);
-  }
-  return first;
+  const std::uint32_t all = __ballot_sync(kFullMask, open);
+  return all != 0 ? tiles.first + (__ffs(static_cast<int>(all)) - 1) * tiles.step : kNothing;
 }
 
 template <typename Traits>
 __device__ __forceinline__ DirectSource<typename Traits::T> direct_source(const Params& params, const Rows& rows) {
   using T = typename Traits::T;
-  const std::uint32_t row = threadIdx.x % kWarpSize / 4, query = params.group.divide(row);
+  const std::uint32_t lane = threadIdx.x % kWarpSize, row = lane / 4, query = params.group.divide(row);
   const std::uint32_t head = rows.kv_head * params.group.divisor + row - query * params.group.divisor;
   const bool has_row = row < rows.count;
-  return {static_cast<const T*>(params.k) + rows.batch * params.k_stride.batch + rows.kv_head * params.k_stride.head,
-          static_cast<const T*>(params.v) + rows.batch * params.v_stride.batch + rows.kv_head * params.v_stride.head,
+  return {static_cast<const T*>(params.k) + rows.batch * params.k_stride.batch + rows.kv_head * params.k_stride.head +
+              lane / 4 * params.k_stride.row + lane % 4 * 8,
+          static_cast<const T*>(params.v) + rows.batch * params.v_stride.batch + rows.kv_head * params.v_stride.head +
+              2 * (lane % 4) * params.v_stride.row + lane / 4 * 8,
           static_cast<const T*>(params.q) + rows.batch * params.q_stride.batch +
               (has_row ? head * params.q_stride.head + query * params.q_stride.row : 0),
-          has_row};
+          has_row, params.dim == Traits::kDim && params.dim_v == Traits::kDim ? params.keys / Traits::kTile : 0};
 }
 
-// All tiles of the warp. guess: number of the tile to be loaded while the mask is read, or kNothing.
+// All tiles of the warp. guess: the tile that is loaded while the mask is read, or kNothing.
 template <typename Traits>
 __device__ __forceinline__ void attend_direct(const Params& params, const Rows& rows, const MaskRows& mask,
                                               const DirectSource<typename Traits::T>& source, DirectTiles tiles,
@@ -124,36 +120,27 @@ __device__ __forceinline__ void attend_direct(const Params& params, const Rows& 
   const std::uint32_t lane = threadIdx.x % kWarpSize;
   Piece<Traits> q[Traits::kPieces];
   DirectTile<Traits> x;
+  const auto load_tile = [&](std::uint32_t tile) {
+    load_keys(params, source, lane, tile, x);
+    load_values(params, source, lane, tile, x);
+  };
+  if (guess != kNothing) load_tile(guess);
   load_row<Traits>(params, source, lane, q);
-  // Keys of the next tile come while the values of this one are multiplied, and its values meanwhile. The first turn
-  // only loads the guess, which it throws away if the mask does not open it first.
-  std::uint32_t number = kNothing, following = guess;
-  bool is_guess = true;
+  OpenTile tile = tiles.next(params, rows, mask);
+  if (tile.number != kNothing && tile.number != guess) load_tile(tile.number);
+  // Keys of the next tile come while the values of this one are multiplied, and its values meanwhile.
 #pragma unroll 1
-  do {
-    const std::uint32_t tile = tiles.first + (number & kNumber) * tiles.step;
-    const std::uint32_t next_tile = tiles.first + (following & kNumber) * tiles.step;
+  while (tile.number != kNothing) {
+    const OpenTile following = tiles.next(params, rows, mask);
     float scores[4];
-    if (number != kNothing) multiply_by_keys<Traits>(x, q, scores);
-    if (following != kNothing) load_keys(params, source, lane, next_tile, x);
-    if (number != kNothing) {
-      finish_direct(params, rows, mask, lane, tile * Traits::kTile, (number & kChanged) != 0, scores);
-      rebase_direct<Traits>(scores, sums);
-      multiply_by_values<Traits>(x, scores, sums);
-    }
-    if (following != kNothing) load_values(params, source, lane, next_tile, x);
-    number = following;
-    following = tiles.next(params, rows, mask);
-    if (is_guess) {
-      if (number != kNothing && number == (following & kNumber)) {
-        number = following;
-        following = tiles.next(params, rows, mask);
-      } else {
-        number = kNothing;
-      }
-      is_guess = false;
-    }
-  } while (number != kNothing || following != kNothing);
+    multiply_by_keys<Traits>(x, q, scores);
+    if (following.number != kNothing) load_keys(params, source, lane, following.number, x);
+    finish_direct(params, rows, mask, lane, tile, scores);
+    rebase_direct<Traits>(scores, sums);
+    multiply_by_values<Traits>(x, scores, sums);
+    if (following.number != kNothing) load_values(params, source, lane, following.number, x);
+    tile = following;
+  }
 }
 
 // A warp's rows to shared memory, [8, kDim + 4]: sums of values, then largest score and denominator.
@@ -219,9 +206,12 @@ __device__ __forceinline__ void merge_direct(const Params& params, const Rows& r
   if (!in_cluster || warp >= inbox.own) return;
   wait(inbox.barrier, 0);
   const std::uint32_t row_bytes = params.dim_v * 4;
-  const Partial sum =
-      merge_apart<kMaxCluster>(params.splits, inbox.values + warp * row_bytes + column * 4, inbox.share * row_bytes,
-                               inbox.scalars + warp * 8, inbox.share * 8);
+  const SharedAddress values = inbox.values + warp * row_bytes + column * 4, scalars = inbox.scalars + warp * 8;
+  const std::uint32_t step = inbox.share * row_bytes;
+  constexpr int kFew = 4;  // less code to fetch
+  const Partial sum = params.splits <= kFew
+                          ? merge_apart<kFew>(params.splits, values, step, scalars, inbox.share * 8)
+                          : merge_apart<kMaxCluster>(params.splits, values, step, scalars, inbox.share * 8);
   write_result<T, false>(params, rows.batch, rows.kv_head, blockIdx.x * inbox.share + warp, column, sum);
 }
 
@@ -242,7 +232,7 @@ __global__ void __launch_bounds__(kDirectWarps* kWarpSize, Traits::kMinCtas)
   }
   const DirectTiles tiles = direct_tiles(params, rows);
   const auto source = direct_source<Traits>(params, rows);
-  const std::uint32_t guess = prefetch_open_tiles<Traits>(params, rows, mask, tiles, source);
+  const std::uint32_t guess = guess_first(params, rows, mask, tiles);
   DirectSums<Traits> sums{};
   sums.largest[0] = sums.largest[1] = kMinusInfinity;
   wait_for_previous_kernel();

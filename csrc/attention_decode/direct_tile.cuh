@@ -38,47 +38,67 @@ struct DirectTile {
 };
 
 // Of lane l, sums of columns 64 b + 8 (l / 4) .. + 7 of rows 2 (l % 4) and the next: out[b][j] has columns 2 j of both
-// rows, then columns 2 j + 1. largest: of a row's scores, in powers of two; denominator: over the keys of this lane.
+// rows, then columns 2 j + 1. largest: what a row's sums are relative to, in powers of two; denominator: over the keys of
+// this lane.
 template <typename Traits>
 struct DirectSums {
   float out[Traits::kBlocks][4][4];
   float largest[2], denominator[2];
 };
 
+constexpr std::uint32_t kNothing = 0xffffffff;
+constexpr std::uint32_t kAllOpen = 0xffff, kRowsDiffer = 0x10000;
+
+// A tile, or kNothing. open: a bit for each key that a row of the mask opens, and kRowsDiffer where not all of them do.
+struct OpenTile {
+  std::uint32_t number, open;
+};
+
+// Where the lane's pieces of the K/V head's first tile lie, and its row of q.
 template <typename T>
 struct DirectSource {
-  const T *k, *v, *q;  // of the K/V head at key 0; of the lane's row
+  const T *k, *v, *q;
   bool has_row;
+  std::uint32_t whole;  // tiles before this one have no key and no column beyond the last
 };
 
 template <typename Traits>
 __device__ __forceinline__ void load_keys(const Params& params, const DirectSource<typename Traits::T>& source,
                                           std::uint32_t lane, std::uint32_t tile, DirectTile<Traits>& x) {
+  const std::int64_t step = params.k_stride.row;
+  const auto* row = source.k + tile * Traits::kTile * step;
+  const auto load_all = [&](auto&& valid) {
 #pragma unroll
-  for (int half = 0; half < 2; ++half) {
-    const std::uint32_t key = tile * Traits::kTile + lane / 4 + 8 * half;
-    const auto* row = source.k + key * params.k_stride.row + lane % 4 * 8;
+    for (int half = 0; half < 2; ++half) {
 #pragma unroll
-    for (int i = 0; i < Traits::kPieces; ++i) {
-      const bool valid = key < params.keys && lane % 4 * 8 + i * 32 < params.dim;
-      x.k[half][i] = load<Reuse::kOnce, typename Traits::T, 8>(row + i * 32, valid);
+      for (int i = 0; i < Traits::kPieces; ++i) {
+        x.k[half][i] = load<Reuse::kOnce, typename Traits::T, 8>(row + half * 8 * step + i * 32, valid(half * 8, i * 32));
+      }
     }
-  }
+  };
+  if (tile < source.whole) return load_all([](int, int) { return true; });
+  const std::uint32_t key = tile * Traits::kTile + lane / 4, column = lane % 4 * 8;
+  load_all([&](int rows, int columns) { return key + rows < params.keys && column + columns < params.dim; });
 }
 
 template <typename Traits>
 __device__ __forceinline__ void load_values(const Params& params, const DirectSource<typename Traits::T>& source,
                                             std::uint32_t lane, std::uint32_t tile, DirectTile<Traits>& x) {
+  const std::int64_t step = params.v_stride.row;
+  const auto* row = source.v + tile * Traits::kTile * step;
+  const auto load_all = [&](auto&& valid) {
 #pragma unroll
-  for (int i = 0; i < 4; ++i) {
-    const std::uint32_t key = tile * Traits::kTile + 2 * (lane % 4) + i % 2 + i / 2 * 8;
-    const auto* row = source.v + key * params.v_stride.row + lane / 4 * 8;
+    for (int i = 0; i < 4; ++i) {
+      const int rows = i % 2 + i / 2 * 8;
 #pragma unroll
-    for (int b = 0; b < Traits::kBlocks; ++b) {
-      const bool valid = key < params.keys && lane / 4 * 8 + b * 64 < params.dim_v;
-      x.v[i][b] = load<Reuse::kOnce, typename Traits::T, 8>(row + b * 64, valid);
+      for (int b = 0; b < Traits::kBlocks; ++b) {
+        x.v[i][b] = load<Reuse::kOnce, typename Traits::T, 8>(row + rows * step + b * 64, valid(rows, b * 64));
+      }
     }
-  }
+  };
+  if (tile < source.whole) return load_all([](int, int) { return true; });
+  const std::uint32_t key = tile * Traits::kTile + 2 * (lane % 4), column = lane / 4 * 8;
+  load_all([&](int rows, int columns) { return key + rows < params.keys && column + columns < params.dim_v; });
 }
 
 template <typename Traits>
@@ -111,57 +131,62 @@ __device__ __forceinline__ void multiply_by_keys(const DirectTile<Traits>& x, co
 
 // From products to scores in powers of two: scale, cap, mask, and nothing beyond the last key.
 __device__ __forceinline__ void finish_direct(const Params& params, const Rows& rows, const MaskRows& mask,
-                                              std::uint32_t lane, std::uint32_t first_key, bool is_masked,
-                                              float (&scores)[4]) {
+                                              std::uint32_t lane, const OpenTile& tile, float (&scores)[4]) {
 #pragma unroll
   for (float& score : scores) score *= params.scale_log2;
   if (params.softcap_log2 != 0.0f) [[unlikely]] {
 #pragma unroll
     for (float& score : scores) score = params.softcap_log2 * hyperbolic_tangent(score);
   }
-  if (!is_masked && !params.is_causal && first_key + 16 <= params.keys) return;
+  const std::uint32_t first_key = tile.number * kDirectTile;
+  if (tile.open == kAllOpen && !params.is_causal && first_key + kDirectTile <= params.keys) return;
 #pragma unroll
   for (int e = 0; e < 4; ++e) {
-    const std::uint32_t key = first_key + lane / 4 + e / 2 * 8, row = 2 * (lane % 4) + e % 2;
-    bool seen = key < params.keys && (!params.is_causal || key <= params.group.divide(row));
-    if (seen && is_masked) {
+    const std::uint32_t of_tile = lane / 4 + e / 2 * 8, key = first_key + of_tile, row = 2 * (lane % 4) + e % 2;
+    bool seen = key < params.keys && (tile.open >> of_tile & 1) != 0;
+    if (params.is_causal) seen = seen && key <= params.group.divide(row);
+    if (seen && (tile.open & kRowsDiffer) != 0) {
       seen = mask_row<std::uint8_t>(params, rows, mask.row_of(params, mask.slot_of(params, row)))[key] != 0;
     }
     if (!seen) scores[e] = kMinusInfinity;
   }
 }
 
-// Scores become probabilities relative to the largest score so far; what was found before is brought to the same.
+// Scores become probabilities relative to `largest`, which follows them only when they are far above it: the sums hold
+// much more than 2^kSlack, and few tiles then pay for finding the largest score and for multiplying what was found.
 template <typename Traits>
 __device__ __forceinline__ void rebase_direct(float (&scores)[4], DirectSums<Traits>& sums) {
-  float largest[2];
+  constexpr float kSlack = 8.0f;
+  bool far = false;
 #pragma unroll
-  for (int r = 0; r < 2; ++r) largest[r] = fmaxf(scores[r], scores[r + 2]);
+  for (int e = 0; e < 4; ++e) far |= scores[e] > sums.largest[e % 2] + kSlack;
+  if (__any_sync(kFullMask, far)) {
 #pragma unroll
-  for (int lanes = 4; lanes < kWarpSize; lanes *= 2) {  // those that hold other keys of the same rows
+    for (int r = 0; r < 2; ++r) {
+      float largest = fmaxf(scores[r], scores[r + 2]);
 #pragma unroll
-    for (int r = 0; r < 2; ++r) largest[r] = fmaxf(largest[r], __shfl_xor_sync(kFullMask, largest[r], lanes));
-  }
+      for (int lanes = 4; lanes < kWarpSize; lanes *= 2) {  // those that hold other keys of the same rows
+        largest = fmaxf(largest, __shfl_xor_sync(kFullMask, largest, lanes));
+      }
+      largest = fmaxf(sums.largest[r], largest);
+      const float factor = power_of_two(sums.largest[r] - (largest == kMinusInfinity ? 0.0f : largest));
+      sums.largest[r] = largest;
+      sums.denominator[r] *= factor;
 #pragma unroll
-  for (int r = 0; r < 2; ++r) {
-    largest[r] = fmaxf(sums.largest[r], largest[r]);
-    const float base = largest[r] == kMinusInfinity ? 0.0f : largest[r];
-    const float factor = power_of_two(sums.largest[r] - base);
-    sums.largest[r] = largest[r];
-    sums.denominator[r] *= factor;
+      for (int b = 0; b < Traits::kBlocks; ++b) {
 #pragma unroll
-    for (int b = 0; b < Traits::kBlocks; ++b) {
-#pragma unroll
-      for (int j = 0; j < 4; ++j) {
-        sums.out[b][j][r] *= factor;
-        sums.out[b][j][r + 2] *= factor;
+        for (int j = 0; j < 4; ++j) {
+          sums.out[b][j][r] *= factor;
+          sums.out[b][j][r + 2] *= factor;
+        }
       }
     }
+  }
 #pragma unroll
-    for (int e = r; e < 4; e += 2) {
-      scores[e] = power_of_two(scores[e] - base);
-      sums.denominator[r] += scores[e];
-    }
+  for (int e = 0; e < 4; ++e) {
+    const float base = sums.largest[e % 2];
+    scores[e] = power_of_two(scores[e] - (base == kMinusInfinity ? 0.0f : base));
+    sums.denominator[e % 2] += scores[e];
   }
 }
 

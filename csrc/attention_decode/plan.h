@@ -205,7 +205,8 @@ constexpr Plan plan_dealt(const Problem& problem, Plan plan, int splits, const D
 }
 
 // A power of two, as splits_of_small_ctas, so that each SM has a CTA at most. Clusters of 16 of these find room in few
-// places, unless two of their CTAs fit an SM.
+// places, unless two of their CTAs fit an SM. Of four or eight that need nearly every SM some would put two CTAs on one,
+// for which all wait: three or six then end sooner.
 constexpr int splits_of_direct(const Problem& problem, const Device& device) {
   constexpr std::int64_t kFewHeads = 4;
   const std::int64_t heads = problem.batch * problem.kv_heads;
@@ -213,14 +214,15 @@ constexpr int splits_of_direct(const Problem& problem, const Device& device) {
   const int most = is_small || heads <= kFewHeads ? kMaxCluster : kPortableCluster;
   int splits = 1;
   while (splits < most && 2 * splits * heads <= device.num_sms) splits *= 2;
-  return splits;
+  const bool needs_all = splits * heads * 8 > std::int64_t{device.num_sms} * 7;
+  return needs_all && (splits == 4 || splits == 8) ? splits / 4 * 3 : splits;
 }
 
 // Measured on an H200 among the other kernels of decoder layers, 14 heads of 64 that share 2 and 32 of 128 that share
 // 8, batches of 1 to 64 over caches of 4096: where little is read, and no warp has more than a few tiles, one after
 // another.
 constexpr bool suits_direct_kernel(const Problem& problem, const Device& device) {
-  constexpr std::int64_t kMostTiles = 8, kMostBytes = 16 << 20, kMostBytesOfSmall = 32 << 20;
+  constexpr std::int64_t kMostTiles = 11, kMostBytes = 16 << 20, kMostBytesOfSmall = 32 << 20;
   const std::int64_t heads = problem.batch * problem.kv_heads;
   const std::int64_t warps = splits_of_direct(problem, device) * kDirectWarps;
   const std::int64_t bytes = heads * problem.keys * row_bytes(problem.dim + problem.dim_v);

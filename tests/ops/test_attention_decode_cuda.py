@@ -166,6 +166,24 @@ def test_scores_that_are_nan_or_infinite_give_what_the_softmax_gives() -> None:
     assert got[0, 1, 1].isnan().all() and not got[0, 2:].isnan().any()
 
 
+@pytest.mark.parametrize("rise", [4.0, 60.0, 400.0, -60.0])
+@pytest.mark.parametrize("dtype", [BF16, FP16])
+def test_scores_that_rise_along_the_keys(rise: float, dtype: torch.dtype) -> None:
+    """What sums are relative to may stay behind the largest score, and must follow it before they overflow."""
+    q, k, v = make((2, 14, 2, 1, 1500, 64, 64), dtype)
+    ramp = torch.linspace(0.0, rise, 1500, device="cuda")[:, None] * 64**-0.5
+    check((torch.ones_like(q), (0.1 * k + ramp).to(dtype), v))
+
+
+def test_bytes_of_a_mask_that_are_neither_0_nor_1() -> None:
+    inputs = make((2, 14, 2, 1, 333, 64, 64))
+    values = torch.tensor([0, 0, 1, 2, 128, 255], device="cuda", dtype=torch.uint8)
+    mask = values[torch.randint(0, 6, (2, 1, 1, 336), device="cuda")][..., :333]
+    for config, splits in configs():
+        plain = run(inputs, mask != 0, config=config, splits=splits)
+        assert torch.equal(run(inputs, mask.view(torch.bool), config=config, splits=splits), plain)
+
+
 def test_nothing_to_do_and_many_keys() -> None:
     assert run(make((0, 8, 2, 1, 5, 64, 64))).shape == (0, 8, 1, 64)
     assert torch.equal(run(make((2, 8, 2, 1, 0, 64, 64))), torch.zeros(2, 8, 1, 64, device="cuda", dtype=BF16))
