@@ -72,13 +72,15 @@ struct DirectTiles {
 };
 
 // The warp's tiles, of those that any row may see.
+template <typename Traits>
 __device__ __forceinline__ DirectTiles direct_tiles(const Params& params, const Rows& rows) {
   std::uint32_t needed = params.tiles;
   if (params.is_causal) {
     const std::uint32_t last = params.group.divide(rows.count - 1) / kDirectTile + 1;
     needed = last < needed ? last : needed;
   }
-  const std::uint32_t first = blockIdx.x * kDirectWarps + threadIdx.x / kWarpSize, step = params.splits * kDirectWarps;
+  const std::uint32_t first = blockIdx.x * Traits::kWarps + threadIdx.x / kWarpSize;
+  const std::uint32_t step = params.splits * Traits::kWarps;
   return {first, step, needed > first ? (needed - first + step - 1) / step : 0, 0u - kWarpSize, 0, 0};
 }
 
@@ -199,7 +201,7 @@ __device__ __forceinline__ void merge_direct(const Params& params, const Rows& r
   if (warp < rows.count) {
     const SharedAddress row = memory + warp * kRowBytes;
     const Partial found =
-        merge_apart<kDirectWarps>(kDirectWarps, row + column * 4, kWarpBytes, row + Traits::kDim * 4, kWarpBytes);
+        merge_apart<Traits::kWarps>(Traits::kWarps, row + column * 4, kWarpBytes, row + Traits::kDim * 4, kWarpBytes);
     if (!in_cluster) return write_result<T, false>(params, rows.batch, rows.kv_head, warp, column, found);
     send(params, inbox, warp, column, found);
   }
@@ -217,7 +219,7 @@ __device__ __forceinline__ void merge_direct(const Params& params, const Rows& r
 
 // blockIdx: split, K/V head, batch. The splits are a cluster.
 template <typename Traits>
-__global__ void __launch_bounds__(kDirectWarps* kWarpSize, Traits::kMinCtas)
+__global__ void __launch_bounds__(Traits::kWarps* kWarpSize, Traits::kMinCtas)
     direct_kernel(const __grid_constant__ Params params) {
 #if defined(__CUDA_ARCH_FEAT_SM90_ALL)
   const SharedAddress shared = dynamic_shared_memory();
@@ -230,7 +232,7 @@ __global__ void __launch_bounds__(kDirectWarps* kWarpSize, Traits::kMinCtas)
     __syncwarp();
     tell_cluster();
   }
-  const DirectTiles tiles = direct_tiles(params, rows);
+  const DirectTiles tiles = direct_tiles<Traits>(params, rows);
   const auto source = direct_source<Traits>(params, rows);
   const std::uint32_t guess = guess_first(params, rows, mask, tiles);
   DirectSums<Traits> sums{};

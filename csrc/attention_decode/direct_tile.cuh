@@ -16,15 +16,16 @@
 
 namespace infuse::attention_decode {
 
-template <typename T_, int kDim_>
+template <typename T_, int kDim_, int kWarps_>
 struct DirectTraits {
   using T = T_;
   static constexpr int kDim = kDim_;
+  static constexpr int kWarps = kWarps_;  // of a CTA
   static constexpr int kTile = 16;
   static constexpr int kPieces = kDim / 32;  // of a row of K or q, that a lane reads
   static constexpr int kBlocks = kDim / 64;  // of V's columns, of which a lane reads one piece each
   // On an SM. In 128 registers rows of 128 would spill.
-  static constexpr int kMinCtas = kDim <= 64 ? 2 : 1;
+  static constexpr int kMinCtas = kDim <= 64 && kWarps == kDirectWarps ? 2 : 1;
 };
 
 template <typename Traits>

@@ -20,7 +20,7 @@ void launch_merge(const Params& params, int device, cudaStream_t stream) {
 template <typename T>
 void launch_dealt(const Plan& plan, const Params& params, int device, cudaStream_t stream) {
   const auto run = [&](auto kernel) {
-    const int threads = plan.dealt_warps * kWarpSize, cluster = plan.cluster ? plan.splits : 1;
+    const int threads = plan.warps * kWarpSize, cluster = plan.cluster ? plan.splits : 1;
     resident_ctas(kOp, kernel, threads, plan.shared_bytes, device);  // allows the shared memory
     if (cluster > kPortableCluster) allow_large_clusters(kOp, kernel);
     const dim3 grid(params.splits, params.kv_heads, params.batch);
@@ -39,15 +39,16 @@ void launch_dealt(const Plan& plan, const Params& params, int device, cudaStream
 template <typename T>
 void launch_direct(const Plan& plan, const Params& params, int device, cudaStream_t stream) {
   const auto run = [&](auto kernel) {
-    constexpr int kThreads = kDirectWarps * kWarpSize;
-    resident_ctas(kOp, kernel, kThreads, plan.shared_bytes, device);  // allows the shared memory
+    const int threads = plan.warps * kWarpSize;
+    resident_ctas(kOp, kernel, threads, plan.shared_bytes, device);  // allows the shared memory
     if (plan.splits > kPortableCluster) allow_large_clusters(kOp, kernel);
     const dim3 grid(params.splits, params.kv_heads, params.batch);
-    launch_kernel(kOp, kConfigs[kDirect].name, kernel, {grid, dim3(kThreads), plan.shared_bytes, true, plan.splits},
-                  params, device, stream);
+    launch_kernel(kOp, kConfigs[kDirect].name, kernel, {grid, dim3(threads), plan.shared_bytes, true, plan.splits}, params,
+                  device, stream);
   };
-  if (plan.dim > 64) return run(direct_kernel<DirectTraits<T, 128>>);
-  run(direct_kernel<DirectTraits<T, 64>>);
+  if (plan.dim > 64) return run(direct_kernel<DirectTraits<T, 128, kDirectWarps>>);
+  if (plan.warps == kDirectWarps) return run(direct_kernel<DirectTraits<T, 64, kDirectWarps>>);
+  run(direct_kernel<DirectTraits<T, 64, kManyDirectWarps>>);
 }
 
 template <typename T>

@@ -18,7 +18,8 @@ constexpr int kBlockColumns = 64;  // of a box that TMA copies
 constexpr int kSharedAlignment = 1024;  // of dealt_kernel: after which the layout of a warpgroup's tiles repeats
 constexpr int kMaxTilesOfClusterWarp = 2;
 constexpr int kSmallDim = 64;
-constexpr int kDirectWarps = 8, kDirectRows = 8, kDirectTile = 16;  // of direct_kernel: of a CTA; of a K/V head; keys
+constexpr int kDirectWarps = 8, kManyDirectWarps = 12;  // of a CTA of direct_kernel
+constexpr int kDirectRows = 8, kDirectTile = 16;        // of a K/V head; keys
 constexpr int kMaxSplits = 1024;
 constexpr int kReservedBytes = 1024;  // of shared memory, for each CTA
 
@@ -82,10 +83,10 @@ struct Plan {
   bool cluster;  // the splits are one cluster
   int shared_bytes, bits_offset;
   std::int64_t tiles;
-  // Of dealt_kernel and direct_kernel: rows that a CTA of a cluster merges, and places in shared memory.
-  int share, inbox_offset, barrier_offset;
-  // Of dealt_kernel: warps of a CTA, more places, and bytes of a tile's mask.
-  int dealt_warps, ring_offset, mask_offset, mask_bytes;
+  // Of dealt_kernel and direct_kernel: warps of a CTA, rows that a CTA of a cluster merges, and places in shared memory.
+  int warps, share, inbox_offset, barrier_offset;
+  // Of dealt_kernel: more places, and bytes of a tile's mask.
+  int ring_offset, mask_offset, mask_bytes;
   bool is_warpgroup;
 };
 
@@ -127,7 +128,7 @@ constexpr int ctas_of_sm(const Plan& plan, const Device& device) {
 // Queries, unless a warpgroup has them in registers from the start, and what the CTAs of the cluster send; the rings of
 // the groups of warps, which later have the groups' sums and, of warpgroups, what the cluster sends; masks; barriers.
 constexpr void place_dealt(const Problem& problem, Plan* plan) {
-  const int rows = plan->is_warpgroup ? kWarpgroupRows : kWarpRows, groups = plan->dealt_warps * kWarpRows / rows;
+  const int rows = plan->is_warpgroup ? kWarpgroupRows : kWarpRows, groups = plan->warps * kWarpRows / rows;
   const int queries = plan->is_warpgroup ? 0 : rows * row_bytes(plan->dim), sums = groups * rows * (plan->dim + 4) * 4;
   plan->share = static_cast<int>(ceil_div(problem.rows, plan->splits));
   const int inbox = kConfigs[plan->config].cluster ? plan->splits * plan->share * (problem.dim_v * 4 + 8) : 0;
@@ -178,7 +179,7 @@ constexpr int choose_dealt_config(const Problem& problem, const Device& device) 
 
 // As many as fill the device, while each group of warps has a tile.
 constexpr int choose_dealt_splits(const Problem& problem, const Plan& plan, const Device& device) {
-  const int groups = plan.is_warpgroup ? plan.dealt_warps / kWarps : plan.dealt_warps;
+  const int groups = plan.is_warpgroup ? plan.warps / kWarps : plan.warps;
   const int most = larger(1, static_cast<int>(ceil_div(plan.tiles, groups)));
   if (plan.config == kWarp4Cluster) return smaller(splits_of_small_ctas(problem, device), most);
   const int limit = kConfigs[plan.config].cluster ? kPortableCluster : kMaxSplits;
@@ -187,21 +188,25 @@ constexpr int choose_dealt_splits(const Problem& problem, const Plan& plan, cons
 
 constexpr Plan plan_dealt(const Problem& problem, Plan plan, int splits, const Device& device) {
   plan.kernel = Kernel::kDealt;
-  plan.dealt_warps = kConfigs[plan.config].dealt_warps;
+  plan.warps = kConfigs[plan.config].dealt_warps;
   plan.is_warpgroup = kConfigs[plan.config].tile == kWarpgroupTile;
   plan.tile = kConfigs[plan.config].tile;
   plan.tiles = ceil_div(problem.keys, plan.tile);
   plan.row_blocks = 1;
   plan.splits = splits <= 0 ? 1 : kConfigs[plan.config].cluster ? smaller(splits, kMaxCluster) : splits;
   place_dealt(problem, &plan);
-  while (plan.dealt_warps > (plan.is_warpgroup ? kWarps : 1) && plan.shared_bytes > device.shared_bytes) {
-    plan.dealt_warps /= 2;
+  while (plan.warps > (plan.is_warpgroup ? kWarps : 1) && plan.shared_bytes > device.shared_bytes) {
+    plan.warps /= 2;
     place_dealt(problem, &plan);
   }
   if (splits <= 0) plan.splits = choose_dealt_splits(problem, plan, device);
   place_dealt(problem, &plan);
   plan.cluster = kConfigs[plan.config].cluster && plan.splits > 1;
   return plan;
+}
+
+constexpr bool needs_nearly_all(std::int64_t ctas, const Device& device) {
+  return ctas * 8 > std::int64_t{device.num_sms} * 7;
 }
 
 // A power of two, as splits_of_small_ctas, so that each SM has a CTA at most. Clusters of 16 of these find room in few
@@ -214,8 +219,16 @@ constexpr int splits_of_direct(const Problem& problem, const Device& device) {
   const int most = is_small || heads <= kFewHeads ? kMaxCluster : kPortableCluster;
   int splits = 1;
   while (splits < most && 2 * splits * heads <= device.num_sms) splits *= 2;
-  const bool needs_all = splits * heads * 8 > std::int64_t{device.num_sms} * 7;
-  return needs_all && (splits == 4 || splits == 8) ? splits / 4 * 3 : splits;
+  const bool is_divisible = splits == 4 || splits == 8;
+  return is_divisible && needs_nearly_all(splits * heads, device) ? splits / 4 * 3 : splits;
+}
+
+// More where each would have many tiles, one after another, and no SM needs to hold two CTAs.
+constexpr int warps_of_direct(const Problem& problem, const Plan& plan, const Device& device) {
+  constexpr std::int64_t kManyTiles = 7;
+  const bool is_small = plan.dim <= kSmallDim, many = plan.tiles > kManyTiles * plan.splits * kDirectWarps;
+  const bool alone = !needs_nearly_all(plan.splits * problem.batch * problem.kv_heads, device);
+  return is_small && many && alone ? kManyDirectWarps : kDirectWarps;
 }
 
 // Measured on an H200 among the other kernels of decoder layers, 14 heads of 64 that share 2 and 32 of 128 that share
@@ -243,7 +256,8 @@ constexpr Plan plan_direct(const Problem& problem, Plan plan, int splits, const 
   plan.splits = smaller(splits, kMaxCluster);
   plan.cluster = plan.splits > 1;
   plan.share = static_cast<int>(ceil_div(problem.rows, plan.splits));
-  plan.inbox_offset = kDirectWarps * kDirectRows * (plan.dim + 4) * 4;
+  plan.warps = warps_of_direct(problem, plan, device);
+  plan.inbox_offset = plan.warps * kDirectRows * (plan.dim + 4) * 4;
   plan.barrier_offset = plan.inbox_offset + plan.splits * plan.share * (problem.dim_v * 4 + 8);
   plan.shared_bytes = plan.barrier_offset + kBarrierBytes;
   return plan;
