@@ -48,6 +48,7 @@ inline RingParams ring_params(DType dtype, const Plan& plan, const Params& base)
   RingParams params{};
   params.base = base;
   params.keeps_x = plan.keeps_x;
+  params.makes_way = plan.makes_way;
   params.copies_blocks = base.dim % kBlockColumns == 0;
   for (int i = 0; i < kMaxWeights; ++i) {
     const Linear& linear = base.linears[i];

@@ -32,6 +32,7 @@ constexpr int kMmaTileRows = 32, kMmaStageColumns = 128, kMmaStages = 4;
 // out that some SMs get more of the memory's bandwidth than others; so does, less well, a ring that is twice as long.
 constexpr int kHalfBytes = 112 * 1024, kAllBytes = 224 * 1024;
 constexpr int kMinStageBytes = 12 * 1024;
+constexpr std::int64_t kFewBytes = 24 * 1024 * 1024;  // of weights, read in about the time of a launch
 
 // splits: CTAs that share the columns. most_rows: features of a tile. keeps_x: x is normalised in every CTA and stays in
 // shared memory, if it is small; otherwise it comes with the weights, normalised by a kernel of its own. by_row: the
@@ -72,6 +73,7 @@ struct Problem {
 struct Plan {
   int config;
   bool is_wgmma, keeps_x, by_row;
+  bool makes_way;    // the next kernel may start, and load its weights, before this one has loaded all of its own
   bool norms_first;  // in a kernel before this one
   int norm_bytes;    // of that kernel's shared memory; 0 leaves it to csrc/norm
   int columns;    // of a product: the rows of x, filled up
@@ -215,12 +217,21 @@ constexpr int choose_config(const Problem& problem, const Device& device) {
   return problem.rows <= 32 ? kTwo : kTwoLarge;
 }
 
+// Where weights are few, what counts is that the memory never waits for x. Measured on an H200 with 16 rows in decoders'
+// layers of 896 columns: 30.9 us a layer instead of 32.0.
+constexpr bool makes_way(const Problem& problem, const Plan& plan) {
+  std::int64_t features = 0;
+  for (int i = 0; i < problem.num_weights; ++i) features += problem.features[i];
+  return plan.columns == 16 && features * problem.dim * 2 <= kFewBytes;
+}
+
 constexpr Plan plan_config(const Problem& problem, int number, const Config& chosen, const Device& device) {
   Plan plan{};
   plan.config = number;
   plan.is_wgmma = chosen.is_wgmma;
   plan.columns = padded_rows(problem.rows);
   plan.splits = chosen.splits;
+  plan.makes_way = plan.is_wgmma && makes_way(problem, plan);
   if (!plan.is_wgmma) {
     plan.norms_first = problem.has_norm;
     plan.tile_rows = problem.is_gated ? kMmaTileRows / 2 : kMmaTileRows;

@@ -34,10 +34,9 @@ __device__ __forceinline__ float activate(Activation activation, float gate) {
 
 // kWidth neighbouring elements, 8, 4 or 2, of which `count` exist; zeros for the others.
 template <typename T, int kWidth>
-__device__ __forceinline__ void load_results(const T* source, bool is_wide, std::uint32_t count,
-                                             float (&values)[kWidth]) {
+__device__ __forceinline__ Vec<T, kWidth> load_results(const T* source, bool is_wide, std::uint32_t count) {
+  Vec<T, kWidth> packed = {};
   if (is_wide && count >= kWidth) {
-    Vec<T, kWidth> packed;
     if constexpr (kWidth == 8) {
       packed = load<Reuse::kOnce, T, kWidth>(source, true);
     } else {
@@ -45,20 +44,48 @@ __device__ __forceinline__ void load_results(const T* source, bool is_wide, std:
 #pragma unroll
       for (int i = 0; i < kWidth / 2; ++i) packed.words[i] = reinterpret_cast<const std::uint32_t*>(source)[i];
     }
-    unpack(packed, values);
   } else {
+    const auto* elements = reinterpret_cast<const std::uint16_t*>(source);
 #pragma unroll
-    for (std::uint32_t i = 0; i < kWidth; ++i) values[i] = i < count ? static_cast<float>(source[i]) : 0.0f;
+    for (std::uint32_t i = 0; i < kWidth; ++i) {
+      if (i < count) packed.words[i / 2] |= std::uint32_t{elements[i]} << (i % 2 * 16);
+    }
   }
+  return packed;
 }
 
+// What is added to kWidth neighbouring features of a row; zeros where there is nothing.
 template <typename T, int kWidth>
-__device__ __forceinline__ void add_bias(const Linear& linear, std::uint32_t feature, float (&values)[kWidth]) {
-  if (linear.bias == nullptr) return;
-  float bias[kWidth];
-  load_results(static_cast<const T*>(linear.bias) + feature, linear.is_wide, linear.features - feature, bias);
+struct Addends {
+  Vec<T, kWidth> bias = {}, up_bias = {}, addend = {};
+
+  // They depend on no kernel before this one.
+  __device__ __forceinline__ void load_biases(const Params& params, std::uint32_t number, std::uint32_t feature) {
+    const Linear &linear = params.linears[number], &up = params.linears[1];
+    const std::uint32_t count = linear.features - feature;
+    if (linear.bias != nullptr) {
+      bias = load_results<T, kWidth>(static_cast<const T*>(linear.bias) + feature, linear.is_wide, count);
+    }
+    if (params.activation != Activation::kNone && up.bias != nullptr) {
+      up_bias = load_results<T, kWidth>(static_cast<const T*>(up.bias) + feature, up.is_wide, count);
+    }
+  }
+
+  __device__ __forceinline__ void load_addend(const Params& params, std::uint32_t number, std::uint32_t row,
+                                              std::uint32_t feature) {
+    if (params.addend == nullptr || number != 0) return;
+    const Linear& linear = params.linears[0];
+    const T* source = static_cast<const T*>(params.addend) + row * params.addend_stride + feature;
+    addend = load_results<T, kWidth>(source, linear.is_wide, linear.features - feature);
+  }
+};
+
+template <typename T, int kWidth>
+__device__ __forceinline__ void add_packed(const Vec<T, kWidth>& packed, float (&sums)[kWidth]) {
+  float values[kWidth];
+  unpack(packed, values);
 #pragma unroll
-  for (int i = 0; i < kWidth; ++i) values[i] += bias[i];
+  for (int i = 0; i < kWidth; ++i) sums[i] += values[i];
 }
 
 // Rounds neighbouring results to T and stores those of them that exist.
@@ -98,22 +125,26 @@ __device__ __forceinline__ void store_rounded(const Linear& linear, std::uint32_
 // there is an activation.
 template <typename T, int kWidth>
 __device__ __forceinline__ void store_results(const Params& params, std::uint32_t number, std::uint32_t row,
-                                              std::uint32_t feature, float (&sums)[kWidth], float (&up)[kWidth]) {
-  const Linear& linear = params.linears[number];
-  add_bias<T>(linear, feature, sums);
+                                              std::uint32_t feature, const Addends<T, kWidth>& addends,
+                                              float (&sums)[kWidth], float (&up)[kWidth]) {
+  add_packed(addends.bias, sums);
   if (params.activation != Activation::kNone) {
-    add_bias<T>(params.linears[1], feature, up);
+    add_packed(addends.up_bias, up);
 #pragma unroll
     for (int i = 0; i < kWidth; ++i) sums[i] = activate(params.activation, sums[i]) * up[i];
   }
-  if (params.addend != nullptr && number == 0) {
-    const T* source = static_cast<const T*>(params.addend) + row * params.addend_stride + feature;
-    float addend[kWidth];
-    load_results(source, linear.is_wide, linear.features - feature, addend);
-#pragma unroll
-    for (int i = 0; i < kWidth; ++i) sums[i] += addend[i];
-  }
-  store_rounded<T>(linear, row, feature, sums);
+  add_packed(addends.addend, sums);
+  store_rounded<T>(params.linears[number], row, feature, sums);
+}
+
+// The same, with what is added loaded here.
+template <typename T, int kWidth>
+__device__ __forceinline__ void store_results(const Params& params, std::uint32_t number, std::uint32_t row,
+                                              std::uint32_t feature, float (&sums)[kWidth], float (&up)[kWidth]) {
+  Addends<T, kWidth> addends;
+  addends.load_biases(params, number, feature);
+  addends.load_addend(params, number, row, feature);
+  store_results(params, number, row, feature, addends, sums, up);
 }
 
 }  // namespace infuse::skinny_linear

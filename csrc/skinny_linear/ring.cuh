@@ -22,6 +22,7 @@ struct RingParams {
   Params base;
   bool keeps_x;
   bool copies_blocks;  // all of a stage in one copy
+  bool makes_way;      // the next kernel may start when the ring is full
 };
 
 // kColumns: of a product, at least the rows of x. kGated: tiles have as many features of the up projection beside those
@@ -34,6 +35,7 @@ struct RingTraits {
   static constexpr int kTiles = kTiles_;
   static constexpr int kOperands = kGated ? 2 : 1;
   static constexpr bool kByWarps = kColumns <= kMaxKeptRows;  // or else by warpgroups
+  static constexpr bool kAddsEarly = !kByWarps;  // loads what is added to results while x comes, if registers are left
   static constexpr int kMostGroups = kByWarps ? kRingWarps : kMaxGroups;  // that share columns
   static constexpr int kWidth = kByWarps ? 2 : 4;  // neighbouring features that a thread finishes
 };
@@ -48,6 +50,13 @@ struct Ring {
     return barriers + (kMaxStages + stage) * kBarrierBytes;
   }
 };
+
+// Brings the parameters into the cache of constants: what is first read when x is there would be waited for.
+__device__ __forceinline__ void touch(const Params& params) {
+  const auto* words = reinterpret_cast<const std::uint32_t*>(&params);
+#pragma unroll
+  for (std::size_t i = 0; i < sizeof(params) / 4; i += 16) asm volatile("" ::"r"(words[i]));
+}
 
 // Brings a stage's blocks of a matrix, from row `row` on, to `shared`.
 __device__ __forceinline__ void load_blocks(const RingParams& params, const CUtensorMap& map, SharedAddress shared,
@@ -96,7 +105,7 @@ __device__ __forceinline__ void produce(const RingParams& params, const Tile& ti
     arrive_expecting(ring.full(i), base.stage_bytes);
     load_weights<Traits>(params, tile, ring.start + i * base.stage_bytes, ring.full(i), ring.first + i);
   }
-  if (count == ahead) let_next_kernel_start();
+  if (count == ahead || params.makes_way) let_next_kernel_start();
   wait_for_previous_kernel();
 #pragma unroll 1
   for (std::uint32_t i = 0; i < ahead; ++i) {
@@ -211,28 +220,49 @@ __device__ __forceinline__ void add_sent(const Inbox& inbox, std::uint32_t place
   }
 }
 
-// This CTA's share of the tile's results.
+// Where in the tile the kWidth neighbouring results lie that a thread finishes as its i-th; the tile may end before.
+struct Item {
+  std::uint32_t row, feature;
+  bool exists;
+};
+
+template <typename Traits>
+__device__ __forceinline__ Item item_of(const Params& base, const Tile& tile, const Inbox& inbox, std::uint32_t i) {
+  const std::uint32_t pieces = base.tile_rows / Traits::kWidth, item = i * inbox.splits + inbox.rank;
+  const std::uint32_t feature = item % pieces * Traits::kWidth;
+  return {item / pieces, feature, i < inbox.own && tile.feature + feature < base.linears[tile.linear].features};
+}
+
+// This CTA's share of the tile's results. item, addends: of the thread's first ones, if they were loaded early.
 template <typename Traits>
 __device__ __forceinline__ void finish_tile(const Params& base, const Tile& tile, SharedAddress place,
-                                            const Inbox& inbox, std::uint32_t threads) {
+                                            const Inbox& inbox, std::uint32_t threads, Item item,
+                                            Addends<typename Traits::T, Traits::kWidth> addends) {
   constexpr int kWidth = Traits::kWidth;
-  const std::uint32_t pieces = base.tile_rows / kWidth, pitch = sums_pitch<Traits>(base);
+  const std::uint32_t pitch = sums_pitch<Traits>(base);
   if (inbox.splits > 1 && inbox.own > 0) wait(inbox.barrier, 0);
   for (std::uint32_t i = threadIdx.x; i < inbox.own; i += threads) {
-    const std::uint32_t item = i * inbox.splits + inbox.rank, row = item / pieces, feature = item % pieces * kWidth;
-    if (tile.feature + feature >= base.linears[tile.linear].features) continue;
+    if (!Traits::kAddsEarly || i != threadIdx.x) {
+      item = item_of<Traits>(base, tile, inbox, i);
+      addends = {};
+      if (item.exists) {
+        addends.load_biases(base, tile.linear, tile.feature + item.feature);
+        addends.load_addend(base, tile.linear, item.row, tile.feature + item.feature);
+      }
+    }
+    if (!item.exists) continue;
     float sums[Traits::kOperands][kWidth];
 #pragma unroll
     for (int operand = 0; operand < Traits::kOperands; ++operand) {
       if (inbox.splits > 1) {
         add_sent<Traits>(inbox, i, operand, sums[operand]);
       } else {
-        const SharedAddress own = place + (row * pitch + operand * base.tile_rows + feature) * 4;
+        const SharedAddress own = place + (item.row * pitch + operand * base.tile_rows + item.feature) * 4;
         add_groups<Traits>(base, own, base.rows * pitch * 4, sums[operand]);
       }
     }
-    store_results<typename Traits::T>(base, tile.linear, row, tile.feature + feature, sums[0],
-                                      sums[Traits::kOperands - 1]);
+    store_results(base, tile.linear, item.row, tile.feature + item.feature, addends, sums[0],
+                  sums[Traits::kOperands - 1]);
   }
 }
 

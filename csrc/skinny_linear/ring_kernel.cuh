@@ -67,22 +67,28 @@ __global__ void __launch_bounds__(kMaxGroups* kWarpgroup + kWarpSize, 2)
   }
   __syncthreads();
   if (base.splits > 1) tell_cluster();
+  Item item{};
+  Addends<typename Traits::T, Traits::kWidth> addends;
   if (threadIdx.x >= threads) {
     if (threadIdx.x == threads) produce<Traits>(params, tile, ring);
     __syncwarp();
   } else {
+    touch(base);
+    if constexpr (Traits::kAddsEarly) item = item_of<Traits>(base, tile, inbox, threadIdx.x);
+    if (item.exists) addends.load_biases(base, tile.linear, tile.feature + item.feature);
     const SharedAddress kept_x = shared + base.kept_x_offset;
     if (Traits::kByWarps && params.keeps_x) {
       keep_x<typename Traits::T>(base, shared, storage, threads);
     } else {
       wait_for_previous_kernel();
     }
+    if (item.exists) addends.load_addend(base, tile.linear, item.row, tile.feature + item.feature);
     multiply_tile<Traits>(params, ring, kept_x, threads);
   }
   if (base.splits > 1) wait_for_cluster();
   if (threadIdx.x < threads) {
     if (base.splits > 1) send_sums<Traits>(base, shared, inbox, threads);
-    finish_tile<Traits>(base, tile, shared, inbox, threads);
+    finish_tile<Traits>(base, tile, shared, inbox, threads, item, addends);
   }
 #endif
 }

@@ -96,10 +96,23 @@ void check_small_decoder() {
   }
 }
 
+// The next kernel may start before a ring's last copies only where that was measured: 9 to 16 rows and few weights.
+void check_way_for_next() {
+  for (const std::int64_t rows : {1, 8, 9, 16, 17, 64}) {
+    const bool measured = rows > 8 && rows <= 16;
+    const Problem small{rows, 896, 2, {4864, 4864}, true, true, false}, large{rows, 4096, 1, {4096}, false, false, false};
+    const Plan few = make_plan(small, kHeuristic, kDevices[0]), many = make_plan(large, kHeuristic, kDevices[0]);
+    require(few.makes_way == measured, "few weights", small, few);
+    require(!many.makes_way, "many weights", large, many);
+    require(!make_plan(small, kHeuristic, kDevices[1]).makes_way, "without wgmma", small, few);
+  }
+}
+
 }  // namespace
 
 int main() {
   check_small_decoder();
+  check_way_for_next();
   for (const Device& device : kDevices) {
     for (const std::int64_t rows : {1, 2, 3, 8, 9, 16, 17, 32, 64}) {
       for (const std::int64_t dim : {8, 64, 72, 896, 4096, 4864, 14336, 1 << 20}) {
