@@ -73,12 +73,14 @@ def _from_product(node: Node) -> list[Node]:
 
 def _is_linear(value: Node) -> bool:
     """Whether a value is all that is read of the only linear behind a norm."""
-    source, *rest = value.args
-    if value.target is not operator.getitem or not isinstance(source, Node) or source.target is not _NORM_LINEAR:
+    if value.target is not operator.getitem:
+        return False
+    source, index = value.args
+    if not isinstance(source, Node) or source.target is not _NORM_LINEAR:
         return False
     _, _, weights, *_ = source.args
     assert isinstance(weights, Sequence)
-    return rest == [0] and len(weights) == 1 and [user.args[1] for user in source.users].count(0) == 1
+    return index == 0 and len(weights) == 1 and [user.args[1] for user in source.users].count(0) == 1
 
 
 def _is_returned(node: Node) -> bool:

@@ -75,8 +75,9 @@ def test_returned_logits_are_made_in_float32() -> None:
         lambda x, weight: (F.linear(x, weight) * 2).float(),
         lambda x, weight: F.linear(x, weight, weight.select(1, 0)).float(),
         lambda x, weight: F.linear(x, weight),
+        lambda x, weight: x.float(),
     ],
-    ids=["loss", "narrow result", "some columns", "double", "scaled", "bias", "narrow"],
+    ids=["loss", "narrow result", "some columns", "double", "scaled", "bias", "narrow", "input"],
 )
 def test_other_products_stay(function: Callable[..., Any]) -> None:
     assert counts(rewritten(function))[1] == 0
