@@ -75,12 +75,12 @@ def _is_linear(value: Node) -> bool:
     """Whether a value is all that is read of the only linear behind a norm."""
     if value.target is not operator.getitem:
         return False
-    source, index = value.args
+    source = value.args[0]
     if not isinstance(source, Node) or source.target is not _NORM_LINEAR:
         return False
     _, _, weights, *_ = source.args
     assert isinstance(weights, Sequence)
-    return index == 0 and len(weights) == 1 and [user.args[1] for user in source.users].count(0) == 1
+    return value.args[1:] == (0,) and len(weights) == 1 and [user.args[1] for user in source.users].count(0) == 1
 
 
 def _is_returned(node: Node) -> bool:
