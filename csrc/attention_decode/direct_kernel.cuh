@@ -3,9 +3,12 @@
 // The splits of a K/V head are CTAs of one cluster, whose warps are dealt tiles of 16 keys in turn. A warp has its tile
 // in registers, straight from memory, without a barrier on the way, and the splits are merged through the inboxes of
 // dealt_merge.cuh. Among the kernels of a decoder what counts is the time from the end of the kernel before to the end
-// of this one, so all that can be is done before: a warp looks at the mask, as it is then, and brings what that opens
-// into the L2. Nothing that was read early is used for a result: once the kernel before has ended, the mask is read again,
-// while the tile that was open is under way.
+// of this one, so all that can be is done before: a warp looks at the mask, as it is then. Nothing that was read early
+// is used for a result: once the kernel before has ended, the mask is read again, while the tile that was open is under
+// way.
+//
+// A warp has few tiles, so its instructions count as much as memory: whole tiles are loaded without a test of each row,
+// and none is brought into the L2 before, which was measured to take longer than what it saves.
 #pragma once
 
 #include <cstdint>

@@ -36,7 +36,8 @@ struct Params {
   std::uint32_t stage_bytes;
   std::uint32_t bits_offset;  // of a bit for each tile, in shared memory
   FastDivisor group, row_blocks;
-  // Of dealt_kernel: rows that a CTA of a cluster merges, and places in shared memory.
+  // Rows that a CTA of a cluster merges, and places in shared memory, of dealt_kernel; share, inbox_offset and
+  // barrier_offset of direct_kernel, too.
   FastDivisor share;
   std::uint32_t ring_offset, mask_offset, inbox_offset, barrier_offset;
   std::uint32_t mask_bytes;  // of a tile
