@@ -93,23 +93,27 @@ def _ends_of(x: Any) -> Callable[[Any], Tensor]:
     return make
 
 
+def known_family(kind: str, found: Mapping[str, linear_kernels.Sizes], device: torch.device) -> tuple[str, str]:
+    """The family that is taken without a measurement, "" for none, and why. found: those that may run."""
+    if found and inductor.settings_in_effect().kernels == "always":
+        return next(iter(found)), "kernels are always taken"
+    is_known = heuristics.beats_tuned if inductor.max_autotune() else heuristics.runs_well
+    capability = library.capability(device)
+    known = (family for family, sizes in found.items() if is_known(kind, family, sizes, capability))
+    return next(known, ""), f"by stored measurements{' in a decoder' if inductor.max_autotune() else ''}"
+
+
 def _choose(kind: str, args: Sequence[Any], formula: Callable[..., Any]) -> tuple[str, str, Mapping[str, float]]:
     """Label, why, and what was measured."""
     found, reason = _possible(kind, args)
     if not found:
         return FORMULA, reason, {}
-    if inductor.settings_in_effect().kernels == "always":
-        return f"{next(iter(found))}_-1", "kernels are always taken", {}
-    capability = library.capability(args[0].get_device())
-    if inductor.max_autotune():
-        known = [family for family, sizes in found.items() if heuristics.beats_tuned(kind, family, sizes, capability)]
-        if known:
-            return f"{known[0]}_-1", "by stored measurements in a decoder", {}
-        timings = _measure(kind, args, found, formula)
-        label, _ = profit.choose(timings, FORMULA, 1, 0)
-        return label, "measured", timings
-    chosen = [family for family, sizes in found.items() if heuristics.runs_well(kind, family, sizes, capability)]
-    return f"{chosen[0]}_-1" if chosen else FORMULA, "by stored measurements", {}
+    known, why = known_family(kind, found, args[0].get_device())
+    if known or not inductor.max_autotune():
+        return f"{known}_-1" if known else FORMULA, why, {}
+    timings = _measure(kind, args, found, formula)
+    label, _ = profit.choose(timings, FORMULA, 1, 0)
+    return label, "measured", timings
 
 
 def lower(kind: str, given: Sequence[Any]) -> Any:

@@ -5,11 +5,16 @@
     out_i = y @ weight_i^T + bias_i                                          + addend for out0
     out0 = act(y @ weight0^T + bias0) * (y @ weight1^T + bias1)              with an activation: gate and up
 
+A norm may be split between two calls of 9 to 64 rows, see infuse.ops.split_norm. The first writes scaled_out, out0
+times norm_weight, and squares_out; to the second these are x and squares, and its products are multiplied by what of
+the norm is left. Both are calls without a norm.
+
 Shapes: x, residual, sum_out [R, D], R up to 64, D a multiple of 8; weights [F_i, D], up to three; biases [F_i]; addend
-[R, F_0]; out_i [R, F_i]. Dtypes: bfloat16 or float16, one for all; norm_weight also float32. Sums are kept in float32
-and each result is rounded once, to x's dtype; an out_i in float32 gets it widened again. Rows of x, residual and the
-weights are contiguous and begin at multiples of 16 bytes; views of a packed projection will do: `packed[:F]`,
-`packed[1::2]`. See csrc/skinny_linear.
+[R, F_0]; out_i [R, F_i]; scaled_out [R, F_0]; squares_out [R, F_0 / 4]; squares [R, D / 4]. Dtypes: bfloat16 or
+float16, one for all; norm_weight also float32, squares only that. Sums are kept in float32 and each result is rounded
+once, to x's dtype; an out_i in float32 gets it widened again. Rows of x, residual and the weights are contiguous and
+begin at multiples of 16 bytes; views of a packed projection will do: `packed[:F]`, `packed[1::2]`. See
+csrc/skinny_linear.
 
 In a CUDA graph the kernels begin to read the weights, and the norm's, while the kernel before them may still run. That
 one must not write them. The graph's first kernel waits, and all do outside of graphs.
@@ -36,8 +41,8 @@ _ROW_BYTES = 16
 define(
     "skinny_linear_out(Tensor x, Tensor? residual, bool norm, Tensor? norm_weight, float eps, float weight_offset, "
     "bool cast_before_weight, bool eps_as_minimum, Tensor weight0, Tensor? weight1, Tensor? weight2, Tensor? bias0, "
-    "Tensor? bias1, Tensor? bias2, str activation, Tensor? addend, int config, Tensor(a!) out0, Tensor(b!)? out1, "
-    "Tensor(c!)? out2, Tensor(d!)? sum_out) -> ()"
+    "Tensor? bias1, Tensor? bias2, str activation, Tensor? addend, Tensor? squares, int config, Tensor(a!) out0, "
+    "Tensor(b!)? out1, Tensor(c!)? out2, Tensor(d!)? sum_out, Tensor(e!)? scaled_out, Tensor(f!)? squares_out) -> ()"
 )
 
 
@@ -120,12 +125,28 @@ def run(
     eps_as_minimum: bool = False,
     activation: str = "",
     addend: Tensor | None = None,
+    squares: Tensor | None = None,
     sum_out: Tensor | None = None,
+    scaled_out: Tensor | None = None,
+    squares_out: Tensor | None = None,
     config: int = -1,
 ) -> None:
     """Writes `outs`, and `sum_out` where there is a residual; see the module's text. Matrices have two dimensions."""
     three: list[list[Tensor | None]] = [[*given, None, None, None][:MAX_WEIGHTS] for given in (weights, biases, outs)]
     flags = (norm_weight, eps, weight_offset, cast_before_weight, eps_as_minimum)
     torch.ops.infuse.skinny_linear_out(
-        x, residual, norm, *flags, *three[0], *three[1], activation, addend, config, *three[2], sum_out
+        x,
+        residual,
+        norm,
+        *flags,
+        *three[0],
+        *three[1],
+        activation,
+        addend,
+        squares,
+        config,
+        *three[2],
+        sum_out,
+        scaled_out,
+        squares_out,
     )

@@ -23,9 +23,9 @@ from infuse.patterns import metadata
 from infuse.patterns.safety import OTHER_SWITCHES, storages
 
 _ADD = ("add_", torch.Tensor.add_, operator.iadd)
-_OF_ONE_TENSOR = frozenset(
-    (operator.getitem, operator.add, operator.sub, operator.le, operator.lt, operator.ge, operator.gt)
-)
+_OPERATORS = (operator.add, operator.sub, operator.le, operator.lt, operator.ge, operator.gt)
+# Under torch.set_default_device they are traced as methods.
+_OF_ONE_TENSOR = frozenset((operator.getitem, *_OPERATORS, *(found.__name__ for found in _OPERATORS)))
 _SOURCES = ("placeholder", "get_attr")
 
 

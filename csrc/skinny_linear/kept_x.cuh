@@ -12,6 +12,7 @@
 #include "infuse/vec.cuh"
 #include "skinny_linear/params.h"
 #include "skinny_linear/plan.h"
+#include "skinny_linear/result.cuh"
 
 namespace infuse::skinny_linear {
 
@@ -108,7 +109,7 @@ __device__ __forceinline__ void clear_rest(const Params& params, const KeptPart&
   }
 }
 
-// All kRingWarps warps take part. From the row's squares to its reciprocal root mean square. `sync` waits for all threads that take part.
+// From the row's squares to its reciprocal root mean square. All kRingWarps warps take part; `sync` waits for them.
 template <typename Sync>
 __device__ __forceinline__ float rstd_of(const Params& params, const KeptPart& part, float squares, KeptSums& sums,
                                          std::uint32_t thread, Sync&& sync) {
@@ -120,9 +121,7 @@ __device__ __forceinline__ float rstd_of(const Params& params, const KeptPart& p
   float sum = 0.0f;
 #pragma unroll
   for (int warp = 0; warp < kRingWarps; ++warp) sum += sums.of_warp[warp][part.place];
-  const float mean = sum * params.norm.inv_dim, eps = params.norm.eps;
-  // The comparison lets a NaN through, as torch's clamp does.
-  return rsqrtf(params.norm.eps_as_minimum ? (mean < eps ? eps : mean) : mean + eps);
+  return reciprocal_rms(params, sum);
 }
 
 // 8 values of the norm's weight, as they are multiplied.

@@ -61,7 +61,7 @@ void check_out(const TensorArg& out, const TensorArg& x, std::int64_t features) 
 
 void check_norm(const Arguments& a) {
   const TensorArg& x = *a.x;
-  check(a.has_norm || (a.residual == nullptr && a.norm_weight == nullptr), kOp,
+  check(a.has_norm || (a.residual == nullptr && (a.norm_weight == nullptr || a.scaled != nullptr)), kOp,
         "residual or norm_weight, got one without a norm, expected none");
   check((a.residual == nullptr) == (a.sum == nullptr), kOp, "sum_out, expected one with a residual and none without");
   if (a.residual != nullptr) {
@@ -73,7 +73,7 @@ void check_norm(const Arguments& a) {
   }
   check(!a.cast_before_weight || a.weight_offset == 0.0, kOp, "weight_offset with cast_before_weight, got ",
         a.weight_offset, ", expected 0");
-  if (a.norm_weight == nullptr) return;
+  if (a.norm_weight == nullptr || a.scaled != nullptr) return;
   check_weight(kOp, *a.norm_weight, x);
   check(is_aligned_by_16(*a.norm_weight), kOp, "address of norm_weight, expected a multiple of 16 bytes");
   check(!a.cast_before_weight || a.norm_weight->dtype == x.dtype, kOp, "dtype of norm_weight with cast_before_weight, got ",
@@ -111,6 +111,43 @@ int check_linears(const Arguments& a, bool gated) {
         "weights of an activation, got ", count, ", expected two of one shape, gate and up");
   for (int i = count; i < kMaxWeights; ++i) check(a.outs[i] == nullptr, kOp, "out", i, ", got one, expected none");
   return count;
+}
+
+void check_squares(const TensorArg& squares, const TensorArg& x, std::int64_t features) {
+  check_dtype(kOp, squares, DType::kFloat32);
+  check_layout(squares, x, x.sizes[0], features / kSquaresWidth);
+  check_contiguous(kOp, squares);
+  check(is_aligned_by_16(squares), kOp, "address of ", squares.name, ", expected a multiple of 16 bytes");
+}
+
+// A norm that begins or ends in this launch.
+void check_split_norm(const Arguments& a, const Plan& plan) {
+  const TensorArg& x = *a.x;
+  check((a.scaled == nullptr) == (a.squares_out == nullptr), kOp, "squares_out, expected one with scaled_out only");
+  if (a.scaled == nullptr && a.squares == nullptr) return;
+  check(!a.has_norm, kOp, "norm, got one beside half of another, expected none");
+  check(plan.is_wgmma && plan.columns > kMaxKeptRows, kOp, "rows of x beside half a norm, got ", x.sizes[0],
+        " on this device or in this configuration, expected ", kMaxKeptRows + 1, " to ", kMaxRows, " on one of 9.0");
+  constexpr int kStep = 4 * kSquaresWidth;  // features whose sums of squares fill 16 bytes
+  if (a.squares != nullptr) {
+    check(x.sizes[1] % kStep == 0, kOp, "columns of x with squares, got ", x.sizes[1], ", expected a multiple of ", kStep);
+    check_squares(*a.squares, x, x.sizes[1]);
+  }
+  if (a.scaled == nullptr) return;
+  const std::int64_t features = a.weights[0]->sizes[0];
+  check(a.weights[1] == nullptr && features % kStep == 0, kOp, "weights with scaled_out, expected one, of a multiple of ",
+        kStep, " features");
+  check_matrix(*a.scaled, x, x.sizes[0], features);
+  check_contiguous(kOp, *a.scaled);
+  check(is_aligned_by_16(*a.scaled), kOp, "address of scaled_out, expected a multiple of 16 bytes");
+  check_squares(*a.squares_out, x, features);
+  if (a.norm_weight == nullptr) return;
+  check_dtype(kOp, *a.norm_weight, x.dtype);
+  check_same_device(kOp, *a.norm_weight, x);
+  check(a.norm_weight->num_dims == 1 && a.norm_weight->sizes[0] == features, kOp, "shape of norm_weight, got ",
+        shape_text(*a.norm_weight), ", expected [", features, "]");
+  check_last_stride(kOp, *a.norm_weight);
+  check(is_aligned_by_16(*a.norm_weight), kOp, "address of norm_weight, expected a multiple of 16 bytes");
 }
 
 int check_arguments(const Arguments& a) {
@@ -172,6 +209,15 @@ Norm describe_norm(const Arguments& a) {
   return norm;
 }
 
+SplitNorm describe_split_norm(const Arguments& a) {
+  SplitNorm norm{};
+  if (a.squares != nullptr) norm.squares = static_cast<const float*>(a.squares->data);
+  if (a.scaled == nullptr) return norm;
+  norm.scaled = a.scaled->data;
+  norm.squares_out = static_cast<float*>(a.squares_out->data);
+  return norm;
+}
+
 // The norm of rows that are too long for the kernel of this family.
 void launch_long_norm(const Arguments& a, void* workspace, cudaStream_t stream) {
   const TensorArg& x = *a.x;
@@ -224,6 +270,7 @@ Prepared prepare(const Arguments& a) {
   if (prepared.empty) return prepared;
   prepared.plan = make_plan(problem, static_cast<int>(a.config), describe(x.device));
   const Plan& plan = prepared.plan;
+  check_split_norm(a, plan);
   if (plan.norms_first) prepared.workspace_elements = problem.rows * problem.dim;
 
   Params& params = prepared.params;
@@ -235,6 +282,7 @@ Prepared prepare(const Arguments& a) {
   }
   for (int i = 0; i < kMaxWeights; ++i) params.linears[i] = describe_linear(a, i, plan);
   params.norm = describe_norm(a);
+  params.split_norm = describe_split_norm(a);
   params.activation = activation_of(a.activation);
   params.rows = static_cast<std::uint32_t>(problem.rows);
   params.dim = static_cast<std::uint32_t>(problem.dim);

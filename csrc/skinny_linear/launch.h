@@ -17,7 +17,8 @@ constexpr char kOp[] = "skinny_linear_out";
 
 // Tensors are null where the operator is not given one. x, residual and sum [rows, dim]; weights [features, dim]; biases
 // [features]; addend and outs [rows, features], outs also in float32. With an activation the first two weights are gate
-// and up of outs[0].
+// and up of outs[0]. A norm may be split between two launches: the first has no norm but its weight, and writes `scaled` as
+// outs[0] and squares_out [rows, features / kSquaresWidth] in float32; the second has `scaled` as x and the squares.
 struct Arguments {
   const TensorArg* x;
   const TensorArg* residual;
@@ -32,6 +33,9 @@ struct Arguments {
   std::int64_t config;
   const TensorArg* outs[kMaxWeights];
   const TensorArg* sum;
+  const TensorArg* squares;
+  const TensorArg* scaled;
+  const TensorArg* squares_out;
 };
 
 struct Prepared {

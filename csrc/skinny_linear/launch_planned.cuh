@@ -89,8 +89,10 @@ void launch_row(DType dtype, const Plan& plan, const Params& base, int device, c
 
 template <DType kDType>
 void launch_norm(const Plan& plan, const Params& params, void* y, int device, cudaStream_t stream) {
+  constexpr auto kernel = norm_kernel<Element<kDType>>;
+  allow_shared<kernel>(device);  // of which it needs little, but no SM has to be divided anew between its neighbours
   const Launch launch{dim3(params.rows), dim3(kNormThreads), plan.norm_bytes, starts_early(stream)};
-  launch_kernel(kOp, "norm", norm_kernel<Element<kDType>>, launch, NormParams{params, y}, device, stream);
+  launch_kernel(kOp, "norm", kernel, launch, NormParams{params, y}, device, stream);
 }
 
 template <DType kDType>

@@ -7,6 +7,7 @@
 namespace infuse::skinny_linear {
 
 constexpr int kMaxWeights = 3;
+constexpr int kSquaresWidth = 4;  // neighbouring features whose squares are summed up for a norm behind
 
 enum class Activation : int { kNone, kSilu, kGeluTanh, kGeluErf };
 
@@ -33,12 +34,21 @@ struct Norm {
   bool exists, weight_is_fp32, cast_before_weight, eps_as_minimum;
 };
 
+// RMSNorm in two halves, so that nothing stands between the kernels on both its sides: the one before scales its results
+// by the norm's weight and sums up their squares, the one behind multiplies its sums by the reciprocal root mean square.
+struct SplitNorm {
+  void* scaled;          // written: out0 times norm.weight, [rows, features] contiguous, or null
+  float* squares_out;    // written with it: of kSquaresWidth features each, [rows, features / kSquaresWidth]
+  const float* squares;  // the same of x before it was scaled, [rows, dim / kSquaresWidth]; null where x is used as it is
+};
+
 struct Params {
   const void* x;       // [rows, dim]
   const void* addend;  // [rows, features], added to the first linear, or null
   std::int64_t x_stride, addend_stride;  // elements, of a row
   Linear linears[kMaxWeights];
   Norm norm;
+  SplitNorm split_norm;
   Activation activation;
   std::uint32_t rows;  // 1 to 64
   std::uint32_t dim;   // a multiple of 8

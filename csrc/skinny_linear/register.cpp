@@ -24,8 +24,9 @@ void skinny_linear_out(const Tensor& x, const std::optional<Tensor>& residual, b
                        const std::optional<Tensor>& weight1, const std::optional<Tensor>& weight2,
                        const std::optional<Tensor>& bias0, const std::optional<Tensor>& bias1,
                        const std::optional<Tensor>& bias2, std::string activation, const std::optional<Tensor>& addend,
-                       int64_t config, Tensor out0, std::optional<Tensor> out1, std::optional<Tensor> out2,
-                       std::optional<Tensor> sum_out) {
+                       const std::optional<Tensor>& squares, int64_t config, Tensor out0, std::optional<Tensor> out1,
+                       std::optional<Tensor> out2, std::optional<Tensor> sum_out, std::optional<Tensor> scaled_out,
+                       std::optional<Tensor> squares_out) {
   const auto x_arg = infuse::tensor_arg(x, kOp, "x"), weight0_arg = infuse::tensor_arg(weight0, kOp, "weight0");
   const auto read = [](const std::optional<Tensor>& tensor, const char* name) {
     return infuse::tensor_arg(tensor, kOp, name);
@@ -36,7 +37,8 @@ void skinny_linear_out(const Tensor& x, const std::optional<Tensor>& residual, b
   const auto addend_arg = read(addend, "addend");
   const auto out0_arg = infuse::written_tensor_arg(out0, kOp, "out0");
   const auto out1_arg = written_arg(out1, "out1"), out2_arg = written_arg(out2, "out2");
-  const auto sum_arg = written_arg(sum_out, "sum_out");
+  const auto sum_arg = written_arg(sum_out, "sum_out"), scaled_arg = written_arg(scaled_out, "scaled_out");
+  const auto squares_out_arg = written_arg(squares_out, "squares_out"), squares_arg = read(squares, "squares");
   using infuse::pointer_to;
   const infuse::skinny_linear::Arguments arguments{&x_arg,
                                                    pointer_to(residual_arg),
@@ -52,7 +54,10 @@ void skinny_linear_out(const Tensor& x, const std::optional<Tensor>& residual, b
                                                    pointer_to(addend_arg),
                                                    config,
                                                    {&out0_arg, pointer_to(out1_arg), pointer_to(out2_arg)},
-                                                   pointer_to(sum_arg)};
+                                                   pointer_to(sum_arg),
+                                                   pointer_to(squares_arg),
+                                                   pointer_to(scaled_arg),
+                                                   pointer_to(squares_out_arg)};
   const auto prepared = infuse::skinny_linear::prepare(arguments);
   const torch::stable::accelerator::DeviceGuard guard(prepared.device);
   std::optional<Tensor> workspace;

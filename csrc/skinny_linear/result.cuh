@@ -32,6 +32,13 @@ __device__ __forceinline__ float activate(Activation activation, float gate) {
   }
 }
 
+// Of a row of x with that sum of squares.
+__device__ __forceinline__ float reciprocal_rms(const Params& params, float squares) {
+  const float mean = squares * params.norm.inv_dim, eps = params.norm.eps;
+  // The comparison lets a NaN through, as torch's clamp does.
+  return rsqrtf(params.norm.eps_as_minimum ? (mean < eps ? eps : mean) : mean + eps);
+}
+
 // kWidth neighbouring elements, 8, 4 or 2, of which `count` exist; zeros for the others.
 template <typename T, int kWidth>
 __device__ __forceinline__ Vec<T, kWidth> load_results(const T* source, bool is_wide, std::uint32_t count) {
@@ -58,6 +65,7 @@ __device__ __forceinline__ Vec<T, kWidth> load_results(const T* source, bool is_
 template <typename T, int kWidth>
 struct Addends {
   Vec<T, kWidth> bias = {}, up_bias = {}, addend = {};
+  Vec<T, kWidth> next_weight = {};  // of the norm behind, whose first half is done here
 
   // They depend on no kernel before this one.
   __device__ __forceinline__ void load_biases(const Params& params, std::uint32_t number, std::uint32_t feature) {
@@ -68,6 +76,9 @@ struct Addends {
     }
     if (params.activation != Activation::kNone && up.bias != nullptr) {
       up_bias = load_results<T, kWidth>(static_cast<const T*>(up.bias) + feature, up.is_wide, count);
+    }
+    if (params.split_norm.scaled != nullptr && params.norm.weight != nullptr) {
+      next_weight = load_results<T, kWidth>(static_cast<const T*>(params.norm.weight) + feature, true, count);
     }
   }
 
@@ -121,6 +132,24 @@ __device__ __forceinline__ void store_rounded(const Linear& linear, std::uint32_
   }
 }
 
+// The first half of the norm behind: rounded results times its weight, and the sum of their squares.
+template <typename T, int kWidth>
+__device__ __forceinline__ void store_scaled(const Params& params, std::uint32_t row, std::uint32_t feature,
+                                             const Vec<T, kWidth>& next_weight, const float (&results)[kWidth]) {
+  static_assert(kWidth == kSquaresWidth);
+  float values[kWidth], weights[kWidth], squares = 0.0f;
+  unpack(pack<T>(results), values);
+  unpack(next_weight, weights);
+#pragma unroll
+  for (int i = 0; i < kWidth; ++i) {
+    squares = fmaf(values[i], values[i], squares);
+    values[i] *= weights[i] + params.norm.weight_offset;
+  }
+  const std::size_t place = std::size_t{row} * params.linears[0].features + feature;
+  store(static_cast<T*>(params.split_norm.scaled) + place, pack<T>(values));
+  params.split_norm.squares_out[place / kSquaresWidth] = squares;
+}
+
 // Finishes features [feature, feature + kWidth) of a row of linear `number`. sums: of the linear, or of the gate; up: if
 // there is an activation.
 template <typename T, int kWidth>
@@ -134,6 +163,9 @@ __device__ __forceinline__ void store_results(const Params& params, std::uint32_
     for (int i = 0; i < kWidth; ++i) sums[i] = activate(params.activation, sums[i]) * up[i];
   }
   add_packed(addends.addend, sums);
+  if constexpr (kWidth == kSquaresWidth) {
+    if (params.split_norm.scaled != nullptr) store_scaled(params, row, feature, addends.next_weight, sums);
+  }
   store_rounded<T>(params.linears[number], row, feature, sums);
 }
 

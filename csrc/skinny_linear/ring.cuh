@@ -233,11 +233,13 @@ __device__ __forceinline__ Item item_of(const Params& base, const Tile& tile, co
   return {item / pieces, feature, i < inbox.own && tile.feature + feature < base.linears[tile.linear].features};
 }
 
-// This CTA's share of the tile's results. item, addends: of the thread's first ones, if they were loaded early.
+// This CTA's share of the tile's results. item, addends: of the thread's first ones, if they were loaded early. factors:
+// that the sums of each row are multiplied by, or null.
 template <typename Traits>
 __device__ __forceinline__ void finish_tile(const Params& base, const Tile& tile, SharedAddress place,
                                             const Inbox& inbox, std::uint32_t threads, Item item,
-                                            Addends<typename Traits::T, Traits::kWidth> addends) {
+                                            Addends<typename Traits::T, Traits::kWidth> addends,
+                                            const float* factors) {
   constexpr int kWidth = Traits::kWidth;
   const std::uint32_t pitch = sums_pitch<Traits>(base);
   if (inbox.splits > 1 && inbox.own > 0) wait(inbox.barrier, 0);
@@ -260,6 +262,9 @@ __device__ __forceinline__ void finish_tile(const Params& base, const Tile& tile
         const SharedAddress own = place + (item.row * pitch + operand * base.tile_rows + item.feature) * 4;
         add_groups<Traits>(base, own, base.rows * pitch * 4, sums[operand]);
       }
+      if (factors == nullptr) continue;
+#pragma unroll
+      for (float& sum : sums[operand]) sum *= factors[item.row];
     }
     store_results(base, tile.linear, item.row, tile.feature + item.feature, addends, sums[0],
                   sums[Traits::kOperands - 1]);

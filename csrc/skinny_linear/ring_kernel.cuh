@@ -10,6 +10,7 @@
 #include "skinny_linear/group_products.cuh"
 #include "skinny_linear/kept_x.cuh"
 #include "skinny_linear/ring.cuh"
+#include "skinny_linear/split_norm.cuh"
 #include "skinny_linear/warp_products.cuh"
 
 namespace infuse::skinny_linear {
@@ -46,6 +47,7 @@ __global__ void __launch_bounds__(kMaxGroups* kWarpgroup + kWarpSize, 2)
     ring_kernel(const __grid_constant__ RingParams params) {
 #if defined(__CUDA_ARCH_FEAT_SM90_ALL)
   __shared__ KeptSums storage;
+  __shared__ float row_factors[kMaxRows];
   const Params& base = params.base;
   const SharedAddress shared = (dynamic_shared_memory() + kSharedAlignment - 1) / kSharedAlignment * kSharedAlignment;
   const std::uint32_t rank = blockIdx.x % base.splits, threads = blockDim.x - kWarpSize;
@@ -67,6 +69,8 @@ __global__ void __launch_bounds__(kMaxGroups* kWarpgroup + kWarpSize, 2)
   }
   __syncthreads();
   if (base.splits > 1) tell_cluster();
+  // Whether x was only scaled by the kernel before, so that its norm ends here.
+  const bool is_split = !Traits::kByWarps && base.split_norm.squares != nullptr;
   Item item{};
   Addends<typename Traits::T, Traits::kWidth> addends;
   if (threadIdx.x >= threads) {
@@ -83,12 +87,13 @@ __global__ void __launch_bounds__(kMaxGroups* kWarpgroup + kWarpSize, 2)
       wait_for_previous_kernel();
     }
     if (item.exists) addends.load_addend(base, tile.linear, item.row, tile.feature + item.feature);
+    if (is_split) put_row_factors<Traits::kColumns>(base, threads, row_factors);
     multiply_tile<Traits>(params, ring, kept_x, threads);
   }
   if (base.splits > 1) wait_for_cluster();
   if (threadIdx.x < threads) {
     if (base.splits > 1) send_sums<Traits>(base, shared, inbox, threads);
-    finish_tile<Traits>(base, tile, shared, inbox, threads, item, addends);
+    finish_tile<Traits>(base, tile, shared, inbox, threads, item, addends, is_split ? row_factors : nullptr);
   }
 #endif
 }

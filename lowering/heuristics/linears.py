@@ -20,6 +20,9 @@ SMALL_INPUTS, SMALL_OUTPUTS, MANY_ROWS = 1024, 4096, 65536
 FEWEST_TRAINED_ROWS = 2048
 # Of a linear with a residual; with more, cuBLAS's products are as fast.
 MOST_ADDED_ROWS = 32
+# Of what a norm between two linears reads: 16 rows of Qwen2.5 0.5B are half of it, those of Llama 8B, where it made no
+# difference, twice as many.
+MOST_SPLIT_ELEMENTS = 1 << 15
 # Elements of a product that is written in float32 at once: a quarter GiB.
 FEWEST_WIDE_RESULTS = 1 << 26
 # Qwen3 30B-A3B's.
@@ -59,6 +62,14 @@ def _is_large(sizes: Sizes) -> bool:
 
 def _has_many_rows(sizes: Sizes) -> bool:
     return sizes.inputs >= SMALL_INPUTS and sizes.outputs >= SMALL_OUTPUTS and sizes.rows >= MANY_ROWS
+
+
+def splits_norm_well(rows: int, features: int, capability: tuple[int, int]) -> bool:
+    """Whether a norm between two linears of few rows is faster halved between their kernels than as a third one.
+
+    Every CTA of the second kernel reads the sums of squares of all rows, a byte for each element of x.
+    """
+    return capability == H200 and rows * features <= MOST_SPLIT_ELEMENTS
 
 
 def packs_well(rows: int, capability: tuple[int, int]) -> bool:

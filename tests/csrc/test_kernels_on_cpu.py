@@ -31,6 +31,7 @@ FLAGS = ("-O1", "-std=c++20", "-x", "c++", "-Xcompiler=-fno-strict-aliasing,-Wal
         "rope",
         "skinny_linear",
         "skinny_row",
+        "split_norm",
     ],
 )
 def test_kernel_is_right_on_the_cpu(program: str, tmp_path: Path) -> None:

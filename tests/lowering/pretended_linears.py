@@ -14,9 +14,10 @@ from infuse.ops.swiglu import QUICK_GELU_ALPHA, swiglu_bwd_ref, swiglu_ref
 
 
 def skinny_on_cpu(x: Tensor, residual: Tensor | None, norm: bool, norm_weight: Tensor | None, *rest: Any) -> None:
-    """skinny_linear_out, which gets rows and writes all of its results."""
+    """skinny_linear_out, which gets rows and writes all of its results; norms are whole."""
     eps, offset, early, minimum, *rest = rest
-    (w0, w1, w2, b0, b1, b2, activation, addend, _, *outs, total) = rest
+    (w0, w1, w2, b0, b1, b2, activation, addend, squares, _, *outs, total, scaled, squares_out) = rest
+    assert squares is None and scaled is None and squares_out is None
     y, flags = x, (norm_weight, eps, offset, early, minimum)
     assert x.dim() == 2 and (residual is None) == (total is None)
     if residual is not None:

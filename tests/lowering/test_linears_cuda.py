@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import pytest
@@ -136,3 +137,20 @@ def test_logits_are_written_in_float32(rows: int) -> None:
         narrow, _ = compiled_code(module, x)
     assert "infuse.norm_linear_kernel" in code and "@triton" not in code
     assert torch.equal(found, narrow.float())
+
+
+@pytest.mark.parametrize("mode", ["default", "reduce-overhead"])
+@pytest.mark.parametrize("rows", [9, 16, 64])
+def test_norms_between_kernels_are_split(rows: int, mode: str) -> None:
+    """Two layers and a head: of five norms the four behind a kernel. Inputs of another size each time."""
+    module = nn.Sequential(layer(False), layer(True), Head().cuda().bfloat16()).eval()
+    exact = copy.deepcopy(module).double()
+    with infuse.override(kernels="always"):
+        for scale in (1.0, 1e-3, 100.0):
+            x = torch.randn(rows, 1, DIM, device="cuda").bfloat16() * scale
+            found, code = compiled_code(module, x, mode=mode)
+            assert code.count("infuse.linear_add_scale.default(") == 4
+            assert "infuse.linear_add_kernel" not in code and code.count("infuse.norm_linear_kernel.default(") == 1
+            with torch.no_grad():
+                right, eager = exact(x.double()), module(x)
+            assert error(found, right) <= 2 * error(eager, right)

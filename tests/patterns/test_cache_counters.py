@@ -73,6 +73,11 @@ def gathered(model: nn.Module) -> tuple[int, int, int, int]:
     return count
 
 
+def test_a_default_device_changes_nothing() -> None:
+    with torch.device("cpu"):
+        assert gathered(Layers()) == (4, 1, 0, 1)
+
+
 def test_assertions_and_counters_of_all_layers_become_one_each() -> None:
     assert gathered(Layers()) == (4, 1, 0, 1)
 

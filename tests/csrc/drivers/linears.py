@@ -45,6 +45,30 @@ def skinny_linear(device: torch.device) -> Iterator[Launch]:
 
 
 @driver
+def split_norm(device: torch.device) -> Iterator[Launch]:
+    """A norm that begins in one launch and ends in the next."""
+    for rows, dim, inputs, features in ((12, 48, 200, (77, 77)), (33, 896, 264, (100, 8, 33))):
+        for config in configs(skinny_linear_kernels.FAMILY):
+            x, weight = padded(rows, inputs, BF16, device), padded(dim, inputs, BF16, device)
+            addend = random(rows, dim, dtype=BF16, device=device)
+            total, scaled = (torch.empty(rows, dim, dtype=BF16, device=device) for _ in range(2))
+            squares = torch.empty(rows, dim // 4, device=device)
+            written = {"scaled_out": scaled, "squares_out": squares}
+            norm_weight = vector_of(dim, dtype=BF16, device=device)
+            run = partial(skinny_linear_kernels.run, config=config)
+            yield partial(
+                if_it_can, partial(run, x, [weight], [total], addend=addend, norm_weight=norm_weight, **written)
+            )
+            behind = [padded(count, dim, BF16, device) for count in features]
+            outs = [torch.empty(rows, count, dtype=BF16, device=device) for count in features]
+            if len(behind) == 2:
+                yield partial(
+                    if_it_can, partial(run, scaled, behind, outs[:1], squares=squares, eps=1e-5, activation="silu")
+                )
+            yield partial(if_it_can, partial(run, scaled, behind, outs, squares=squares, eps=1e-5))
+
+
+@driver
 def gated_linear(device: torch.device) -> Iterator[Launch]:
     """Tiles that end within rows, columns and the inner dimension, both ways that weights lie, groups, biases."""
     sizes = itertools.cycle([(300, 200, 520), (70, 72, 264), (0, 64, 8)])
