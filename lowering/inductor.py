@@ -413,6 +413,11 @@ def current_sites() -> tuple[str, ...]:
     return current_node().meta.get(_SITES_KEY) or (current_site(),)
 
 
+def realise_where_it_stands(node: torch.fx.Node) -> None:
+    """Has a value of the graph that is to be lowered made in memory at its place, not where it is read first."""
+    node.meta["inductor_realize_to_strides"] = True  # GraphLowering.run_node's, of torch 2.11 to 2.13
+
+
 # --- examples --------------------------------------------------------------------------------------------------------
 
 

@@ -11,6 +11,7 @@ from infuse.lowering import inductor
 from infuse.lowering.cudnn_attention import guard_backward
 from infuse.lowering.donated_buffers import keep_shared
 from infuse.lowering.rotary_pairs import pair_rotations
+from infuse.lowering.rotary_tables import gather_tables_first
 from infuse.lowering.split_norms import split_norms
 from infuse.lowering.wide_products import widen_products
 
@@ -30,6 +31,7 @@ class PostGradPass(inductor.CustomGraphPass):
         pair_rotations(graph)
         widen_products(graph)
         split_norms(graph)
+        gather_tables_first(graph)
 
     def uuid(self) -> Any:
         """Part of the cache key; None, which disables the caches, if a user's pass has none."""
