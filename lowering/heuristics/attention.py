@@ -17,6 +17,9 @@ _FEWEST_KEYS = 2048
 _DECODED_HEAD_DIM = 128  # of several queries
 _HEAD_DIMS = (64, 128)
 _SMALL_HEAD_DIM = 64
+# Of the backward's kernel: keys of a CTA, which goes through all heads that share them, and CTAs that fill the device.
+_KEYS_OF_CTA = 128
+_FEWEST_CTAS = 198  # 1.5 for each SM: those of a causal site differ in length, and the longest begin first
 _LEAST = ((1024, 1024), (512, 16384))  # queries and keys
 
 
@@ -52,10 +55,20 @@ def trains(site: Site, capability: tuple[int, int]) -> bool:
 def backward(site: Site) -> str:
     """The label of torch's operator that computes the gradients behind Infuse's forward pass, "" for Infuse's own.
 
-    With small heads and every key open cuDNN's takes 0.81 of the time (16 x 16 heads of 64, 4,096 tokens, on an H200).
+    With small heads and every key open cuDNN's takes 0.81 of the time (16 x 16 heads of 64, 4,096 tokens, on an H200);
+    where few heads have keys of their own, whose CTAs leave SMs idle, 0.39 (14 causal heads of 64 that share 2).
     """
-    everything_open = site.mask is None and not site.is_causal and not site.only_formula
-    return "sdpa_cudnn" if site.q[-1] == _SMALL_HEAD_DIM and everything_open else ""
+    if site.mask is not None or site.only_formula:
+        return ""
+    small_and_open = site.q[-1] == _SMALL_HEAD_DIM and not site.is_causal
+    return "sdpa_cudnn" if small_and_open or _leaves_sms_idle(site) else ""
+
+
+def _leaves_sms_idle(site: Site) -> bool:
+    batch, kv_heads, keys, _ = site.k
+    if not isinstance(batch, int) or not isinstance(kv_heads, int) or not isinstance(keys, int):
+        return False
+    return batch * kv_heads * -(-keys // _KEYS_OF_CTA) < _FEWEST_CTAS
 
 
 def _has_many_rows(site: Site, capability: tuple[int, int]) -> bool:

@@ -245,3 +245,21 @@ def test_the_gradients_of_small_heads_that_see_every_key_are_cudnns(
     sizes = (16, 16, 4096, head_dim)
     given = {"mask": None, "is_causal": False, "only_formula": False, **more}
     assert heuristics.backward(heuristics.Site(sizes, sizes, **given)) == label
+
+
+@pytest.mark.parametrize(
+    ("k", "more", "label"),
+    [
+        ((1, 2, 4096, 64), {}, "sdpa_cudnn"),  # Qwen2.5 0.5B
+        ((1, 8, 4096, 64), {}, ""),
+        ((4, 2, 4096, 64), {}, ""),
+        ((1, 2, 16384, 64), {}, ""),
+        ((1, 2, 4096, 64), {"mask": torch.bool}, ""),
+        ((1, 2, 4096, 64), {"only_formula": True}, ""),
+    ],
+)
+def test_gradients_whose_ctas_would_leave_sms_idle_are_cudnns(
+    k: tuple[int, ...], more: dict[str, Any], label: str
+) -> None:
+    given = {"mask": None, "is_causal": True, "only_formula": False, **more}
+    assert heuristics.backward(heuristics.Site((k[0], 14, k[2], 64), k, **given)) == label

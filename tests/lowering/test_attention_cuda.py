@@ -90,6 +90,29 @@ def test_training(function: Callable[..., Tensor], mode: str | None) -> None:
     assert_close(found, reference(function, tensors, mask))
 
 
+@pytest.mark.parametrize("inside", [False, True])
+def test_few_heads_with_keys_of_their_own_take_cudnns_backward(inside: bool) -> None:
+    """Behind Infuse's forward, K and V not expanded; dout as either order of its dimensions leaves it."""
+    q, k, v = (
+        torch.randn(1, 1024, heads, D, device="cuda").to(BF16).transpose(1, 2).requires_grad_() for heads in (6, 2, 2)
+    )
+    dout = torch.randn(1, 1024, 6, D, device="cuda").to(BF16)
+
+    def function(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True).transpose(1, 2)
+
+    decisions.clear()
+    out = torch.compile(function, backend="infuse", fullgraph=True)(q, k, v)
+    given = dout if inside else dout.transpose(1, 2).contiguous().transpose(1, 2)
+    found = [out, *torch.autograd.grad(out, (q, k, v), given)]
+    chosen = {decision.op: decision.chosen for decision in decisions.decisions()}
+    assert chosen == {"attention_fwd": "kernel_-1", "attention_bwd": "sdpa_cudnn"}
+    wide = [tensor.detach().double().requires_grad_() for tensor in (q, k, v)]
+    mask = torch.ones(1024, 1024, dtype=torch.bool, device="cuda").tril()
+    right = attention_ref(*wide, mask, D**-0.5, False, 0.0).transpose(1, 2)
+    assert_close(found, [right, *torch.autograd.grad(right, wide, dout.double())])
+
+
 def test_training_with_dropout_keeps_the_mean_and_the_seed() -> None:
     tensors = make(grad=True)
 
