@@ -96,6 +96,8 @@ def _place_trained_attention(args: Sequence[object], settings: Settings, max_aut
         return Placement("default", "kernels, forwards and backwards")
     if runs and attention_heuristics.trains(_describe(args), library.capability(q.device)):
         return Placement("default", "kernels, forwards and backwards")
+    if runs and attention_heuristics.expands(_describe(args), library.capability(q.device)):
+        return Placement("expanded", "scaled_dot_product_attention, K and V repeated for each head")
     if runs and max_autotune and not _drops(args):
         return Placement("default", "kernel or SDPA backend, measured for each pass")
     if reason := _against_sdpa(args):

@@ -1,14 +1,15 @@
-"""The rows of the tables of rotary factors, gathered once and first in the graph that is about to be lowered.
+"""The rows of the tables of rotary factors: gathered once and first in the graph that is about to be lowered.
 
     layer i:  rope(q, view(index(table, [positions])), ...)  ->  index at the graph's beginning, one for equal ones
 
-Each layer of a decoder looks its factors up by itself, torchtune's for q and for k, in every layer the same rows of the
-same table. Inductor makes each lookup where it is read first, and fuses two only if at most 64 nodes lie between them:
-four kernels in the middle of a step of 24 layers, which are not Infuse's and so end its chains of programmatic
-dependent launches. On an H200 that took 14 us of the 813 of a step of 16 rows of Qwen2.5 0.5B.
+Each layer of a decoder looks its factors up by itself, and torchtune's do so for q and for k: in every layer the same
+rows of the same table. Inductor makes them where they are read first, and fuses two lookups only if at most 64 nodes
+lie between them: four kernels in the middle of a step of 24 layers, which are not Infuse's and so end its chains of
+programmatic dependent launches. On an H200 that took 14 us of the 813 of a step of 16 rows of Qwen2.5 0.5B.
 
-What is equal becomes one node. What differs, as the rows of a table of each layer, is fused where it now stands, if it
-shares positions of 10 bytes or more (Inductor's score_fusion_memory_threshold), up to 64 in a kernel.
+Equal ones become one. Those that differ, as where each layer has a table of its own, are fused from where they now
+stand, up to 64 in a kernel, if they share positions of at least 10 bytes (score_fusion_memory_threshold), which
+those of one row are not, and as far as Inductor does not move them again for the peak of memory.
 
 Only what comes from inputs of the graph alone, by gathers and views, and is small: it lives until the last layer reads
 it. What the graph returns stays, so that no two results share their memory.
@@ -63,15 +64,10 @@ def _sources(graph: Graph) -> set[Node]:
 
 
 def _may_move(node: Node) -> bool:
-    """Whether a function of inputs may be computed early and kept: a view of an input, or what is small."""
-    if node.target not in _GATHERS and not graph_neighbours.is_view(node.target):
-        return False
-    # A view of a gathered tensor may be expanded, and then copied.
-    return _gather_of(node) is None or (_is_small(node) and not _is_returned(node))
-
-
-def _is_returned(node: Node) -> bool:
-    return any(reader.op == "output" for reader in graph_neighbours.readers(node))
+    """Whether a function of inputs may be computed early and kept."""
+    if node.target in _GATHERS:
+        return _is_small(node) and all(reader.op != "output" for reader in graph_neighbours.readers(node))
+    return graph_neighbours.is_view(node.target)
 
 
 def _is_small(node: Node) -> bool:

@@ -16,6 +16,7 @@ number, "softmax" (of a float mask) what the softmax makes of it, NaN or not, gr
 such row. With sinks it is always zeros.
 dropout_p: drops probabilities; seed, int64 [2], decides which (infuse.ops.attention_dropout). infuse::attention draws
 one from torch's generator; its inline overload takes the random numbers of whatever computes it.
+Overload expanded: inline, with K and V repeated for each head of q.
 round_scores: the caller rounds scores and probabilities to q's dtype, so the inline overload may.
 """
 
@@ -37,7 +38,15 @@ from infuse.ops.attention_formulas import (
     expand_kv,
     heads_inside,
 )
-from infuse.ops.registration import differentiate, register, register_differentiable, register_sharding
+from infuse.ops.registration import (
+    define,
+    differentiate,
+    implement,
+    register,
+    register_differentiable,
+    register_sharding,
+    with_defaults,
+)
 
 ARGUMENTS = (
     "Tensor q, Tensor k, Tensor v, Tensor? mask, float scale, bool is_causal=False, float softcap=0.0,"
@@ -285,6 +294,12 @@ def _implementation(
     return heads_inside(_inline(q, k, v, mask, scale, is_causal, softcap, sinks, masked_rows, dropout_p, round_scores))
 
 
+def _expanded(q: Tensor, k: Tensor, v: Tensor, *rest: Any) -> Tensor:
+    """The inline form with K and V repeated for each head of q."""
+    heads = q.shape[1]
+    return _inline(q, expand_kv(k, heads), expand_kv(v, heads), *rest)
+
+
 register_differentiable(
     "attention",
     ARGUMENTS,
@@ -294,6 +309,10 @@ register_differentiable(
     fake=attention_fake,
     autograd=_Attention.apply,
     is_random=lambda *args: args[9] != 0.0,
+)
+define(f"attention.expanded({ARGUMENTS}) -> Tensor")
+implement(
+    "attention.expanded", with_defaults(torch.ops.infuse.attention.expanded, _expanded), "CompositeImplicitAutograd"
 )
 register(
     "attention_fwd",

@@ -248,18 +248,22 @@ def test_the_gradients_of_small_heads_that_see_every_key_are_cudnns(
 
 
 @pytest.mark.parametrize(
-    ("k", "more", "label"),
+    ("k", "more", "trains"),
     [
-        ((1, 2, 4096, 64), {}, "sdpa_cudnn"),  # Qwen2.5 0.5B
-        ((1, 8, 4096, 64), {}, ""),
-        ((4, 2, 4096, 64), {}, ""),
-        ((1, 2, 16384, 64), {}, ""),
-        ((1, 2, 4096, 64), {"mask": torch.bool}, ""),
-        ((1, 2, 4096, 64), {"only_formula": True}, ""),
+        ((1, 2, 4096, 64), {}, False),  # Qwen2.5 0.5B
+        ((1, 8, 4096, 64), {}, True),
+        ((4, 2, 4096, 64), {}, True),
+        ((1, 2, 16384, 64), {}, True),
+        ((1, 2, 4096, 64), {"mask": torch.bool}, True),
+        ((1, 2, 4096, 64), {"only_formula": True}, True),
     ],
 )
-def test_gradients_whose_ctas_would_leave_sms_idle_are_cudnns(
-    k: tuple[int, ...], more: dict[str, Any], label: str
+def test_shared_heads_whose_ctas_would_leave_sms_idle_are_expanded(
+    k: tuple[int, ...], more: dict[str, Any], trains: bool
 ) -> None:
     given = {"mask": None, "is_causal": True, "only_formula": False, **more}
-    assert heuristics.backward(heuristics.Site((k[0], 14, k[2], 64), k, **given)) == label
+    site = heuristics.Site((k[0], 14, k[2], 64), k, **given)
+    assert heuristics.trains(site, (9, 0)) is trains
+    assert heuristics.expands(site, (9, 0)) is not trains
+    assert not heuristics.expands(site, (8, 0))
+    assert not heuristics.expands(heuristics.Site(k, k, **given), (9, 0))

@@ -91,8 +91,8 @@ def test_training(function: Callable[..., Tensor], mode: str | None) -> None:
 
 
 @pytest.mark.parametrize("inside", [False, True])
-def test_few_heads_with_keys_of_their_own_take_cudnns_backward(inside: bool) -> None:
-    """Behind Infuse's forward, K and V not expanded; dout as either order of its dimensions leaves it."""
+def test_few_shared_heads_train_in_torchs_kernels(inside: bool) -> None:
+    """Over K and V of each head; dout as either order of its dimensions leaves it."""
     q, k, v = (
         torch.randn(1, 1024, heads, D, device="cuda").to(BF16).transpose(1, 2).requires_grad_() for heads in (6, 2, 2)
     )
@@ -105,8 +105,7 @@ def test_few_heads_with_keys_of_their_own_take_cudnns_backward(inside: bool) -> 
     out = torch.compile(function, backend="infuse", fullgraph=True)(q, k, v)
     given = dout if inside else dout.transpose(1, 2).contiguous().transpose(1, 2)
     found = [out, *torch.autograd.grad(out, (q, k, v), given)]
-    chosen = {decision.op: decision.chosen for decision in decisions.decisions()}
-    assert chosen == {"attention_fwd": "kernel_-1", "attention_bwd": "sdpa_cudnn"}
+    assert not [decision for decision in decisions.decisions() if decision.op.startswith("attention")]
     wide = [tensor.detach().double().requires_grad_() for tensor in (q, k, v)]
     mask = torch.ones(1024, 1024, dtype=torch.bool, device="cuda").tril()
     right = attention_ref(*wide, mask, D**-0.5, False, 0.0).transpose(1, 2)

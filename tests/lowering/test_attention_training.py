@@ -8,12 +8,15 @@ from typing import Any
 import pytest
 import torch
 import torch._inductor.config
+import torch.nn.functional as F
 from torch import Tensor
 
 import infuse
 from infuse.lowering import attention_training as lowering
-from infuse.lowering import decisions, inductor
+from infuse.lowering import decisions, inductor, policy
+from infuse.lowering.heuristics import attention as heuristics
 from infuse.lowering.policy import place
+from infuse.ops import attention_formulas
 from infuse.ops.attention_formulas import attention_bwd_ref
 from infuse.settings import Settings
 from tests.lowering.pretended_attention import backward_on_cpu, forward_on_cpu
@@ -137,6 +140,27 @@ def test_torchs_backward_follows_a_kernels_forward(
     assert calls == ["forward", "cuDNN's backward"]
 
 
+def test_few_shared_heads_are_expanded(calls: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Before autograd, so that what stands in both graphs is torch's attention over K and V of each head."""
+    monkeypatch.setattr(policy, "_kernels", lambda args, *checks: [*checks])
+    monkeypatch.setattr(heuristics, "expands", lambda site, capability: site.k[1] == 2)
+    monkeypatch.setattr(attention_formulas, "_native_groups", lambda q, mask: True)
+    shared: list[bool] = []
+    sdpa = F.scaled_dot_product_attention
+
+    def attends(q: Tensor, k: Tensor, v: Tensor, *rest: Any, **options: Any) -> Tensor:
+        shared.append(k.shape[1] != q.shape[1] or bool(options.get("enable_gqa")))
+        return sdpa(q, k, v, *rest, **options)
+
+    def attend_grouped(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        k, v = (tensor.repeat_interleave(2, 1) for tensor in (k, v))
+        return torch.softmax(q @ k.transpose(2, 3) * SCALE, -1) @ v
+
+    monkeypatch.setattr(F, "scaled_dot_product_attention", attends)
+    check(attend_grouped, *inputs(), kernels="auto")
+    assert shared and not any(shared) and not calls
+
+
 def test_without_a_kernel_the_formula_trains() -> None:
     decisions.clear()
     check(attend, *inputs(), torch.rand(2, 1, 6, 10) < 0.7, kernels="auto")
@@ -157,5 +181,9 @@ def test_the_policy_wants_both_passes(calls: list[str], monkeypatch: pytest.Monk
     dropout = (None, SCALE, False, 0.0, None, "zeros", 0.1)
     assert form(*dropout, max_autotune=True) == "inline"
     assert form(*dropout, kernels="always") == "default"
+    monkeypatch.setattr(lowering.heuristics, "expands", lambda *described: True)
+    assert form(None, SCALE, False) == form(None, SCALE, False, max_autotune=True) == "expanded"
+    assert form(None, SCALE, False, kernels="never") == "inline"
+    assert form(None, SCALE, False, kernels="always") == "default"
     monkeypatch.setattr(lowering.heuristics, "trains", lambda *described: True)
     assert form(None, SCALE, False) == form(*dropout) == "default"

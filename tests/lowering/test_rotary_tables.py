@@ -69,9 +69,9 @@ def traced_graph(function: Function, *args: Tensor, tracing_mode: str = "fake") 
     return graph
 
 
-def rewritten(function: Function, *args: Tensor) -> GraphModule:
+def rewritten(function: Function, *args: Tensor, tracing_mode: str = "fake") -> GraphModule:
     """After the rewrite; with the result of the graph before."""
-    traced = traced_graph(function, *args)
+    traced = traced_graph(function, *args, tracing_mode=tracing_mode)
     expected = traced(*(arg.clone() for arg in args))
     gather_tables_first(traced.graph)
     traced.graph.lint()
@@ -129,6 +129,17 @@ def test_equal_gathers_are_one(lookup: Lookup) -> None:
     assert {cos, sin} <= {*first_functions(traced, 8)}
 
 
+def test_gathers_of_constants_are_moved_with_them() -> None:
+    *args, constant, _ = inputs()
+
+    def function(x: Tensor, positions: Tensor) -> tuple[Tensor, ...]:
+        return tuple(rotated(x.cos(), constant, positions) for _ in range(2))
+
+    traced = rewritten(function, *args, tracing_mode="real")
+    assert [node.op for node in traced.graph.nodes][:4] == ["placeholder"] * 2 + ["get_attr", "call_function"]
+    assert [node.target for node in traced.graph.nodes].count(INDEX) == 1
+
+
 @pytest.mark.parametrize("rows", [MOST_ROWS, MOST_ROWS + 1])
 def test_large_gathers_stay(rows: int) -> None:
     def function(x: Tensor, positions: Tensor, *tables: Tensor) -> tuple[Tensor, ...]:
@@ -136,17 +147,6 @@ def test_large_gathers_stay(rows: int) -> None:
 
     args = inputs(rows)
     assert (names(rewritten(function, *args)) == names(traced_graph(function, *args))) == (rows > MOST_ROWS)
-
-
-@pytest.mark.parametrize("copies", [MOST_ROWS, MOST_ROWS + 1])
-def test_gathers_of_which_large_copies_are_read_stay(copies: int) -> None:
-    def function(x: Tensor, positions: Tensor, *tables: Tensor) -> tuple[Tensor, ...]:
-        x = x.sin()[:1, 0, :1].expand(copies, 16)
-        found = (table[positions[:1, 0]].expand(copies, 32).reshape(-1)[: 16 * copies] for table in tables)
-        return (OPS.rope(x, *(each.view(copies, 16) for each in found)),)
-
-    args = inputs()
-    assert (names(rewritten(function, *args)) == names(traced_graph(function, *args))) == (copies > MOST_ROWS)
 
 
 def test_gathers_of_unknown_size_stay() -> None:

@@ -69,7 +69,8 @@ def test_attention_is_as_near_to_float64_as_eager(problem: Any, kind: str, dtype
     double_mask = mask.double() if mask is not None and mask.dtype != torch.bool else mask
     reference = run(hand_written, doubles, double_mask)
     eager = run(hand_written, [q, k, v], mask)
-    for got in (run(OPS.attention, [q, k, v], mask), run(OPS.attention.inline, [q, k, v], mask)):
+    for form in (OPS.attention, OPS.attention.inline, OPS.attention.expanded):
+        got = run(form, [q, k, v], mask)
         for mine, theirs, exact in zip(got, eager, reference):
             assert_close_to_fp64(mine, theirs, exact)
 
