@@ -34,15 +34,26 @@ _FAMILY = "skinny"
 
 def split_norms(graph: Graph) -> None:
     """Rewrites the graph, which Inductor is about to lower."""
+    places = {node: place for place, node in enumerate(graph.nodes)}
     for node in graph.find_nodes(op="call_function", target=_BEFORE):
         behind = [user for user in node.users if user.target in _BEHIND and user.args[:2] == (node, None)]
-        if len(behind) == 1 and _splits_well(node, behind[0]):
+        if len(behind) != 1 or not all("val" in read.meta for half in (node, *behind) for read in half.all_input_nodes):
+            continue
+        # The first half needs the norm's weight, where so far only the linear stands.
+        weight = _norm_weight(behind[0])
+        if (weight is None or places[weight] < places[node]) and _splits_well(node, behind[0]):
             _split(node, behind[0])
 
 
 def _kind_and_args(node: Node) -> tuple[str, tuple[Any, ...]]:
     kind = _BEHIND.get(node.target, "linear_add")
     return kind, linear_kernels.with_defaults(kind, node.args)
+
+
+def _norm_weight(behind: Node) -> Node | None:
+    kind, args = _kind_and_args(behind)
+    weight: Node | None = args[4 if kind == "norm_linear" else 5]
+    return weight
 
 
 def _splits_well(node: Node, behind: Node) -> bool:

@@ -127,6 +127,11 @@ def norm_of_other_rows(t: dict[str, Tensor]) -> Any:
     return OPS.norm_linear(h, None, [t["first"]], [None], t["norm_weight"], 1e-5)
 
 
+def weight_made_later(t: dict[str, Tensor]) -> Any:
+    h = total(t)
+    return OPS.norm_linear(h, None, [t["first"]], [None], t["norm_weight"] + h[0, 0, 0], 1e-5)
+
+
 def limited_gate(t: dict[str, Tensor]) -> Any:
     weights, rest = [t["first"], t["second"]], (t["norm_weight"], 1e-5, 0.0, False, False, "silu", 7.0)
     return OPS.norm_linear_swiglu(total(t), None, weights, [None, None], "gate_up", *rest)
@@ -142,9 +147,13 @@ def limited_gate(t: dict[str, Tensor]) -> Any:
         (two_norms, tensors()),
         (another_residual, tensors()),
         (norm_of_other_rows, tensors()),
+        (weight_made_later, tensors()),
         (limited_gate, tensors()),
     ],
-    ids=["rows", "float16", "features", "wide weight", "two norms", "residual", "scaled", "limited gate"],
+    ids=[
+        *("rows", "float16", "features", "wide weight", "two norms", "residual", "scaled", "later weight"),
+        "limited gate",
+    ],
 )
 def test_other_norms_stay_whole(
     any_size_runs_well: None, function: Callable[..., Any], given: dict[str, Tensor]
