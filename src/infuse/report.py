@@ -26,7 +26,7 @@ class Placement:
     """What the lowering decides for one site before AOTAutograd sees it.
 
     overload: "default" keeps the operator up to the lowering, where kernels compete; "inline" gives AOTAutograd the
-        plain formula; "parts" a formula of smaller operators, which are kept.
+        plain formula; "parts" a formula of smaller operators, which are kept; other names are one operator's own.
     kernel: what will run, in words. missing: why a kernel that exists for the operator cannot be had, "" otherwise.
     verified: what the shadow verification of the site said.
     declined: why a site that stands for several is to be left to its parts, "" otherwise.
