@@ -17,7 +17,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, overload
 
 import torch
 from torch import Tensor
@@ -47,6 +47,7 @@ class Linears:
     activation: of the first product, which the second is multiplied with; "" where all products are results.
     offsets: ends of groups of rows, each with weights of its own, [E, F, D]; None where x [E, C, D] holds equal groups.
     in_float32: the results are widened, after they were rounded.
+    squares: x was scaled by the norm's weight already, and has these; see infuse.ops.split_norm.
     """
 
     x: Tensor
@@ -59,6 +60,7 @@ class Linears:
     addend: Tensor | None = None
     offsets: Tensor | None = None
     in_float32: bool = False
+    squares: Tensor | None = None
 
 
 def _read_norm_linear(
@@ -199,30 +201,34 @@ def _cannot_be_gated(given: Linears) -> str:
     return gated_linear_kernels.can_compute(given.x, gate, up, gate_bias, up_bias, given.offsets, given.activation)
 
 
-def _as_rows(tensor: Tensor | None) -> Tensor | None:
+@overload
+def as_rows(tensor: Tensor) -> Tensor: ...
+@overload
+def as_rows(tensor: Tensor | None) -> Tensor | None: ...
+def as_rows(tensor: Tensor | None) -> Tensor | None:
     """[..., D] as [R, D]."""
     return None if tensor is None else tensor.reshape(-1, tensor.shape[-1])
 
 
-def _run_skinny(given: Linears, config: int) -> list[Tensor]:
-    x, residual, addend = (_as_rows(tensor) for tensor in (given.x, given.residual, given.addend))
-    assert x is not None
+def run_skinny(given: Linears, config: int) -> list[Tensor]:
+    """The results, and behind them the sum with the residual, if there is one."""
     sizes = [given.weights[0].shape[0]] if given.activation else [weight.shape[0] for weight in given.weights]
     dtype = torch.float32 if given.in_float32 else given.x.dtype
     results = [given.x.new_empty((*given.x.shape[:-1], size), dtype=dtype) for size in sizes]
-    total = None if residual is None else given.x.new_empty(given.x.shape)
+    total = None if given.residual is None else given.x.new_empty(given.x.shape)
     skinny_linear_kernels.run(
-        x,
+        as_rows(given.x),
         given.weights,
         [result.view(-1, result.shape[-1]) for result in results],
         given.biases,
-        residual=residual,
-        norm=given.norm is not None,
+        residual=as_rows(given.residual),
+        norm=given.norm is not None and given.squares is None,
         norm_weight=given.norm_weight,
         **dict(zip(_NORM_NUMBERS, given.norm or ())),
         activation=given.activation,
-        addend=addend,
-        sum_out=_as_rows(total),
+        addend=as_rows(given.addend),
+        squares=as_rows(given.squares),
+        sum_out=as_rows(total),
         config=config,
     )
     return results if total is None else [*results, total]
@@ -230,11 +236,10 @@ def _run_skinny(given: Linears, config: int) -> list[Tensor]:
 
 def _run_gated(given: Linears, config: int, gate_up: Tensor | None = None) -> list[Tensor]:
     """gate_up: [.., 2F], written too if it is given."""
-    x, (gate, up), (gate_bias, up_bias) = _as_rows(given.x), given.weights, given.biases
-    assert x is not None
+    x, (gate, up), (gate_bias, up_bias) = as_rows(given.x), given.weights, given.biases
     out = given.x.new_empty((*given.x.shape[:-1], gate.shape[-2]))
     offsets = _equal_ends(given.x) if gate.dim() == 3 and given.offsets is None else given.offsets
-    given_rows = (x, gate, up, gate_bias, up_bias, offsets, out.view(-1, out.shape[-1]), _as_rows(gate_up))
+    given_rows = (x, gate, up, gate_bias, up_bias, offsets, out.view(-1, out.shape[-1]), as_rows(gate_up))
     gated_linear_kernels.gated_linear(*given_rows, activation=given.activation, config=config)
     return [out]
 
@@ -245,7 +250,7 @@ def _equal_ends(x: Tensor) -> Tensor:
     return torch.arange(size, groups * size + 1, size, dtype=torch.int32, device=x.device)
 
 
-_FAMILIES = {"skinny": _run_skinny, "gated": _run_gated}
+_FAMILIES = {"skinny": run_skinny, "gated": _run_gated}
 # The names of their tables of configurations.
 CONFIGURATIONS = {"skinny": skinny_linear_kernels.FAMILY, "gated": gated_linear_kernels.NAME}
 
@@ -283,8 +288,7 @@ def gate_up_products(x: Tensor, weights: Sequence[Tensor], biases: Sequence[Tens
     """What infuse::gate_up_products does on a GPU: torch's products, each written to its half."""
     gate, up, gate_bias, up_bias = linear_swiglu.split_gate_up(weights, biases, order)
     gate_up = x.new_empty((*x.shape[:-1], 2 * gate.shape[0]))
-    rows = _as_rows(x)
-    assert rows is not None
+    rows = as_rows(x)
     for weight, bias, half in zip((gate, up), (gate_bias, up_bias), gate_up.view(-1, gate_up.shape[-1]).chunk(2, -1)):
         if bias is None:
             torch.mm(rows, weight.t(), out=half)

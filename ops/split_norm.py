@@ -26,6 +26,7 @@ from torch import Tensor
 
 from infuse.ops import checks, library, linear_swiglu, skinny_linear_kernels
 from infuse.ops.linear_add import linear_add_ref
+from infuse.ops.linear_kernels import Linears, as_rows, run_skinny
 from infuse.ops.norm_linear import check_linears
 from infuse.ops.registration import implement, register
 from infuse.ops.swiglu import swiglu_ref
@@ -126,12 +127,7 @@ def scaled_linear_swiglu_ref(
     return [swiglu_ref(gate, up, activation).to(scaled.dtype)]
 
 
-def _as_rows(tensor: Tensor) -> Tensor:
-    """[.., D] as [R, D]."""
-    return tensor.reshape(-1, tensor.shape[-1])
-
-
-def _run_first(
+def run_first(
     x: Tensor,
     weight: Tensor,
     bias: Tensor | None,
@@ -139,38 +135,40 @@ def _run_first(
     norm_weight: Tensor | None,
     weight_offset: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
+    """What infuse::linear_add_scale does on a GPU."""
     total, scaled = (residual.new_empty(residual.shape) for _ in range(2))
     squares = residual.new_empty((*residual.shape[:-1], residual.shape[-1] // SQUARES_WIDTH), dtype=torch.float32)
     skinny_linear_kernels.run(
-        _as_rows(x),
+        as_rows(x),
         [weight],
-        [_as_rows(total)],
+        [as_rows(total)],
         [bias],
         norm_weight=norm_weight,
         weight_offset=weight_offset,
-        addend=_as_rows(residual),
-        scaled_out=_as_rows(scaled),
-        squares_out=_as_rows(squares),
+        addend=as_rows(residual),
+        scaled_out=as_rows(scaled),
+        squares_out=as_rows(squares),
     )
     return total, scaled, squares
 
 
-def _run_second(
+def run_second(
     scaled: Tensor,
     squares: Tensor,
     weights: Sequence[Tensor],
     biases: Sequence[Tensor | None],
     eps: float,
     eps_as_minimum: bool,
-    in_float32: bool,
+    in_float32: bool = False,
+    activation: str = "",
 ) -> list[Tensor]:
-    dtype = torch.float32 if in_float32 else scaled.dtype
-    results = [scaled.new_empty((*scaled.shape[:-1], weight.shape[0]), dtype=dtype) for weight in weights]
-    _run_rows(scaled, squares, weights, biases, results, eps, eps_as_minimum)
-    return results
+    """What infuse::scaled_linear does on a GPU; with an activation the weights are gate and up of one result."""
+    norm = (eps, 0.0, False, eps_as_minimum)
+    more: dict[str, Any] = {"activation": activation, "in_float32": in_float32, "squares": squares}
+    return run_skinny(Linears(scaled, tuple(weights), tuple(biases), norm=norm, **more), -1)
 
 
-def _run_second_swiglu(
+def run_second_swiglu(
     scaled: Tensor,
     squares: Tensor,
     weights: Sequence[Tensor],
@@ -180,25 +178,9 @@ def _run_second_swiglu(
     eps: float,
     eps_as_minimum: bool,
 ) -> list[Tensor]:
-    gate, up, gate_bias, up_bias = linear_swiglu.split_gate_up(weights, biases, order)
-    results = [scaled.new_empty((*scaled.shape[:-1], gate.shape[0]))]
-    _run_rows(scaled, squares, [gate, up], [gate_bias, up_bias], results, eps, eps_as_minimum, activation)
-    return results
-
-
-def _run_rows(
-    scaled: Tensor,
-    squares: Tensor,
-    weights: Sequence[Tensor],
-    biases: Sequence[Tensor | None],
-    results: Sequence[Tensor],
-    eps: float,
-    eps_as_minimum: bool,
-    activation: str = "",
-) -> None:
-    outs = [_as_rows(result) for result in results]
-    numbers: dict[str, Any] = {"eps": eps, "eps_as_minimum": eps_as_minimum, "activation": activation}
-    skinny_linear_kernels.run(_as_rows(scaled), weights, outs, biases, squares=_as_rows(squares), **numbers)
+    """What infuse::scaled_linear_swiglu does on a GPU."""
+    gate, up, *gate_up_biases = linear_swiglu.split_gate_up(weights, biases, order)
+    return run_second(scaled, squares, [gate, up], gate_up_biases, eps, eps_as_minimum, activation=activation)
 
 
 _SECOND = "Tensor scaled, Tensor squares, Tensor[] weights, Tensor?[] biases"
@@ -208,21 +190,21 @@ _OPERATORS: tuple[tuple[str, str, str, Callable[..., Any], Callable[..., Any]], 
         "Tensor x, Tensor weight, Tensor? bias, Tensor residual, Tensor? norm_weight, float weight_offset",
         "(Tensor, Tensor, Tensor)",
         linear_add_scale_ref,
-        _run_first,
+        run_first,
     ),
     (
         "scaled_linear",
         f"{_SECOND}, float eps, bool eps_as_minimum, bool in_float32",
         "Tensor[]",
         scaled_linear_ref,
-        _run_second,
+        run_second,
     ),
     (
         "scaled_linear_swiglu",
         f"{_SECOND}, str order, str activation, float eps, bool eps_as_minimum",
         "Tensor[]",
         scaled_linear_swiglu_ref,
-        _run_second_swiglu,
+        run_second_swiglu,
     ),
 )
 for _name, _arguments, _returns, _formula, _kernel in _OPERATORS:

@@ -10,14 +10,15 @@ from torch import Tensor
 
 from infuse.ops.add_rms_norm import add_rms_norm_ref
 from infuse.ops.rms_norm import rms_norm_ref
+from infuse.ops.split_norm import SQUARES_WIDTH, scaled_linear_ref
 from infuse.ops.swiglu import QUICK_GELU_ALPHA, swiglu_bwd_ref, swiglu_ref
 
 
 def skinny_on_cpu(x: Tensor, residual: Tensor | None, norm: bool, norm_weight: Tensor | None, *rest: Any) -> None:
-    """skinny_linear_out, which gets rows and writes all of its results; norms are whole."""
+    """skinny_linear_out, which gets rows and writes all of its results."""
     eps, offset, early, minimum, *rest = rest
     (w0, w1, w2, b0, b1, b2, activation, addend, squares, _, *outs, total, scaled, squares_out) = rest
-    assert squares is None and scaled is None and squares_out is None
+    assert squares is None or not norm
     y, flags = x, (norm_weight, eps, offset, early, minimum)
     assert x.dim() == 2 and (residual is None) == (total is None)
     if residual is not None:
@@ -25,7 +26,11 @@ def skinny_on_cpu(x: Tensor, residual: Tensor | None, norm: bool, norm_weight: T
         total.copy_(found)
     elif norm:
         y = rms_norm_ref(x, *flags)
-    products = [F.linear(y, w, b) for w, b in zip((w0, w1, w2), (b0, b1, b2)) if w is not None]
+    weights = [weight for weight in (w0, w1, w2) if weight is not None]
+    if squares is None:
+        products = [F.linear(y, w, b) for w, b in zip(weights, (b0, b1, b2))]
+    else:
+        products = scaled_linear_ref(x, squares, weights, (b0, b1, b2)[: len(weights)], eps, minimum, False)
     if activation:
         products = [swiglu_ref(*products, activation)]
     if addend is not None:
@@ -34,6 +39,9 @@ def skinny_on_cpu(x: Tensor, residual: Tensor | None, norm: bool, norm_weight: T
     assert len(given) == len(products)
     for out, product in zip(given, products):
         out.copy_(product)
+    if scaled is not None:
+        scaled.copy_(products[0].float() * (norm_weight.float() + offset if norm_weight is not None else 1.0))
+        squares_out.copy_(products[0].float().square().unflatten(-1, (-1, SQUARES_WIDTH)).sum(-1))
 
 
 def gated_on_cpu(

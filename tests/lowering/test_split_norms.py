@@ -13,7 +13,7 @@ import infuse
 from infuse.lowering import decisions
 from infuse.lowering.heuristics import H200
 from infuse.lowering.heuristics import linears as heuristics
-from infuse.ops import library, linear_kernels
+from infuse.ops import library, linear_kernels, split_norm
 from tests.lowering.compiled import compiled_code
 from tests.lowering.pretended_linears import skinny_on_cpu
 
@@ -31,6 +31,9 @@ def measured_device(
     implement_on_cpu("skinny_linear_out", skinny_on_cpu)
     for kind, site in linear_kernels.KINDS.items():
         implement_on_cpu(f"{kind}_kernel", linear_kernels.implementation(site))
+    implement_on_cpu("linear_add_scale", split_norm.run_first)
+    implement_on_cpu("scaled_linear", split_norm.run_second)
+    implement_on_cpu("scaled_linear_swiglu", split_norm.run_second_swiglu)
     decisions.clear()
     yield
 
