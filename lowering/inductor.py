@@ -354,7 +354,9 @@ def lie_side_by_side(first: Node, second: Node) -> bool:
     return bool(equal(layouts[0].stride[-1], 2) and equal(behind, 1) and all(equal(a, b) for a, b in strides))
 
 
-def call_operator(target: torch._ops.OpOverload, *args: object, as_they_lie: Sequence[Node] = ()) -> tuple[Node, ...]:
+def call_operator(
+    target: torch._ops.OpOverload, *args: object, as_they_lie: Sequence[Node] = (), **kwargs: object
+) -> tuple[Node, ...]:
     """An operator that allocates its results itself, one or several, as a node of the graph under construction.
 
     as_they_lie: those of the tensors whose elements need not be adjacent.
@@ -366,7 +368,7 @@ def call_operator(target: torch._ops.OpOverload, *args: object, as_they_lie: Seq
             return [placed(item) for item in arg]
         return (in_memory if id(arg) in kept else _for_kernel)(arg) if is_tensor(arg) else arg
 
-    results: Any = ir.FallbackKernel.create(target, *(placed(arg) for arg in args))
+    results: Any = ir.FallbackKernel.create(target, *(placed(arg) for arg in args), **kwargs)
     results = results if isinstance(results, (list, tuple)) else (results,)
     return tuple(ir.TensorBox.create(result) for result in results)
 

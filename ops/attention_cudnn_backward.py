@@ -7,8 +7,10 @@ nothing to do with the right ones, silently. Stock compile's dout is contiguous,
 inside. Here k has a stride of its own, and dout and out lie as q does: one key, one layout. This can go when torch's
 key has all strides.
 
-attention_cudnn_backward(dout, q, k, v, out, lse, mask, scale, is_causal) -> dq, dk, dv: as infuse::attention_bwd.
-sdpa_cudnn_backward: the same as aten::_scaled_dot_product_cudnn_attention_backward. CUDA only.
+attention_cudnn_backward(dout, q, k, v, out, lse, mask, scale, is_causal) -> dq, dk, dv: as infuse::attention_bwd, CUDA
+only.
+sdpa_cudnn_backward stands in compiled graphs for aten::_scaled_dot_product_cudnn_attention_backward, whose arguments it
+has. It cannot be called: infuse.lowering.cudnn_attention makes of it torch's operator over tensors that lie so.
 """
 
 from __future__ import annotations
@@ -34,19 +36,24 @@ define(
 )
 
 
-def _order(tensor: Tensor) -> list[int]:
+def order_of(strides: Sequence[int]) -> list[int]:
     """The dimensions from outer to inner."""
-    strides = tensor.stride()
-    return sorted(range(tensor.dim()), key=lambda dim: (-strides[dim], dim))
+    return sorted(range(len(strides)), key=lambda dim: (-strides[dim], dim))
 
 
-def _laid_out(tensor: Tensor, order: Sequence[int], padding: int = 0) -> Tensor:
-    """The tensor dense in this order of dimensions, elements of padding behind each index of the outermost one."""
-    strides, step = [0] * tensor.dim(), 1
+def strides_in(order: Sequence[int], sizes: Sequence[Any], *, is_key: bool = False) -> list[Any]:
+    """Dense in this order of dimensions; of k with padding behind each index of the outermost one. Sizes may be
+    symbolic."""
+    strides: list[Any] = [0] * len(sizes)
+    step: Any = 1
     for dim in reversed(order):
         strides[dim] = step
-        step *= tensor.shape[dim]
-    strides[order[0]] += padding
+        step *= sizes[dim]
+    strides[order[0]] += _PADDING if is_key else 0
+    return strides
+
+
+def _laid_out(tensor: Tensor, strides: Sequence[int]) -> Tensor:
     if all(size == 1 or old == new for size, old, new in zip(tensor.shape, tensor.stride(), strides)):
         return tensor.as_strided(tensor.shape, strides)
     return torch.empty_strided(tensor.shape, strides, dtype=tensor.dtype, device=tensor.device).copy_(tensor)
@@ -54,31 +61,9 @@ def _laid_out(tensor: Tensor, order: Sequence[int], padding: int = 0) -> Tensor:
 
 def with_own_key(dout: Tensor, q: Tensor, k: Tensor, out: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """dout, k and out in the layouts that the module's text names."""
-    order = _order(q)
-    return _laid_out(dout, order), _laid_out(k, _order(k), _PADDING), _laid_out(out, order)
-
-
-def _gradients(
-    dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, *rest: Any, **scale: Any
-) -> Any:
-    """torch's operator, with layouts that are no other call's."""
-    dout, padded, out = with_own_key(dout, q, k, out)
-    return torch.ops.aten._scaled_dot_product_cudnn_attention_backward(
-        dout, q, padded, v, out, lse.contiguous(), *rest, **scale
-    )
-
-
-def _laid_out_like(gradient: Tensor, tensor: Tensor) -> Tensor:
-    """The gradient in the layout that torch.empty_like gives the tensor's."""
-    strides = torch.empty_like(tensor, device="meta").stride()
-    if gradient.stride() == strides:
-        return gradient
-    return torch.empty_like(tensor).copy_(gradient)
-
-
-def _sdpa_backward(grad_out: Tensor, query: Tensor, key: Tensor, value: Tensor, *rest: Any, **scale: Any) -> Any:
-    found = _gradients(grad_out, query, key, value, *rest, **scale)
-    return tuple(map(_laid_out_like, found, (query, key, value)))
+    like_q = strides_in(order_of(q.stride()), q.shape)
+    own = strides_in(order_of(k.stride()), k.shape, is_key=True)
+    return _laid_out(dout, like_q), _laid_out(k, own), _laid_out(out, like_q)
 
 
 def _sdpa_results(grad_out: Tensor, query: Tensor, key: Tensor, value: Tensor, *_: Any, **__: Any) -> Any:
@@ -90,8 +75,10 @@ def _backward(
 ) -> tuple[Tensor, ...]:
     unused = torch.empty((), dtype=torch.int64, device=q.device)  # the random state of dropout
     sizes = (None, None, q.shape[2], k.shape[2], 0.0, is_causal)
-    rest = (lse.unsqueeze(-1), unused, unused, cudnn_bias(q, k, mask), *sizes)
-    return tuple(heads_inside(gradient) for gradient in _gradients(dout, q, k, v, out, *rest, scale=scale))
+    rest = (lse.unsqueeze(-1).contiguous(), unused, unused, cudnn_bias(q, k, mask), *sizes)
+    dout, padded, out = with_own_key(dout, q, k, out)
+    found = torch.ops.aten._scaled_dot_product_cudnn_attention_backward(dout, q, padded, v, out, *rest, scale=scale)
+    return tuple(map(heads_inside, found))
 
 
 def _backward_results(dout: Tensor, q: Tensor, k: Tensor, v: Tensor, *_: Any) -> tuple[Tensor, ...]:
@@ -109,5 +96,4 @@ def cudnn_bias(q: Tensor, k: Tensor, mask: Tensor | None) -> Tensor | None:
 
 implement("attention_cudnn_backward", _backward, "CompositeExplicitAutograd")
 register_fake("attention_cudnn_backward", _backward_results)
-implement("sdpa_cudnn_backward", _sdpa_backward, "CompositeExplicitAutograd")
 register_fake("sdpa_cudnn_backward", _sdpa_results)

@@ -46,6 +46,7 @@ REQUIRED = {"torch", "numpy", "ninja", "filelock"}
 OPTIONAL_AT_IMPORT = ("infuse.models", "infuse.cli", "infuse.__main__")
 INDUCTOR_IMPORTERS = (
     "infuse.lowering.inductor",
+    "infuse.lowering.inductor_layouts",
     "infuse.lowering.inductor_sums",
     "infuse.lowering.inductor_timing",
     "infuse.backend",

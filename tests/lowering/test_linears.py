@@ -185,7 +185,16 @@ def test_products_of_a_residual_are_timed_from_where_they_are_as_fast() -> None:
     assert known("linear_add", "skinny", 32, 4096, 4096) and known("norm_linear", "skinny", 64, 4096, 6144)
     assert not known("linear_add", "skinny", 33, 4096, 4096) and known("norm_linear", "skinny", 1, 4096, 128256)
     assert not heuristics.beats_tuned("norm_linear", "skinny", linear_kernels.Sizes(1, 896, 1024), (8, 6))
-    assert not known("linear_swiglu", "gated", 512, 4096, 28672)
+
+
+def test_gate_and_up_are_timed_where_that_was_not_measured() -> None:
+    def known(*sizes: int, kind: str = "linear_swiglu") -> bool:
+        return heuristics.beats_tuned(kind, "gated", linear_kernels.Sizes(*sizes), H200)
+
+    assert known(128, 4096, 28672) and known(8192, 8192, 57344)
+    assert not (known(127, 4096, 28672) or known(512, 3584, 28672) or known(512, 4096, 18944))
+    assert not known(4096, 2048, 1536 * 128, kind="grouped_linear_swiglu")
+    assert not heuristics.beats_tuned("linear_swiglu", "gated", linear_kernels.Sizes(512, 4096, 28672), (8, 6))
 
 
 def test_without_a_measurement_only_what_was_measured_takes_a_kernel() -> None:
