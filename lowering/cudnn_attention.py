@@ -1,7 +1,7 @@
 """SDPA's backward in cuDNN, wherever it comes from, over tensors that lie as no other call's.
 
-Why they must is told in infuse.ops.attention_cudnn_backward. Inductor is told of these layouts: what it makes itself, it
-writes so at once, and no Python code runs around the call.
+Why they must is told in infuse.ops.attention_cudnn_backward. Inductor is told of these layouts: what it makes it writes
+so at once, and no Python code runs around the call.
 """
 
 from __future__ import annotations
