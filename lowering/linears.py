@@ -100,7 +100,7 @@ def known_family(kind: str, found: Mapping[str, linear_kernels.Sizes], device: t
     is_known = heuristics.beats_tuned if inductor.max_autotune() else heuristics.runs_well
     capability = library.capability(device)
     known = (family for family, sizes in found.items() if is_known(kind, family, sizes, capability))
-    return next(known, ""), f"by stored measurements{' in a decoder' if inductor.max_autotune() else ''}"
+    return next(known, ""), "by stored measurements"
 
 
 def _choose(kind: str, args: Sequence[Any], formula: Callable[..., Any]) -> tuple[str, str, Mapping[str, float]]:
