@@ -34,8 +34,7 @@ def _lower(*args: Any, **kwargs: Any) -> tuple[Any, ...]:
     own = strides_in(order_of(inductor_layouts.stride_hints(k)), k.get_size(), is_key=True)
     dout, out = (inductor_layouts.with_strides(tensor, like_q) for tensor in (dout, out))
     given = (dout, q, inductor_layouts.with_strides(k, own), v, out, inductor.contiguous(lse), *rest)
-    tensors = [arg for arg in given if inductor.is_tensor(arg)]
-    return inductor.call_operator(_BACKWARD, *given, as_they_lie=tensors, **kwargs)
+    return inductor.call_operator(_BACKWARD, *given, as_they_lie=inductor.tensors_of(given), **kwargs)
 
 
 inductor.register(_WITH_OWN_KEY, _lower)

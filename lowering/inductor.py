@@ -310,6 +310,11 @@ def _compile_as_in_graph(choice: SubgraphChoiceCaller) -> Any:
         return module.compile_to_module()
 
 
+def boxed(node: Node) -> Node:
+    """A realised node as lowerings exchange it."""
+    return node if isinstance(node, ir.TensorBox) else ir.TensorBox(node)
+
+
 def _for_kernel(tensor: Node) -> Node:
     """In memory, the elements of a row adjacent."""
     node = ir.ExternKernel.realize_input(tensor)
@@ -317,19 +322,19 @@ def _for_kernel(tensor: Node) -> Node:
     fixed = not isinstance(layout, ir.FlexibleLayout)
     if not fixed or (layout.stride and not V.graph.sizevars.statically_known_equals(layout.stride[-1], 1)):
         node = ir.ExternKernel.require_contiguous(node)
-    return node if isinstance(node, ir.TensorBox) else ir.TensorBox(node)
+    return boxed(node)
 
 
 def in_memory(tensor: Node) -> Node:
     """The tensor as it lies in memory, realised if it was not."""
     node = ir.ExternKernel.realize_input(tensor)
-    return node if isinstance(node, ir.TensorBox) else ir.TensorBox(node)
+    return boxed(node)
 
 
 def contiguous(tensor: Node) -> Node:
     """The tensor in memory, contiguous: itself where it is."""
     node = ir.ExternKernel.require_contiguous(ir.ExternKernel.realize_input(tensor))
-    return node if isinstance(node, ir.TensorBox) else ir.TensorBox(node)
+    return boxed(node)
 
 
 def call_kernel(kernel: Kernel, tensors: Sequence[Node], layout: Node, as_they_lie: Sequence[Node] = ()) -> Node:

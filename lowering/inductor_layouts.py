@@ -31,5 +31,4 @@ def stride_hints(tensor: Node) -> tuple[int, ...]:
 
 def with_strides(tensor: Node, strides: Sequence[Any]) -> Node:
     """The tensor in memory with these strides: itself where it lies so, or where Inductor is yet to write it."""
-    node = ir.ExternKernel.require_exact_strides(inductor.in_memory(tensor), strides)
-    return node if isinstance(node, ir.TensorBox) else ir.TensorBox(node)
+    return inductor.boxed(ir.ExternKernel.require_exact_strides(inductor.in_memory(tensor), strides))
