@@ -22,8 +22,8 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from infuse.lowering import inductor
 from infuse.ops import attention as op
+from infuse.ops import attention_cudnn_backward as _operator  # noqa: F401  (defines the operator)
 from infuse.ops import library
-from infuse.ops.attention_cudnn_backward import cudnn_bias
 from infuse.ops.attention_operands import DTYPES
 
 DEFAULT = "sdpa"
@@ -151,14 +151,37 @@ def _flash_backward(
     )
 
 
+def _cudnn_bias(q: Tensor, k: Tensor, mask: Tensor | None) -> Tensor | None:
+    """The mask as torch's operators for cuDNN take it: numbers in q's dtype, [B, H, S, T]."""
+    if mask is None:
+        return None
+    if mask.dtype == torch.bool:
+        mask = torch.where(mask, 0.0, float("-inf"))
+    return mask.to(q.dtype).expand(*q.shape[:3], k.shape[2])
+
+
 def _cudnn_forward(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float, is_causal: bool, *_: Any) -> Any:
-    bias = cudnn_bias(q, k, mask)
+    bias = _cudnn_bias(q, k, mask)
     out, lse, *_ = _aten._scaled_dot_product_cudnn_attention(q, k, v, bias, True, 0.0, is_causal, False, scale=scale)
     return out, lse.squeeze(-1)
 
 
-def _cudnn_backward(*args: Any) -> Any:
-    return torch.ops.infuse.attention_cudnn_backward(*args[:9])
+def _cudnn_backward(
+    dout: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    mask: Tensor | None,
+    scale: float,
+    is_causal: bool,
+    *_: Any,
+) -> Any:
+    sizes = (None, None, q.shape[2], k.shape[2], 0.0, is_causal)
+    unused = torch.empty((), dtype=torch.int64, device=q.device)  # the random state of dropout
+    given = (dout, q, k, v, out, lse.unsqueeze(-1), unused, unused, _cudnn_bias(q, k, mask), *sizes)
+    return torch.ops.infuse.sdpa_cudnn_backward(*given, scale=scale)
 
 
 # Those that training calls, both passes. They take the first arguments of infuse::attention_fwd and attention_bwd.
@@ -191,5 +214,5 @@ def _takers(args: tuple[Any, ...]) -> list[str]:
         # cuDNN would round a mask of float32 to q's dtype.
         if mask is not None and mask.dtype not in (torch.bool, q.dtype):
             return []
-        params = SDPAParams(q, k, v, cudnn_bias(q, k, mask), 0.0, is_causal, q.shape[1] != k.shape[1])
+        params = SDPAParams(q, k, v, _cudnn_bias(q, k, mask), 0.0, is_causal, q.shape[1] != k.shape[1])
         return [label for label in OPERATORS if _CAN_USE[label](params)]

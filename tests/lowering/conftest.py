@@ -7,9 +7,11 @@ from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
 
 from infuse.lowering import decisions, profit
 from infuse.ops import add_layer_norm, add_rms_norm, gated_rms_norm, layer_norm, library, rms_norm
+from tests.lowering.pretended_attention import sdpa_gradients
 
 
 @pytest.fixture
@@ -28,6 +30,22 @@ def implement_on_cpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[str,
     yield implement
     implementation._destroy()
     torch._dynamo.reset()
+
+
+@pytest.fixture
+def cudnn_calls() -> Iterator[list[tuple[Any, ...]]]:
+    """The arguments with which torch's operator of SDPA's gradients in cuDNN was called, which the CPU then has."""
+    calls: list[tuple[Any, ...]] = []
+
+    def run(dout: Tensor, q: Tensor, k: Tensor, v: Tensor, *rest: Any, scale: float) -> tuple[Tensor, ...]:
+        calls.append((dout, q, k, v, *rest))
+        found = sdpa_gradients(dout, q, k, v, rest[4], scale)
+        return tuple(torch.empty_like(like).copy_(gradient) for gradient, like in zip(found, (q, k, v)))
+
+    implementation = torch.library.Library("aten", "IMPL")
+    implementation.impl("_scaled_dot_product_cudnn_attention_backward", run, "CPU")
+    yield calls
+    implementation._destroy()
 
 
 @pytest.fixture
