@@ -39,7 +39,8 @@ class Shape:
 
     def __str__(self) -> str:
         filled = "" if self.valid == self.keys else f", {self.valid} valid"
-        return f"b{self.batch} {self.queries} queries {self.keys} keys{filled}"
+        heads = "" if self.head_dim == 128 else f" {self.heads}/{self.kv_heads} heads of {self.head_dim}"
+        return f"b{self.batch}{heads} {self.queries} queries {self.keys} keys{filled}"
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
@@ -122,7 +123,10 @@ def cases(device: Device, quick: bool) -> Iterator[Case]:
             Shape(16, 1, 4096, 4096),
             Shape(64, 1, 4096, 4096),
             Shape(64, 1, 4096, 2048),
+            Shape(4, 1, 16384, 16384),
+            Shape(8, 1, 8192, 4096),
         ]
+        shapes += [Shape(batch, 1, 12288, 12288, heads=24, kv_heads=3, head_dim=64) for batch in (8, 48)]
         shapes += [Shape(8, queries, 8192, 8192) for queries in (2, 4, 8, 16)]
         shapes += [Shape(1, queries, 2048, 2048) for queries in (2, 8, 16)]
     for shape in shapes:

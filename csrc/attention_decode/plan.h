@@ -52,7 +52,7 @@ constexpr Config kConfigs[] = {
 };
 constexpr int kNumConfigs = sizeof(kConfigs) / sizeof(kConfigs[0]);
 constexpr int kHeuristic = -1;
-constexpr int kWarp4Cluster = 3, kWarp8Cluster = 4, kWarp4Split = 5;
+constexpr int kWarp4Cluster = 3, kWarp8Cluster = 4, kWarp4Split = 5, kWarp8Split = 6;
 constexpr int kWarpgroupsCluster = 8, kWarpgroupsSplit = 10, kDirect = 11;
 constexpr int kWarpgroupRows = 64, kWarpgroupTile = 64;
 constexpr int kMaxWarpgroupDim = 128;
@@ -143,10 +143,22 @@ constexpr void place_dealt(const Problem& problem, Plan* plan) {
   plan->shared_bytes = plan->barrier_offset + (1 + stages) * kBarrierBytes + kSharedAlignment;
 }
 
+constexpr std::int64_t heads_of(const Problem& problem) { return problem.batch * problem.kv_heads; }
+
+constexpr bool is_small(const Problem& problem) { return larger(problem.dim, problem.dim_v) <= kSmallDim; }
+
+constexpr bool needs_nearly_all(std::int64_t ctas, std::int64_t places) { return ctas * 8 > places * 7; }
+
+// A CTA for each K/V head, two an SM, in waves of which the last is nearly full, too.
+constexpr bool fills_whole_waves(std::int64_t heads, const Device& device) {
+  const std::int64_t places = 2 * device.num_sms, last = heads % places;
+  return heads > device.num_sms && (last == 0 || needs_nearly_all(last, places));
+}
+
 // CTAs of a K/V head when every SM has one. Those of fewer than 7 in 8 SMs are twice as many instead, two an SM.
 constexpr int splits_that_fill(const Problem& problem, const Device& device) {
-  const std::int64_t heads = problem.batch * problem.kv_heads, splits = device.num_sms / heads;
-  if (splits <= 1) return heads * 8 < std::int64_t{device.num_sms} * 7 ? 2 : 1;
+  const std::int64_t heads = heads_of(problem), splits = device.num_sms / heads;
+  if (splits <= 1) return needs_nearly_all(heads, device.num_sms) ? 1 : 2;
   return static_cast<int>(splits);
 }
 
@@ -155,25 +167,28 @@ constexpr int splits_that_fill(const Problem& problem, const Device& device) {
 // another.
 constexpr int splits_of_small_ctas(const Problem& problem, const Device& device) {
   constexpr int kSmallCluster = 4;
-  const std::int64_t heads = problem.batch * problem.kv_heads;
+  const std::int64_t heads = heads_of(problem);
   int splits = 2;
   while (splits < kSmallCluster && 2 * splits * heads <= 2 * device.num_sms) splits *= 2;
   while (splits >= kSmallCluster && splits < kMaxCluster && 2 * splits * heads <= device.num_sms) splits *= 2;
   return splits;
 }
 
-// Measured on an H200 among the other kernels of decoder layers, 14 heads of 64 that share 2 and 32 of 128 that share
-// 8, batches of 1 to 64: small CTAs in clusters, which need no second kernel, until a cache is so long that it counts that
-// clusters leave some SMs with less to do; for small heads that fill the device large CTAs alone.
+// Measured on an H200 between linears of decoder layers, 1 to 512 K/V heads of 64 and of 128: small CTAs in clusters,
+// which need no second kernel, until a cache is so long that it counts that clusters leave some SMs with less to do. Of
+// 64 heads these would be 64 clusters of four, for which there is not always room at once, where two large CTAs a head
+// take an SM each; as does one a head for small heads that fill the device.
 constexpr int choose_dealt_config(const Problem& problem, const Device& device) {
   constexpr std::int64_t kClusterKeys = 2048, kManyKeys = 8192;
-  const bool fill = splits_that_fill(problem, device) <= 2;
+  const std::int64_t heads = heads_of(problem), sms = device.num_sms;
+  const bool fill = splits_that_fill(problem, device) <= 2, in_waves = fills_whole_waves(heads, device);
   if (problem.rows <= kWarpRows) {
-    const bool is_small = larger(problem.dim, problem.dim_v) <= kSmallDim;
-    if (is_small && splits_that_fill(problem, device) == 1) return kWarp8Cluster;
-    return fill || problem.keys <= kManyKeys ? kWarp4Cluster : kWarp4Split;
+    if (2 * heads <= sms && needs_nearly_all(2 * heads, sms)) return kWarp8Cluster;
+    if (is_small(problem) && (in_waves || (heads <= sms && needs_nearly_all(heads, sms)))) return kWarp8Cluster;
+    if (in_waves) return kWarp4Split;
+    return fill || problem.keys <= kManyKeys ? kWarp4Cluster : kWarp8Split;
   }
-  const bool alone = problem.batch * problem.kv_heads * kPortableCluster * 2 <= device.num_sms;
+  const bool alone = heads * kPortableCluster * 2 <= sms;
   return fill || (alone && problem.keys <= kClusterKeys) ? kWarpgroupsCluster : kWarpgroupsSplit;
 }
 
@@ -205,42 +220,39 @@ constexpr Plan plan_dealt(const Problem& problem, Plan plan, int splits, const D
   return plan;
 }
 
-constexpr bool needs_nearly_all(std::int64_t ctas, const Device& device) {
-  return ctas * 8 > std::int64_t{device.num_sms} * 7;
-}
-
 // A power of two, as splits_of_small_ctas, so that each SM has a CTA at most. Clusters of 16 of these find room in few
 // places, unless two of their CTAs fit an SM. Of four or eight that need nearly every SM some would put two CTAs on one,
 // for which all wait: three or six then end sooner.
 constexpr int splits_of_direct(const Problem& problem, const Device& device) {
   constexpr std::int64_t kFewHeads = 4;
-  const std::int64_t heads = problem.batch * problem.kv_heads;
-  const bool is_small = larger(problem.dim, problem.dim_v) <= kSmallDim;
-  const int most = is_small || heads <= kFewHeads ? kMaxCluster : kPortableCluster;
+  const std::int64_t heads = heads_of(problem);
+  const int most = is_small(problem) || heads <= kFewHeads ? kMaxCluster : kPortableCluster;
   int splits = 1;
   while (splits < most && 2 * splits * heads <= device.num_sms) splits *= 2;
   const bool is_divisible = splits == 4 || splits == 8;
-  return is_divisible && needs_nearly_all(splits * heads, device) ? splits / 4 * 3 : splits;
+  return is_divisible && needs_nearly_all(splits * heads, device.num_sms) ? splits / 4 * 3 : splits;
 }
 
 // More where each would have many tiles, one after another, and no SM needs to hold two CTAs.
 constexpr int warps_of_direct(const Problem& problem, const Plan& plan, const Device& device) {
   constexpr std::int64_t kManyTiles = 7;
-  const bool is_small = plan.dim <= kSmallDim, many = plan.tiles > kManyTiles * plan.splits * kDirectWarps;
-  const bool alone = !needs_nearly_all(plan.splits * problem.batch * problem.kv_heads, device);
-  return is_small && many && alone ? kManyDirectWarps : kDirectWarps;
+  const bool many = plan.tiles > kManyTiles * plan.splits * kDirectWarps;
+  const bool alone = !needs_nearly_all(plan.splits * heads_of(problem), device.num_sms);
+  return is_small(problem) && many && alone ? kManyDirectWarps : kDirectWarps;
 }
 
-// Measured on an H200 among the other kernels of decoder layers, 14 heads of 64 that share 2 and 32 of 128 that share
-// 8, batches of 1 to 64 over caches of 4096: where little is read, and no warp has more than a few tiles, one after
-// another.
+// Measured as choose_dealt_config: where little is read; for few heads, unless the cache is long and clusters leave a
+// third of the SMs idle; for small heads where one or two CTAs a head leave some SMs to others, or fill whole waves.
 constexpr bool suits_direct_kernel(const Problem& problem, const Device& device) {
   constexpr std::int64_t kMostTiles = 11, kMostBytes = 16 << 20, kMostBytesOfSmall = 32 << 20;
-  const std::int64_t heads = problem.batch * problem.kv_heads;
-  const std::int64_t warps = splits_of_direct(problem, device) * kDirectWarps;
+  const std::int64_t heads = heads_of(problem), sms = device.num_sms, splits = splits_of_direct(problem, device);
   const std::int64_t bytes = heads * problem.keys * row_bytes(problem.dim + problem.dim_v);
-  return bytes <= (larger(problem.dim, problem.dim_v) <= kSmallDim ? kMostBytesOfSmall : kMostBytes) &&
-         ceil_div(problem.keys, kDirectTile) <= kMostTiles * warps;
+  const bool is_little = bytes <= (is_small(problem) ? kMostBytesOfSmall : kMostBytes), is_few = 4 * heads <= sms;
+  const bool few_tiles = ceil_div(problem.keys, kDirectTile) <= kMostTiles * splits * kDirectWarps;
+  if (few_tiles && (is_little || is_few)) return true;
+  if (is_few) return 3 * splits * heads >= 2 * sms;
+  if (!is_small(problem)) return false;
+  return heads <= sms ? !needs_nearly_all(splits * heads, sms) : fills_whole_waves(heads, device);
 }
 
 // While each warp has a tile.

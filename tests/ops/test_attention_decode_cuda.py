@@ -112,6 +112,23 @@ def test_every_kind_of_mask(shape: tuple[int, ...], dtype: torch.dtype) -> None:
     check(inputs, torch.where(torch.rand(1, 1, queries, keys, device="cuda") < 0.2, 0.5, -math.inf))
 
 
+@pytest.mark.parametrize(
+    "shape",
+    [
+        (4, 32, 8, 1, 16384, 128, 128),
+        (8, 32, 8, 2, 5000, 128, 128),
+        (8, 32, 8, 4, 3000, 128, 128),
+        (64, 32, 8, 1, 1500, 128, 128),
+        (16, 14, 2, 1, 12288, 64, 64),
+        (32, 32, 8, 1, 1500, 64, 64),
+        (48, 24, 3, 1, 1500, 64, 64),
+    ],
+)
+def test_many_heads_and_long_caches(shape: tuple[int, ...]) -> None:
+    batch, keys = shape[0], shape[4]
+    check(make(shape), torch.arange(keys, device="cuda") < torch.randint(1, keys + 1, (batch, 1, 1, 1), device="cuda"))
+
+
 @pytest.mark.parametrize("dtype", [BF16, FP16, FP32])
 def test_masks_filled_with_the_lowest_number(dtype: torch.dtype) -> None:
     """Such keys are skipped beside others, and all count in a row that has nothing else."""
