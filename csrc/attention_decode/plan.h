@@ -177,7 +177,8 @@ constexpr int splits_of_small_ctas(const Problem& problem, const Device& device)
 // Measured on an H200 between linears of decoder layers, 1 to 512 K/V heads of 64 and of 128: small CTAs in clusters,
 // which need no second kernel, until a cache is so long that it counts that clusters leave some SMs with less to do. Of
 // 64 heads these would be 64 clusters of four, for which there is not always room at once, where two large CTAs a head
-// take an SM each; as does one a head for small heads that fill the device.
+// take an SM each; as does one a head for small heads that fill the device. Of long caches small CTAs are slower, but for
+// few heads faster where only a few of the keys are valid.
 constexpr int choose_dealt_config(const Problem& problem, const Device& device) {
   constexpr std::int64_t kClusterKeys = 2048, kManyKeys = 8192;
   const std::int64_t heads = heads_of(problem), sms = device.num_sms;
@@ -186,7 +187,8 @@ constexpr int choose_dealt_config(const Problem& problem, const Device& device) 
     if (2 * heads <= sms && needs_nearly_all(2 * heads, sms)) return kWarp8Cluster;
     if (is_small(problem) && (in_waves || (heads <= sms && needs_nearly_all(heads, sms)))) return kWarp8Cluster;
     if (in_waves) return kWarp4Split;
-    return fill || problem.keys <= kManyKeys ? kWarp4Cluster : kWarp8Split;
+    if (fill || problem.keys <= kManyKeys) return kWarp4Cluster;
+    return heads * kMaxCluster <= sms ? kWarp4Split : kWarp8Split;
   }
   const bool alone = heads * kPortableCluster * 2 <= sms;
   return fill || (alone && problem.keys <= kClusterKeys) ? kWarpgroupsCluster : kWarpgroupsSplit;
@@ -241,15 +243,17 @@ constexpr int warps_of_direct(const Problem& problem, const Plan& plan, const De
   return is_small(problem) && many && alone ? kManyDirectWarps : kDirectWarps;
 }
 
-// Measured as choose_dealt_config: where little is read; for few heads, unless the cache is long and clusters leave a
-// third of the SMs idle; for small heads where one or two CTAs a head leave some SMs to others, or fill whole waves.
+// Measured as choose_dealt_config: where little is read; for few heads if the cache is short or clusters leave less than
+// a third of the SMs idle; for small heads where one or two CTAs a head leave some SMs idle or fill whole waves. Long
+// caches of heads with three CTAs or more are left to CTAs on all SMs and a second kernel.
 constexpr bool suits_direct_kernel(const Problem& problem, const Device& device) {
-  constexpr std::int64_t kMostTiles = 11, kMostBytes = 16 << 20, kMostBytesOfSmall = 32 << 20;
+  constexpr std::int64_t kFewTiles = 11, kManyTiles = 44, kMostBytes = 16 << 20, kMostBytesOfSmall = 32 << 20;
   const std::int64_t heads = heads_of(problem), sms = device.num_sms, splits = splits_of_direct(problem, device);
   const std::int64_t bytes = heads * problem.keys * row_bytes(problem.dim + problem.dim_v);
   const bool is_little = bytes <= (is_small(problem) ? kMostBytesOfSmall : kMostBytes), is_few = 4 * heads <= sms;
-  const bool few_tiles = ceil_div(problem.keys, kDirectTile) <= kMostTiles * splits * kDirectWarps;
-  if (few_tiles && (is_little || is_few)) return true;
+  const std::int64_t tiles = ceil_div(problem.keys, kDirectTile), warps = splits * kDirectWarps;
+  if (tiles <= kFewTiles * warps && (is_little || is_few)) return true;
+  if (tiles > kManyTiles * warps && splits_that_fill(problem, device) > 2) return false;
   if (is_few) return 3 * splits * heads >= 2 * sms;
   if (!is_small(problem)) return false;
   return heads <= sms ? !needs_nearly_all(splits * heads, sms) : fills_whole_waves(heads, device);
