@@ -27,7 +27,7 @@ NOT_FOR_USERS = "infuse-kernel"
 # Whose tables show the memory that a call takes beyond its inputs, too.
 ABOUT_MEMORY = ("linear_cross_entropy", "models")
 # Cases that a benchmark had once and that others replace.
-RETIRED = {"models": re.compile(r"llama-8b 2 layers")}
+RETIRED = {"models": re.compile(r"llama-8b 2 layers"), "parallel": re.compile(r"compiled by layers")}
 # In this order the cases of whole models are told.
 MODEL_STEPS = ("decode", "prefill", "train")
 _BLOCK = re.compile(
