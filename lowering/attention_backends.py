@@ -20,9 +20,8 @@ from torch import Tensor
 from torch.backends.cuda import SDPAParams, can_use_cudnn_attention, can_use_flash_attention
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from infuse.lowering import inductor
+from infuse.lowering import cudnn_attention, inductor
 from infuse.ops import attention as op
-from infuse.ops import attention_cudnn_backward as _operator  # noqa: F401  (defines the operator)
 from infuse.ops import library
 from infuse.ops.attention_operands import DTYPES
 
@@ -132,23 +131,17 @@ def _flash_forward(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: 
     return out, lse
 
 
-def _flash_backward(
-    dout: Tensor,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    out: Tensor,
-    lse: Tensor,
-    mask: Tensor | None,
-    scale: float,
-    is_causal: bool,
-    *_: Any,
-) -> Any:
-    sizes = (None, None, q.shape[2], k.shape[2], 0.0, is_causal)
-    unused = torch.empty((), dtype=torch.int64, device=q.device)  # the random state of dropout
-    return _aten._scaled_dot_product_flash_attention_backward(
-        dout, q, k, v, out, lse, *sizes, unused, unused, scale=scale
-    )
+def _without_dropout(q: Tensor, k: Tensor, is_causal: bool) -> tuple[tuple[Any, ...], tuple[Tensor, Tensor]]:
+    """What torch's operators for gradients take of sizes and flags, and of the random state."""
+    unused = torch.empty((), dtype=torch.int64, device=q.device)
+    return (None, None, q.shape[2], k.shape[2], 0.0, is_causal), (unused, unused)
+
+
+def _flash_backward(*args: Any) -> Any:
+    dout, q, k, v, out, lse, _, scale, is_causal = args[:9]
+    sizes, state = _without_dropout(q, k, is_causal)
+    given = (dout, q, k, v, out, lse, *sizes, *state)
+    return _aten._scaled_dot_product_flash_attention_backward(*given, scale=scale)
 
 
 def _cudnn_bias(q: Tensor, k: Tensor, mask: Tensor | None) -> Tensor | None:
@@ -166,22 +159,11 @@ def _cudnn_forward(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: 
     return out, lse.squeeze(-1)
 
 
-def _cudnn_backward(
-    dout: Tensor,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    out: Tensor,
-    lse: Tensor,
-    mask: Tensor | None,
-    scale: float,
-    is_causal: bool,
-    *_: Any,
-) -> Any:
-    sizes = (None, None, q.shape[2], k.shape[2], 0.0, is_causal)
-    unused = torch.empty((), dtype=torch.int64, device=q.device)  # the random state of dropout
-    given = (dout, q, k, v, out, lse.unsqueeze(-1), unused, unused, _cudnn_bias(q, k, mask), *sizes)
-    return torch.ops.infuse.sdpa_cudnn_backward(*given, scale=scale)
+def _cudnn_backward(*args: Any) -> Any:
+    dout, q, k, v, out, lse, mask, scale, is_causal = args[:9]
+    sizes, state = _without_dropout(q, k, is_causal)
+    given = (dout, q, k, v, out, lse.unsqueeze(-1), *state, _cudnn_bias(q, k, mask), *sizes)
+    return cudnn_attention.WITH_OWN_KEY(*given, scale=scale)
 
 
 # Those that training calls, both passes. They take the first arguments of infuse::attention_fwd and attention_bwd.

@@ -21,7 +21,7 @@ from infuse.lowering import inductor, inductor_layouts
 from infuse.ops import attention_cudnn_backward as _operator  # noqa: F401  (defines the operator)
 
 _BACKWARD = torch.ops.aten._scaled_dot_product_cudnn_attention_backward.default
-_WITH_OWN_KEY = torch.ops.infuse.sdpa_cudnn_backward.default
+WITH_OWN_KEY = torch.ops.infuse.sdpa_cudnn_backward.default
 _PADDING = 8  # elements: rows still begin at multiples of 16 bytes
 
 
@@ -32,7 +32,7 @@ def guard_backward(graph: Graph) -> None:
     the process, or have it decided by them.
     """
     for node in graph.find_nodes(op="call_function", target=_BACKWARD):
-        node.target = _WITH_OWN_KEY
+        node.target = WITH_OWN_KEY
 
 
 def _strides_like(other: Any, tensor: Any, padding: int = 0) -> list[Any]:
@@ -55,4 +55,4 @@ def _lower(*args: Any, **kwargs: Any) -> Sequence[Any]:
     return inductor.call_operator(_BACKWARD, *given, as_they_lie=inductor.tensors_of(given), **kwargs)
 
 
-inductor.register(_WITH_OWN_KEY, _lower)
+inductor.register(WITH_OWN_KEY, _lower)
